@@ -1,0 +1,46 @@
+"""Layers: signs and their estimators, binary and standardised layers, the BN-free block, normalisers.
+
+One file per concept: sign, standard (weight standardisation), binary, react (RSign, RPReLU), norms (what
+replaces BN), variance (alpha and beta), block (the residual block), calibrate (constants from data).
+Imports torch only.
+"""
+
+from bnnfree.nn.binary import SCALES, BinaryConv2d, BinaryLinear
+from bnnfree.nn.block import BINARIZE, SHORTCUTS, BinaryBlock, Clip, Design
+from bnnfree.nn.calibrate import calibrate, centred_layers, update_input_means
+from bnnfree.nn.norms import NORMS, Norm, make_norm
+from bnnfree.nn.react import RPReLU, RSign
+from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, anneal_signs, sign, sign_of_weight
+from bnnfree.nn.standard import ScaledStdConv2d, WeightLayer, standardize_weight
+from bnnfree.nn.variance import BETA_MODES, BlockShape, expected_betas
+
+__all__ = [
+    "BETA_MODES",
+    "BINARIZE",
+    "NORMS",
+    "SCALES",
+    "SHORTCUTS",
+    "STES",
+    "STE_WINDOWS",
+    "BinaryBlock",
+    "BinaryConv2d",
+    "BinaryLinear",
+    "BlockShape",
+    "Clip",
+    "Design",
+    "Norm",
+    "RPReLU",
+    "RSign",
+    "ScaledStdConv2d",
+    "Sign",
+    "WeightLayer",
+    "anneal_signs",
+    "calibrate",
+    "centred_layers",
+    "expected_betas",
+    "make_norm",
+    "sign",
+    "sign_of_weight",
+    "standardize_weight",
+    "update_input_means",
+]

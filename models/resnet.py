@@ -1,0 +1,73 @@
+"""Residual networks of 3x3 binary convolutions: ReActNet-18/20, Bi-Real-18, XNOR-ResNet-18.
+
+    name            widths             blocks per stage   a block holds      thresholds, RPReLU
+    reactnet18      64 128 256 512     4                  one convolution    yes
+    birealnet18     64 128 256 512     4                  one convolution    no
+    xnor_resnet18   64 128 256 512     2                  two convolutions   no
+    reactnet20      16 32 64           6                  one convolution    yes
+
+The first block of each stage but the first has stride 2 and a pooled 1x1 shortcut convolution. Stem
+"cifar": 3x3, stride 1; "imagenet": 7x7, stride 2, then max-pool 3x3, stride 2. Imports torch, bnnfree.nn.
+Ref: Liu et al. 2020 (ReActNet), 2018 (Bi-Real Net); Rastegari et al. 2016 (XNOR-Net); He et al. 2016.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bnnfree.nn import BinaryBlock, BlockShape, Design, expected_betas
+from models.stem import Trunk, check_stem, scale_width
+
+
+def _resnet(
+    widths: tuple[int, ...],
+    blocks: int,
+    classes: int,
+    channels: int,
+    *,
+    convs: int = 1,
+    width: float = 1.0,
+    stem: str = "cifar",
+    **options,
+) -> Trunk:
+    """The skeleton of the table above; `options` are the fields of bnnfree.nn.Design."""
+    design = Design(**options)
+    large = check_stem(stem) == "imagenet"
+    outs = [scale_width(w, width) for w in widths]
+    shapes = [
+        BlockShape(1, transition=b == 0 and s > 0, ref_resets=b == 0)
+        for s in range(len(outs))
+        for b in range(blocks)
+    ]
+    betas = iter(expected_betas(shapes, design.branch_factor, design.beta_mode))
+    layers: list[nn.Module] = []
+    cin = outs[0]
+    for s, cout in enumerate(outs):
+        for b in range(blocks):
+            stride = 2 if b == 0 and s > 0 else 1
+            layers.append(BinaryBlock(cin, cout, design, stride=stride, convs=convs, beta=next(betas)[0]))
+            cin = cout
+    first = design.make_stem(channels, outs[0], *((7, 2) if large else (3, 1)))
+    if large:
+        first.append(nn.MaxPool2d(3, stride=2, padding=1))
+    return Trunk(first, layers, cin, classes)
+
+
+def reactnet18(classes: int, channels: int = 3, **options) -> Trunk:
+    """ReActNet-18: ResNet-18 widths, a shortcut around every 3x3 binary convolution, RSign and RPReLU."""
+    return _resnet((64, 128, 256, 512), 4, classes, channels, **options)
+
+
+def reactnet20(classes: int, channels: int = 3, **options) -> Trunk:
+    """ReActNet-20: the same blocks in the shape of the CIFAR ResNet-20, 0.27 M weights; small enough for a CPU."""
+    return _resnet((16, 32, 64), 6, classes, channels, **options)
+
+
+def birealnet18(classes: int, channels: int = 3, **options) -> Trunk:
+    """Bi-Real-18: as ReActNet-18 with a bare sign and no activation on the trunk."""
+    return _resnet((64, 128, 256, 512), 4, classes, channels, react=False, **options)
+
+
+def xnor_resnet18(classes: int, channels: int = 3, **options) -> Trunk:
+    """XNOR-ResNet-18: as Bi-Real-18, but a shortcut spans two binary convolutions."""
+    return _resnet((64, 128, 256, 512), 2, classes, channels, convs=2, react=False, **options)
