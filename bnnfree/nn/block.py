@@ -28,6 +28,7 @@ class Design:
     binarize    "none" | "activations" | "weights" | "both"
     shortcut    weights of the 1x1 shortcut convolutions (their inputs are never signs): "real" | "binary"
     react       learnable thresholds and RPReLU (ReActNet); False: bare sign and identity (Bi-Real, XNOR)
+    standardize scaled weight standardisation of all convolutions
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
 
@@ -35,6 +36,7 @@ class Design:
     binarize: str = "both"
     shortcut: str = "binary"
     react: bool = True
+    standardize: bool | None = None
     alpha: float | None = None
     beta: str | None = None
     ste: str = "approx"
@@ -66,6 +68,14 @@ class Design:
     def window(self) -> str:
         return self.ste_window or self.rule.window
 
+    @property
+    def binary_options(self) -> dict:
+        """Options of the binary convolutions."""
+        return self._standardized(self.rule.binary)
+
+    def _standardized(self, options) -> dict:
+        return {**options, **({} if self.standardize is None else {"standardize": self.standardize})}
+
     def make_norm(self, channels: int) -> nn.Module:
         """The layer after a convolution of `channels` output channels."""
         return make_norm(self.norm, channels)
@@ -92,7 +102,7 @@ class Design:
             binary=binary,
             binary_input=signs,
             latent_std=self.latent_std,
-            **self.rule.binary,
+            **self.binary_options,
         )
 
     def make_shortcut(self, cin: int, cout: int) -> nn.Sequential:
@@ -103,15 +113,14 @@ class Design:
             1,
             binary=BINARIZE[self.binarize][1] and self.shortcut == "binary",
             latent_std=self.latent_std,
-            **{**self.rule.binary, "bias": False},
+            **{**self.binary_options, "bias": False},
         )
         return nn.Sequential(conv, self.make_norm(cout))
 
     def make_stem(self, channels: int, cout: int, kernel: int, stride: int) -> nn.Sequential:
         """The real convolution on the image, and its normaliser."""
-        conv = ScaledStdConv2d(
-            channels, cout, kernel, stride=stride, padding=kernel // 2, **self.rule.real
-        )
+        options = self._standardized(self.rule.real)
+        conv = ScaledStdConv2d(channels, cout, kernel, stride=stride, padding=kernel // 2, **options)
         return nn.Sequential(conv, self.make_norm(cout))
 
 
@@ -172,7 +181,7 @@ class BinaryBlock(nn.Module):
             branch += [design.make_norm(cout)]
         self.branch = nn.Sequential(*branch)
         self.shortcut = design.make_shortcut(cin, cout) if cin != cout and not duplicate else None
-        biased = bool(design.rule.binary.get("bias"))
+        biased = bool(design.binary_options.get("bias"))
         self.act = RPReLU(cout, input_shift=not biased) if design.react else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

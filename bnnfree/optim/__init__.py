@@ -1,0 +1,16 @@
+"""How weights move: gradient clipping, the flip optimiser, and who gets which. Torch and bnnfree.nn only."""
+
+from bnnfree.optim.agc import ClipRate, adaptive_grad_clip
+from bnnfree.optim.bop import Bop
+from bnnfree.optim.groups import OPTIMIZERS, describe_groups, find_head, make_optimizer, parameter_groups
+
+__all__ = [
+    "OPTIMIZERS",
+    "Bop",
+    "ClipRate",
+    "adaptive_grad_clip",
+    "describe_groups",
+    "find_head",
+    "make_optimizer",
+    "parameter_groups",
+]

@@ -1,0 +1,186 @@
+"""Which parameter gets which treatment, decided by the type of its module, and the optimisers made of that.
+
+Imports torch, bnnfree.errors and bnnfree.nn only. To add an optimiser: a function from groups and options
+to a list of torch optimisers, and its line in OPTIMIZERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from bnnfree.errors import BnnfreeError, pick
+from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
+from bnnfree.optim.bop import Bop
+
+KINDS = ("latent", "real", "affine", "head")
+LATENT = (BinaryConv2d, BinaryLinear)
+REAL = (WeightLayer, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, affine_lr_mult: float = 1.0, agc: bool = True
+) -> list[dict[str, Any]]:
+    """Optimiser groups of the trainable parameters of `model`, each parameter in exactly one of them.
+
+    kind    what                                                     lr                   decay  AGC
+    latent  `.weight` of BinaryConv2d, BinaryLinear, signed or not   lr                   yes    if agc
+    real    `.weight` of ScaledStdConv2d, nn.Conv*d, nn.Linear       lr                   yes    if agc
+    affine  all else: gains, scales, biases, RSign, RPReLU, norms    lr * affine_lr_mult  no     no
+    head    every parameter of `find_head(model)`                    lr                   no     no
+
+    Types include subclasses; names and numbers of dims decide nothing, so a rename changes nothing.
+    A parameter shared by several modules appears once: head before latent before real before affine.
+    Returns: non-empty groups in this order, dicts of params, names (full dotted ones), kind, lr, weight_decay
+    and agc (bool, read by `adaptive_grad_clip`).
+    Why affine has no AGC: a vector is one unit; biases that start at zero would be held to a gradient norm of
+    clip * eps (2e-5 for a clip of 0.02), which freezes them under SGD. Why the head has none: Brock et al.
+    2021 find that clipping the last linear layer costs accuracy.
+    Errors: BnnfreeError for a negative number, a model with nothing to train, a lazy layer not yet run.
+    """
+    for option, value in {"lr": lr, "weight_decay": weight_decay, "affine_lr_mult": affine_lr_mult}.items():
+        if not value >= 0:
+            raise BnnfreeError(f"parameter_groups: got {option} {value!r}, expected a number of at least 0.")
+    kinds = _kinds(model)
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
+    for name, param in model.named_parameters():
+        if isinstance(param, UninitializedParameter):
+            raise BnnfreeError(
+                f"parameter_groups: got the uninitialised parameter {name}, expected one with a shape. "
+                "Run one batch through the model first."
+            )
+        if param.requires_grad:
+            members[kinds.get(param, "affine")].append((name, param))
+    groups = [
+        {
+            "params": [param for _, param in named],
+            "names": [name for name, _ in named],
+            "kind": kind,
+            "lr": lr * affine_lr_mult if kind == "affine" else lr,
+            "weight_decay": weight_decay if kind in ("latent", "real") else 0.0,
+            "agc": agc and kind in ("latent", "real"),
+        }
+        for kind, named in members.items()
+        if named
+    ]
+    if not groups:
+        raise BnnfreeError(
+            f"parameter_groups: got a {type(model).__name__} in which no parameter requires a gradient, "
+            "expected at least one that does."
+        )
+    return groups
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """The classifier of `model`, found by structure: None if it has none that can be told.
+
+    A model with a method `get_classifier()` (timm's convention) answers for itself, None included. Otherwise
+    the last module of a REAL type (LATENT ones are WeightLayers, hence REAL), in the order of registration, is
+    the head if it is an nn.Linear; norms and activations may follow it. A classifier that is a convolution, or that is registered before
+    other layers, is found through `get_classifier` only.
+    """
+    if callable(ask := getattr(model, "get_classifier", None)):
+        head = ask()
+        if head is not None and not isinstance(head, nn.Module):
+            raise BnnfreeError(
+                f"{type(model).__name__}.get_classifier: got a {type(head).__name__}, expected a module. "
+                "Return the classifying layer."
+            )
+        return head
+    weighted = [module for module in model.modules() if isinstance(module, REAL)]
+    return weighted[-1] if weighted and isinstance(weighted[-1], nn.Linear) else None
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> str:
+    """A table with one line per group. Units: tensors counts parameters, values their elements."""
+    lines = [f"{'kind':<8}{'tensors':>8}{'values':>12}{'lr':>12}{'weight decay':>14}  AGC"]
+    for group in groups:
+        values = sum(param.numel() for param in group["params"])
+        lines.append(
+            f"{group['kind']:<8}{len(group['params']):>8}{values:>12,}{group['lr']:>12.3g}"
+            f"{group['weight_decay']:>14.3g}  {'yes' if group['agc'] else 'no'}"
+        )
+    return "\n".join(lines)
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]],
+    name: str,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    bop_gamma: float = 1e-4,
+    bop_threshold: float = 1e-8,
+    fused: bool | None = None,
+) -> list[torch.optim.Optimizer]:
+    """The optimisers `name` of OPTIMIZERS stands for, over copies of the dicts in `groups`.
+
+    adam, adamw  betas, eps               one optimiser over all groups
+    sgd          momentum, nesterov       one optimiser over all groups
+    bop          bop_gamma, bop_threshold Bop on the latent group (lr and decay do not apply), then Adam
+                 (betas, eps) on the rest. Bop replaces the latents by their signs, so the binary layers
+                 must have binary=True and standardize=False (Why: a row of equal signs standardises to 0).
+
+    Each takes its own options and ignores the others, so a recipe can pass them all. Each group keeps its lr
+    under "initial_lr": a schedule with factor f sets lr = f * initial_lr in every group of every optimiser.
+    fused: None is torch's default (foreach on a GPU, one tensor at a time on a CPU), True its one-pass kernel for
+    adam, adamw and sgd, faster on a CPU. Each repeats exactly; they differ from each other by rounding.
+    Errors: UnknownNameError; BnnfreeError from Bop, or when there is no latent group for it.
+    """
+    build = pick(OPTIMIZERS, name, "optimizer")
+    return build(
+        [{**group, "initial_lr": group["lr"]} for group in groups],
+        betas=betas,
+        eps=eps,
+        momentum=momentum,
+        nesterov=nesterov,
+        bop_gamma=bop_gamma,
+        bop_threshold=bop_threshold,
+        fused=fused,
+    )
+
+
+def _kinds(model: nn.Module) -> dict[Tensor, str]:
+    """The kind of every parameter that is not affine; tensors hash by identity."""
+    kinds: dict[Tensor, str] = {}
+    for kind, types in (("real", REAL), ("latent", LATENT)):  # the latter overrules: LATENT are WeightLayers
+        kinds |= {module.weight: kind for module in model.modules() if isinstance(module, types)}
+    head = find_head(model)
+    return kinds | {param: "head" for param in (head.parameters() if head is not None else ())}
+
+
+def _adam(groups, *, betas, eps, fused, **_) -> list[torch.optim.Optimizer]:
+    return [torch.optim.Adam(groups, betas=betas, eps=eps, fused=fused)]
+
+
+def _adamw(groups, *, betas, eps, fused, **_) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)]
+
+
+def _sgd(groups, *, momentum, nesterov, fused, **_) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, fused=fused)]
+
+
+def _bop(groups, *, bop_gamma, bop_threshold, **options) -> list[torch.optim.Optimizer]:
+    latent = [{**group, "weight_decay": 0.0} for group in groups if group["kind"] == "latent"]
+    rest = [group for group in groups if group["kind"] != "latent"]
+    if not latent:
+        raise BnnfreeError(
+            "optimizer 'bop': got no latent weights, expected a model with BinaryConv2d or BinaryLinear. "
+            "Use adam for a model with real weights only."
+        )
+    return [Bop(latent, bop_gamma, bop_threshold), *(_adam(rest, **options) if rest else [])]
+
+
+OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "bop": _bop,
+}

@@ -1,0 +1,23 @@
+"""From a recipe to a result: `load_recipe`, `fit`. Imports torch, torchvision, yaml, pydantic, tqdm.
+
+recipe (the schema), recipes (reading files), data + images + folder (what it trains on), losses, schedule,
+loop (a stage), run (all stages), checkpoint, report (metrics and curves), dist (torchrun).
+"""
+
+from bnnfree.train.checkpoint import load_checkpoint, load_model
+from bnnfree.train.data import load_data
+from bnnfree.train.loop import evaluate
+from bnnfree.train.recipe import Recipe
+from bnnfree.train.recipes import RecipeError, load_recipe
+from bnnfree.train.run import fit
+
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "evaluate",
+    "fit",
+    "load_checkpoint",
+    "load_data",
+    "load_model",
+    "load_recipe",
+]

@@ -1,0 +1,312 @@
+"""Data sets by name: `load_data(options)` finds one, splits it into train, val and test and measures it.
+
+To add a data set: one function (options, where) -> Source and one line of DATASETS. A source gives images as
+one uint8 array [N,H,W,C] per part, or as a list of files; everything after that is the same for all.
+
+The validation split is carved from the training images, the same way for every seed, unless the data set
+brings its own. Batches are the business of images.py, folders and decoding that of folder.py.
+
+Must not import bnnfree.nn, models, export or engine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from bnnfree.errors import BnnfreeWarning, DataError, pick
+from bnnfree.train.folder import check_root, decode_cached, list_tree, read_image, square
+from bnnfree.train.images import AUGMENTS, FILE_AUGMENTS, FileSplit, PixelSplit, Split
+
+DECODED_SIZE = 64  # images up to this size are decoded once and held in memory
+STREAMED_SIZE = 224  # the size of larger images where the recipe names none
+SPLIT_SEED = 20  # carves validation (and digits' test) images; no recipe changes it
+
+Stats = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation per channel, of pixel/255
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DataOptions(Protocol):
+    """The `data` section of a recipe, as far as this file reads it."""
+
+    name: str  # a key of DATASETS
+    root: str | None  # folder of the images or archives; digits and fake need none
+    image_size: int | None  # side in pixels; None: the data set's own
+    val_fraction: float  # share of the training images to validate on, in [0, 1)
+    augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), in order
+    bad_images: Literal["error", "skip"]
+    workers: int  # processes that read streamed images
+    download: bool  # fetch cifar10 or cifar100 if root lacks it
+    cache: str | None  # folder of decoded images; None: bnnfree/ in the user's cache folder
+    samples: int  # fake only: training images
+    classes: int  # fake only
+    channels: int  # fake only
+
+
+@dataclass
+class Data:
+    """A data set ready to train on. `mean` and `std` are per channel, of pixels scaled to 0..1."""
+
+    train: Split
+    val: Split | None
+    test: Split
+    classes: list[str]
+    channels: int
+    image_size: tuple[int, int]  # height, width
+    mean: list[float]
+    std: list[float]
+    unusable: int = 0  # bad files found while loading
+
+    @property
+    def skipped(self) -> int:
+        """Bad images left out so far: those found while loading and those found while streaming."""
+        return self.unusable + sum(split.skipped for split in (self.train, self.val, self.test) if split)
+
+
+@dataclass
+class Source:
+    """What a data set function returns: parts[train|test|val] = (images, labels) as the file's head says.
+
+    `stats` None means: measured on the training images.
+    """
+
+    classes: list[str]
+    parts: dict[str, tuple[np.ndarray, np.ndarray]]
+    size: int
+    channels: int = 3
+    stats: Stats | None = None
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+def load_data(options: DataOptions, *, where: str = "data") -> Data:
+    """Load the data set that `options` describes; `where` names the recipe's section in messages.
+
+    Errors: UnknownNameError for a name in no table; DataError for files that are missing or damaged, for
+    class folders that do not fit together and for a val_fraction that leaves nothing to validate on.
+    """
+    if not 0 <= options.val_fraction < 1:
+        raise DataError(f"{where}: val_fraction: got {options.val_fraction}, expected 0 <= val_fraction < 1.")
+    for name in options.augment:  # Why: before minutes of decoding; which table applies is known after
+        pick(AUGMENTS | FILE_AUGMENTS, name, f"{where}: augment")
+    source = pick(DATASETS, options.name, f"{where}: name")(options, where)
+    if options.val_fraction and "val" not in source.parts:
+        images, labels = source.parts["train"]
+        train, val = carve(images, labels, options.val_fraction)
+        if not len(val[1]):
+            raise DataError(
+                f"{where}: val_fraction: got {options.val_fraction}, which leaves no image to validate on;"
+                " expected a class with two training images or more. Set data.val_fraction=0."
+            )
+        source.parts |= {"train": train, "val": val}
+    stats = source.stats or measure(source.parts["train"][0])
+    return Data(
+        train=_split(source, "train", stats, options, where),
+        val=_split(source, "val", stats, options, where) if "val" in source.parts else None,
+        test=_split(source, "test", stats, options, where),
+        classes=source.classes,
+        channels=source.channels,
+        image_size=(source.size, source.size),
+        mean=list(stats[0]),
+        std=list(stats[1]),
+        unusable=len(source.bad),
+    )
+
+
+def _split(source: Source, part: str, stats: Stats, options: DataOptions, where: str) -> Split:
+    """One part of a source as the kind of split that its images call for; only train is augmented."""
+    images, labels = source.parts[part]
+    augment = options.augment if part == "train" else []
+    decoded = images.dtype == np.uint8
+    table: dict = AUGMENTS if decoded else FILE_AUGMENTS
+    for name in augment:
+        kind = "in memory" if decoded else f"over {DECODED_SIZE} pixels"
+        pick(table, name, f"{where}: augment of images {kind}")
+    if decoded:
+        return PixelSplit(images, labels, *stats, augment)
+    skip_bad = options.bad_images == "skip"
+    return FileSplit(
+        images, labels, *stats, augment, size=source.size, workers=options.workers, skip_bad=skip_bad
+    )
+
+
+def carve(images: np.ndarray, labels: np.ndarray, fraction: float):
+    """Split into ((images, labels) kept, (images, labels) held out), both in the old order.
+
+    Of the n images of a class round(n * fraction) are held out, but at least one and at most n - 1.
+    """
+    counts = np.bincount(labels)
+    held = np.minimum(np.maximum(np.rint(counts * fraction), 1), counts - 1)
+    keys = np.random.RandomState(SPLIT_SEED).random_sample(len(labels))  # Why: its stream is frozen for ever
+    order = np.lexsort((keys, labels))
+    place_in_class = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    out = np.zeros(len(labels), bool)
+    out[order] = place_in_class < held[labels[order]]
+    return (images[~out], labels[~out]), (images[out], labels[out])
+
+
+def measure(pixels: np.ndarray) -> Stats:
+    """Mean and standard deviation per channel of uint8 [N,H,W,C] scaled to 0..1; std is at least 1/255."""
+    counts = np.zeros((pixels.shape[3], 256), np.int64)
+    for first in range(0, len(pixels), 1024):
+        for channel, row in enumerate(counts):
+            row += np.bincount(pixels[first : first + 1024, ..., channel].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    share = counts / counts.sum(1, keepdims=True)
+    mean = share @ values
+    variance = (share * (values - mean[:, None]) ** 2).sum(1)
+    return mean.tolist(), np.sqrt(variance).clip(1 / 255).tolist()
+
+
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [N,H,W,C] scaled (bilinear, antialiased) to [N,size,size,C]; C is 1 or 3."""
+    if pixels.shape[1:3] == (size, size):
+        return pixels
+    scaled = [square(Image.fromarray(image.squeeze()), size) for image in pixels]
+    return np.stack(scaled).reshape(len(pixels), size, size, pixels.shape[3])
+
+
+def digits(options: DataOptions, where: str) -> Source:
+    """scikit-learn's 1797 handwritten digits, 8x8 grey scaled to 16x16; a fixed fifth of each class tests."""
+    from sklearn.datasets import load_digits
+
+    size = options.image_size or 16
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    train, test = carve(resized(pixels, size), bunch.target.astype(np.int64), 0.2)
+    return Source([str(digit) for digit in range(10)], {"train": train, "test": test}, size, channels=1)
+
+
+def cifar10(options: DataOptions, where: str) -> Source:
+    """CIFAR-10 in its Python archive: 50,000 training and 10,000 test images of 32x32."""
+    return _cifar(options, where, "CIFAR10", CIFAR10)
+
+
+def cifar100(options: DataOptions, where: str) -> Source:
+    """CIFAR-100 in its Python archive: 50,000 training and 10,000 test images of 32x32."""
+    return _cifar(options, where, "CIFAR100", CIFAR100)
+
+
+def _cifar(options: DataOptions, where: str, kind: str, stats: Stats) -> Source:
+    from torchvision import datasets
+
+    loader = getattr(datasets, kind)
+    if options.download and options.root:
+        Path(options.root).expanduser().mkdir(parents=True, exist_ok=True)
+    root = check_root(options.root, where)
+    size = options.image_size or 32
+    try:
+        halves = [loader(root, train=train, download=options.download) for train in (True, False)]
+    except (RuntimeError, OSError, ValueError) as error:
+        if options.download:
+            raise DataError(f"{where}: {kind} cannot be downloaded to {root}: {error}") from error
+        raise DataError(
+            f"{where}: root: got {root}, which lacks {kind}: no undamaged folder {loader.base_folder!r}. Set"
+            " data.download=true to fetch it, or data.name=image_folder for folders of image files."
+        ) from error
+    parts = {
+        part: (resized(half.data, size), np.asarray(half.targets, np.int64))
+        for part, half in zip(("train", "test"), halves, strict=True)
+    }
+    return Source(list(halves[0].classes), parts, size, stats=stats)
+
+
+def imagenet(options: DataOptions, where: str) -> Source:
+    """ImageNet unpacked as root/train/<class>/ and root/val/<class>/: an image_folder of known statistics."""
+    source = image_folder(options, where, size=STREAMED_SIZE)
+    source.stats = IMAGENET
+    return source
+
+
+def image_folder(options: DataOptions, where: str, size: int | None = None) -> Source:
+    """root/train and root/test or root/val, each with one folder per class; always 3 channels.
+
+    With both test/ and val/ the latter validates; a lone one of them is the test split and validation images
+    are carved from train/. Without an image_size, images whose first has a short side of up to 64 pixels keep
+    that side and larger ones become 224. Sizes up to 64 are decoded once, to the centre square, and cached.
+    """
+    tree = list_tree(options.root, where)
+    on_bad = _rejecter(options, where, tree.bad)
+    size = options.image_size or size or _own_size(tree.parts["train"][0], where)
+    images = [file for files, _ in tree.parts.values() for file in files]
+    labels = np.array([label for _, part in tree.parts.values() for label in part], np.int64)
+    owner = np.repeat(list(tree.parts), [len(files) for files, _ in tree.parts.values()])
+    items = np.array(images, object)
+    if size <= DECODED_SIZE:
+        items, unreadable = decode_cached(images, size, on_bad, options.cache)
+        labels, owner = np.delete(labels, unreadable), np.delete(owner, unreadable)
+    if tree.bad:
+        names = list(tree.bad)
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        message = f"{where}: {len(names)} bad images skipped: {shown}"
+        warnings.warn(message, BnnfreeWarning, stacklevel=3)
+    parts = {part: (items[owner == part], labels[owner == part]) for part in tree.parts}
+    for part, (_, part_labels) in parts.items():
+        for label in np.flatnonzero(np.bincount(part_labels, minlength=len(tree.classes)) == 0):
+            raise DataError(
+                f"{where}: class {tree.classes[label]!r} of the {part} split has no readable image."
+            )
+    stats = None if size <= DECODED_SIZE else IMAGENET
+    return Source(tree.classes, parts, size, stats=stats, bad=tree.bad)
+
+
+def _rejecter(options: DataOptions, where: str, bad: dict[str, str]) -> Callable[[str, str], None]:
+    """What to do with a bad file: note it in `bad` under bad_images=skip, else raise; `bad` itself counts."""
+
+    def on_bad(file: str, reason: str) -> None:
+        if options.bad_images != "skip":
+            raise DataError(f"{where}: {file} {reason}. Set data.bad_images=skip to leave such files out.")
+        bad[file] = reason
+
+    for file, reason in list(bad.items()):
+        on_bad(file, reason)
+    return on_bad
+
+
+def _own_size(files: list[str], where: str) -> int:
+    """The short side of the first readable image if it is small enough to decode once, else 224."""
+    for file in files:
+        image = read_image(file)
+        if not isinstance(image, str):
+            side = min(image.size)
+            return side if side <= DECODED_SIZE else STREAMED_SIZE
+    raise DataError(f"{where}: none of the {len(files)} training images can be read; the first: {files[0]}")
+
+
+def fake(options: DataOptions, where: str) -> Source:
+    """Noise over one coarse pattern per class: easy to learn, the same every time, for tests and dry runs.
+
+    `samples` training images and a quarter as many to test, at least one per class each.
+    """
+    size, channels, classes = options.image_size or 32, options.channels, options.classes
+    if min(classes, channels) < 1 or options.samples < classes:
+        raise DataError(
+            f"{where}: fake: got {options.samples} samples of {classes} classes with {channels} channels,"
+            " expected at least one class, one channel and one sample per class."
+        )
+    random = np.random.RandomState(SPLIT_SEED)
+    cell = np.arange(size) * 4 // size
+    patterns = random.randint(0, 128, (classes, 4, 4, channels), np.uint8)[:, cell][:, :, cell]
+    parts = {}
+    for part, count in (("train", options.samples), ("test", max(options.samples // 4, classes))):
+        labels = np.arange(count) % classes
+        noise = random.randint(0, 128, (count, size, size, channels), np.uint8)
+        parts[part] = patterns[labels] + noise, labels
+    return Source([f"class{label}" for label in range(classes)], parts, size, channels)
+
+
+DATASETS: dict[str, Callable[[DataOptions, str], Source]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "imagenet": imagenet,
+    "image_folder": image_folder,
+    "fake": fake,
+}

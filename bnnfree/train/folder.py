@@ -1,0 +1,279 @@
+"""Folders of images: list the files, say what is wrong with them, decode small images once and cache them.
+
+    root/train/<class>/**.jpg          the images to train on
+    root/test/<class>/**.jpg           and/or root/val: the held-out images, with the same class folders
+
+Hidden files and folders and the sidecars of file browsers are passed over; every other file must be an image
+that Pillow opens. Images become 8-bit RGB: grey is repeated, palettes are looked up, transparency is dropped,
+16-bit grey keeps its high byte, the first frame of an animation counts and EXIF orientation is ignored.
+
+Must not import torch, bnnfree.nn, models, export or engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from bnnfree.errors import BnnfreeWarning, DataError, nearest
+from bnnfree.files import replacing
+
+SIDECARS = {"thumbs.db", "desktop.ini", "__macosx"}
+CACHE_FORMAT = 1  # part of every cache key: raise it when the same files would decode to other pixels
+CHUNK = 64  # files per task of a decoding thread
+SMALL_FILE = 16_384  # bytes
+
+
+@dataclass
+class Tree:
+    """A listed image folder: `parts[name]` is (files, labels) with labels indexing the sorted `classes`.
+
+    `bad` maps a file that cannot be used to what is wrong with it; such files are in no part.
+    """
+
+    classes: list[str]
+    parts: dict[str, tuple[list[str], list[int]]]
+    bad: dict[str, str]
+
+
+def list_tree(root: str | None, where: str) -> Tree:
+    """List `root`. Its parts are train, test and, only where both test/ and val/ exist, val.
+
+    Errors: DataError for a root, a split or a class folder that is missing, empty or misnamed.
+    """
+    folder = check_root(root, where)
+    found, _ = _entries(folder)
+    expected = "expected train/ and test/ (or val/), each with one folder per class"
+    held_out = [name for name in ("test", "val") if name in found]
+    for name, there in (("train", "train" in found), ("test", bool(held_out))):
+        if not there:
+            raise DataError(
+                f"{where}: no folder {name!r} in {folder}: got {_shown(found)}, {expected}."
+                f"{nearest(name, set(found) - {'train'})}"
+            )
+    classes, _ = _entries(folder / "train")
+    if not classes:
+        raise DataError(f"{where}: {folder / 'train'} has no class folders: {expected}.")
+    sources = {"train": "train"} | dict(zip(("test", "val"), held_out, strict=False))
+    tree = Tree(classes, {}, {})
+    for part, name in sources.items():
+        tree.parts[part] = _list_part(folder / name, tree, where)
+    return tree
+
+
+def check_root(root: str | None, where: str) -> Path:
+    """`root` as an existing folder. Errors: DataError if it is None, missing, or a file."""
+    if not root:
+        raise DataError(f"{where}: root: got {root!r}, expected the folder that holds the images.")
+    folder = Path(root).expanduser()
+    if not folder.exists():
+        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise DataError(
+            f"{where}: root: got {str(folder)!r}, which does not exist, expected the folder that holds the"
+            f" images.{nearest(folder.name, siblings)}"
+        )
+    if not folder.is_dir():
+        raise DataError(f"{where}: root: got {str(folder)!r}, which is a file, expected a folder. Unpack it?")
+    return folder
+
+
+def _list_part(folder: Path, tree: Tree, where: str) -> tuple[list[str], list[int]]:
+    """(files, labels) below one split's folder in sorted order; unusable files go to `tree.bad`."""
+    names, strays = _entries(folder)
+    if names != tree.classes:
+        extra, missing = sorted(set(names) - set(tree.classes)), sorted(set(tree.classes) - set(names))
+        raise DataError(
+            f"{where}: the class folders of {folder} and of train/ differ: {_shown(missing)} missing,"
+            f" {_shown(extra)} only here. Both must have the same classes."
+            + (nearest(missing[0], extra) if missing else "")
+        )
+    tree.bad |= {str(folder / name): "lies outside the class folders" for name in strays}
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        inside = list(_walk(folder / name))
+        images = [path for path in inside if os.path.splitext(path)[1].lower() in _endings()]
+        if not images:
+            raise DataError(
+                f"{where}: class folder {folder / name} has no images: got {len(inside)} other files,"
+                " expected at least one image. Remove the folder if the class does not exist."
+            )
+        tree.bad |= {path: "is not an image file" for path in sorted(set(inside) - set(images))}
+        files += images
+        labels += [label] * len(images)
+    return files, labels
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """The sorted names of the folders and of the files in `folder`, without hidden ones and sidecars."""
+    with os.scandir(folder) as entries:
+        seen = sorted((entry.name, entry.is_dir()) for entry in entries if _counts(entry.name))
+    return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
+
+
+def _walk(folder: Path):
+    """Every counting file at any depth below `folder`, in a fixed order."""
+    folders, files = _entries(folder)
+    yield from (str(folder / name) for name in files)
+    for name in folders:
+        yield from _walk(folder / name)
+
+
+def _counts(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in SIDECARS
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more if names else "nothing"
+
+
+@cache
+def _endings() -> frozenset[str]:
+    """File name endings that some Pillow decoder claims, such as `.jpg`."""
+    endings = Image.registered_extensions()
+    return frozenset(ending for ending, kind in endings.items() if kind in Image.OPEN)
+
+
+def read_image(path: str) -> Image.Image | str:
+    """The file as an RGB image, or what is wrong with it as the end of the sentence `<path> ...`."""
+    try:
+        if os.path.getsize(path) == 0:
+            return "has zero bytes"
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in ("I", "F"):
+                return f"has 32-bit pixels (mode {image.mode}), expected 8 or 16 bits"
+            if image.mode.startswith(
+                "I;16"
+            ):  # Why: convert() may clip 16-bit values at 255 instead of scaling
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if (
+                "transparency" in image.info
+            ):  # Why: Pillow warns about a direct conversion; the colours are equal
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        return "is not an image that can be recognised"
+    except Exception as error:  # Why: on damaged bytes the decoders raise errors of many types
+        if isinstance(error, OSError) and error.strerror:
+            return f"cannot be read ({error.strerror})"
+        return f"is truncated or damaged ({error})"
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square of `image`, scaled (bilinear, antialiased): uint8 [size, size] or [size, size, C]."""
+    if image.size != (size, size):
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image)
+
+
+def decode(files: list[str], size: int, on_bad: Callable[[str, str], None]) -> tuple[np.ndarray, list[int]]:
+    """Decode every file into (pixels uint8 [N, size, size, 3] of the readable ones, indices of the others).
+
+    `on_bad(path, reason)` is told of each unreadable file, in order, and may raise.
+    """
+    from tqdm import tqdm
+
+    pixels = np.empty((len(files), size, size, 3), np.uint8)
+
+    def decode_chunk(first: int) -> dict[int, str]:
+        reasons = {}
+        for index in range(first, min(first + CHUNK, len(files))):
+            image = read_image(files[index])
+            if isinstance(image, str):
+                reasons[index] = image
+            else:
+                pixels[index] = square(image, size)
+        return reasons
+
+    bad: list[int] = []
+    bar = tqdm(total=len(files), desc="decoding images", unit="img", delay=1, disable=None)
+    lengths = [_stat(file)[0] for file in files[:100]]
+    # Why: on small files the interpreter lock makes two threads slower than one
+    threads = os.cpu_count() if sum(lengths) > SMALL_FILE * len(lengths) else 1
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for reasons in pool.map(decode_chunk, range(0, len(files), CHUNK)):
+            for index, reason in reasons.items():
+                on_bad(files[index], reason)
+            bad += reasons
+            bar.update(min(CHUNK, len(files) - bar.n))
+    return (np.delete(pixels, bad, axis=0) if bad else pixels), bad
+
+
+def decode_cached(
+    files: list[str], size: int, on_bad: Callable[[str, str], None], cache_folder: str | None
+) -> tuple[np.ndarray, list[int]]:
+    """What `decode` returns, from the cache file of exactly these files and this size where there is one.
+
+    A damaged cache is rebuilt and an unwritable folder is gone without, each with a BnnfreeWarning.
+    """
+    path = _cache_path(files, size, cache_folder)
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            pixels, bad, reasons = saved["pixels"], saved["bad"].tolist(), saved["reasons"].tolist()
+        if pixels.shape != (len(files) - len(bad), size, size, 3) or pixels.dtype != np.uint8:
+            raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}")
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # nothing cached yet
+    except Exception as error:  # Why: a damaged archive fails in many ways
+        message = f"image cache {path} cannot be used ({error}); decoding the images again."
+        warnings.warn(message, BnnfreeWarning, stacklevel=2)
+    else:
+        for index, reason in zip(bad, reasons, strict=True):
+            on_bad(files[index], reason)
+        return pixels, bad
+
+    told: list[str] = []
+
+    def note(file: str, reason: str) -> None:
+        on_bad(file, reason)
+        told.append(reason)
+
+    pixels, bad = decode(files, size, note)
+    if any(reason.startswith("cannot be read") for reason in told):
+        return pixels, bad  # Why: permissions or a network may be mended without the file changing
+    arrays = {"pixels": pixels, "bad": np.array(bad, np.int64), "reasons": np.array(told, np.str_)}
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+    except OSError as error:
+        message = (
+            f"image cache {path} cannot be written ({error.strerror or error}); the next run decodes the"
+            f" {len(files)} images again. Set data.cache to a folder that can be written."
+        )
+        warnings.warn(message, BnnfreeWarning, stacklevel=2)
+    return pixels, bad
+
+
+def _cache_path(files: list[str], size: int, cache_folder: str | None) -> Path:
+    """The cache file named by a hash of each file's path, length and modification time, and of `size`."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {size}".encode())
+    for file in files:
+        length, modified = _stat(file)
+        digest.update(os.fsencode(os.path.abspath(file)) + f"\0{length} {modified}\n".encode())
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(cache_folder or os.path.join(base, "bnnfree")).expanduser()
+    return folder / f"images-{digest.hexdigest()[:24]}.npz"
+
+
+def _stat(file: str) -> tuple[int, int]:
+    """(length in bytes, modification time in ns), or zeros for a link to nowhere."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns

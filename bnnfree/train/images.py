@@ -1,0 +1,296 @@
+"""The two kinds of split, pixels held in memory and image files read on demand, and their batches.
+
+Everything random about a training sample is a function of (seed, epoch) and of its position in the epoch's
+order, never of the batch it falls into, the rank, the worker or the device. So four batches of 32 in a row
+hold the pixels of one batch of 128, the ranks' parts make up the one-process batch, and an epoch can be
+resumed at any batch. torch's global random state is neither read nor changed.
+
+To add an augmentation: one function and one line of AUGMENTS (pixels in memory) or FILE_AUGMENTS (files).
+
+Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from bnnfree.errors import BnnfreeWarning, DataError
+from bnnfree.train.folder import read_image
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Mirror left-right the images whose first draw is below 0.5. Shapes: [B,H,W,C], draws [B,2] in [0,1)."""
+    return torch.where(draws[:, 0, None, None, None] < 0.5, images.flip(2), images)
+
+
+def crop(images: Tensor, draws: Tensor) -> Tensor:
+    """Pad by an eighth of the width with the mean pixel (0 once normalised), crop back at a random place."""
+    return _crop(images, draws, max(1, images.shape[2] // 8))
+
+
+def shift(images: Tensor, draws: Tensor) -> Tensor:
+    """`crop` by at most one pixel, for images as small as digits."""
+    return _crop(images, draws, 1)
+
+
+def _crop(images: Tensor, draws: Tensor, pad: int) -> Tensor:
+    """Crop [H,W] windows out of padded images as one gather. Shapes: [B,H,W,C], draws [B,2] in [0,1)."""
+    count, height, width, _ = images.shape
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    top, left = (draws * (2 * pad + 1)).long().unbind(1)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    return padded[sample, rows[:, :, None], columns[:, None, :]]
+
+
+AUGMENTS = {"flip": flip, "crop": crop, "shift": shift}
+
+
+def file_flip(image: Image.Image, size: int) -> Image.Image:
+    """Mirror left-right with probability 0.5."""
+    from torchvision.transforms import v2
+
+    return v2.RandomHorizontalFlip()(image)
+
+
+def file_crop(image: Image.Image, size: int) -> Image.Image:
+    """A random rectangle of 8 to 100 % of the area, sides 3:4 to 4:3, resized to size x size."""
+    from torchvision.transforms import v2
+
+    return v2.RandomResizedCrop(size, scale=(0.08, 1.0))(image)
+
+
+def centre(image: Image.Image, size: int) -> Image.Image:
+    """Resize the short side to size/0.875 (bilinear, antialiased) and take the centre size x size."""
+    from torchvision.transforms.v2 import functional
+
+    return functional.center_crop(functional.resize(image, [round(size / 0.875)]), [size, size])
+
+
+FILE_AUGMENTS = {"flip": file_flip, "crop": file_crop}
+
+
+class Split:
+    """Labelled images and the order they come in; a subclass says how they are read.
+
+    Both kinds of iterator yield (images, labels): float32 [B,C,H,W] in channels_last memory order, normalised
+    as (pixel/255 - mean)/std, and int64 [B]. `batch_size` counts the images of all `world` ranks together;
+    a rank takes every world-th image of each batch, so the parts of a batch differ by at most one image.
+    """
+
+    skipped = 0  # unreadable images left out so far
+
+    def __init__(
+        self, labels: np.ndarray, mean: Sequence[float], std: Sequence[float], augment: Sequence[str] = ()
+    ):
+        self.labels = torch.from_numpy(np.asarray(labels, np.int64))
+        self.mean, self.std, self.augment = tuple(mean), tuple(std), tuple(augment)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+    def train_steps(self, batch_size: int, world: int = 1) -> int:
+        """Batches per epoch. The last one may be smaller; one that would leave a rank empty is dropped.
+
+        Errors: DataError where not even one batch has an image for every rank.
+        """
+        if min(batch_size, len(self)) < world or world < 1:
+            raise DataError(
+                f"train_batches: got batch_size {batch_size} of {len(self)} images for {world} ranks,"
+                " expected at least one image for each rank."
+            )
+        whole, rest = divmod(len(self), batch_size)
+        return whole + (rest >= world)
+
+    def batches(
+        self, batch_size: int, *, device: str | torch.device = "cpu", rank: int = 0, world: int = 1
+    ) -> Batches:
+        """Every image once, in order and without augmentation; all ranks together cover each exactly once.
+
+        Ranks may yield different numbers of batches: collect their sums after the loop, not inside it.
+        """
+        parts = _parts(len(self), batch_size, rank, world)
+        yield from self._read(
+            torch.arange(len(self)), None, [part for part in parts if _length(part)], device
+        )
+
+    def train_batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device = "cpu",
+    ) -> Batches:
+        """The augmented batches of one epoch in its random order, from batch number `start` on."""
+        parts = _parts(len(self), batch_size, rank, world)[start : self.train_steps(batch_size, world)]
+        words = [seed & (2**64 - 1), epoch]
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+        order = torch.randperm(len(self), generator=generator)
+        yield from self._read(order, self._draw(generator), parts, device)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        """What augmentation needs to know about every position of an epoch. Shapes: [N, ...]."""
+        raise NotImplementedError
+
+    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+        """Batches of the images `order[part]`, augmented by `draws[part]` where there are draws."""
+        raise NotImplementedError
+
+    def _normaliser(self, device):
+        """uint8 [B,H,W,C] on `device` -> normalised float32 of that shape."""
+        # Why: dividing by a tensor rounds alike on every device; CUDA multiplies by 1/255 for a plain number
+        full, mean, std = (torch.tensor(value, device=device) for value in ([255.0], self.mean, self.std))
+        return lambda pixels: pixels.float().div_(full).sub_(mean).div_(std)
+
+
+def _parts(count: int, batch_size: int, rank: int, world: int) -> list[slice]:
+    """The positions that `rank` takes of each batch of an epoch of `count` images."""
+    if not 0 <= rank < world or batch_size < 1:
+        raise DataError(
+            f"batches: got batch_size {batch_size}, rank {rank}, world {world};"
+            " expected batch_size >= 1 and 0 <= rank < world."
+        )
+    return [
+        slice(first + rank, min(first + batch_size, count), world) for first in range(0, count, batch_size)
+    ]
+
+
+def _length(part: slice) -> int:
+    return len(range(part.start, part.stop, part.step))
+
+
+class PixelSplit(Split):
+    """Decoded images held in memory. Shapes: pixels uint8 [N,H,W,C], labels [N]."""
+
+    def __init__(self, pixels: np.ndarray, labels, mean, std, augment: Sequence[str] = ()):
+        super().__init__(labels, mean, std, augment)
+        self.pixels = torch.from_numpy(pixels)
+
+    def to(self, device: str | torch.device) -> PixelSplit:
+        """Move the images to `device` and keep them there; batches on another device move them again."""
+        self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
+        return self
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return torch.rand(len(self), len(self.augment), 2, generator=generator)
+
+    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+        self.to(device)
+        pixels, labels, normalise = self.pixels, self.labels, self._normaliser(device)
+        order = order.to(device)
+        draws = None if draws is None else draws.to(device)
+        for part in parts:
+            index = order[part]
+            images = normalise(pixels[index])
+            if draws is not None:
+                for column, name in enumerate(self.augment):
+                    images = AUGMENTS[name](images, draws[part, column])
+            yield images.permute(0, 3, 1, 2), labels[index]
+
+
+class FileSplit(Split):
+    """Images read from their files, by `workers` processes, each time a batch is made. Shapes: size x size.
+
+    An image is first seen to be unreadable when its batch is made. With `skip_bad` it is then dropped, which
+    makes that batch smaller, and counted in `skipped` (with one BnnfreeWarning, at the first); else, and
+    where no image of a batch can be read, it is a DataError.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str] | np.ndarray,
+        labels,
+        mean,
+        std,
+        augment: Sequence[str] = (),
+        *,
+        size: int,
+        workers: int = 0,
+        skip_bad: bool = False,
+    ):
+        super().__init__(labels, mean, std, augment)
+        # Why: a bytes array is one block that forked workers share; a list of str is copied page by page
+        self.files = np.array([os.fsencode(file) for file in files])
+        self.size, self.workers, self.skip_bad = size, workers, skip_bad
+        self._bad: set[int] = set()
+
+    @property
+    def skipped(self) -> int:  # type: ignore[override]
+        """How many files have been found unreadable and dropped so far."""
+        return len(self._bad)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return torch.randint(2**31, (len(self),), generator=generator)
+
+    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+        seeds = torch.full((len(self),), -1) if draws is None else draws
+        tasks = (list(zip(order[part].tolist(), seeds[part].tolist(), strict=True)) for part in parts)
+        loader = torch.utils.data.DataLoader(
+            _Reader(self.files, self.size, self.augment),
+            batch_sampler=tasks,  # type: ignore[arg-type]
+            collate_fn=_collate,
+            num_workers=self.workers,
+            pin_memory=torch.device(device).type == "cuda",
+            generator=torch.Generator(),  # Why: without one, the loader draws from torch's global state
+        )
+        normalise = self._normaliser(device)
+        for pixels, index, reasons in loader:
+            self._report(reasons, len(index))
+            images = normalise(pixels.to(device, non_blocking=True))
+            yield images.permute(0, 3, 1, 2), self.labels[index].to(device, non_blocking=True)
+
+    def _report(self, reasons: dict[int, str], readable: int) -> None:
+        """Raise for or count the unreadable images {index: reason} of a batch with `readable` good ones."""
+        for index, reason in reasons.items():
+            message = f"{os.fsdecode(self.files[index])} {reason}."
+            if not self.skip_bad:
+                raise DataError(f"data: {message} Set data.bad_images=skip to leave such files out.")
+            if not readable:
+                raise DataError(f"data: no image of a batch can be read; the first: {message}")
+            if not self._bad:
+                message += " This and further unreadable images are left out of their batches and counted."
+                warnings.warn(message, BnnfreeWarning, stacklevel=2)
+            self._bad.add(index)
+
+
+class _Reader(torch.utils.data.Dataset):
+    """What a worker process runs: (file index, seed or -1) -> (pixels uint8 [H,W,3] or reason, index)."""
+
+    def __init__(self, files: np.ndarray, size: int, augment: tuple[str, ...]):
+        self.files, self.size, self.augment = files, size, augment
+
+    def __getitem__(self, task: tuple[int, int]) -> tuple[np.ndarray | str, int]:
+        index, seed = task
+        image = read_image(os.fsdecode(self.files[index]))
+        if isinstance(image, str):
+            return image, index
+        augment = self.augment if seed >= 0 else ()
+        with torch.random.fork_rng(devices=[]):  # Why: torchvision's transforms only know the global state
+            torch.default_generator.manual_seed(max(seed, 0))
+            for name in augment:
+                image = FILE_AUGMENTS[name](image, self.size)
+        return np.asarray(image if "crop" in augment else centre(image, self.size)), index
+
+
+def _collate(samples: list[tuple[np.ndarray | str, int]]) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """(pixels uint8 [B,H,W,3], indices [B], what is wrong by index) of the samples of one batch."""
+    good = [(pixels, index) for pixels, index in samples if not isinstance(pixels, str)]
+    reasons = {index: reason for reason, index in samples if isinstance(reason, str)}
+    pixels = np.stack([pixels for pixels, _ in good]) if good else np.empty((0, 1, 1, 3), np.uint8)
+    return torch.from_numpy(pixels), torch.tensor([index for _, index in good], dtype=torch.int64), reasons

@@ -1,0 +1,252 @@
+"""One stage of training: the network, what moves it, one epoch of it, one evaluation. Prints nothing.
+
+Imports torch, bnnfree.nn, bnnfree.optim and its own room; never models, export, engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnnfree.errors import BnnfreeError
+from bnnfree.nn import BinaryConv2d, BinaryLinear, anneal_signs, calibrate, update_input_means
+from bnnfree.optim import ClipRate, adaptive_grad_clip, make_optimizer, parameter_groups
+from bnnfree.train.data import Data
+from bnnfree.train.dist import Dist
+from bnnfree.train.images import Split
+from bnnfree.train.losses import LOSSES
+from bnnfree.train.recipe import Recipe
+from bnnfree.train.schedule import lr_factor
+
+
+class TrainingError(BnnfreeError):
+    """Training cannot go on: the loss is not finite."""
+
+
+class Stage:
+    """A stage of a recipe in progress: model, average, optimisers, and the sums of the running epoch.
+
+    index, epoch, step   the stage's number, the epoch within it, the optimiser steps done within that
+    first_epoch          epochs of the stages before: with `epoch` it decides order and augmentation
+
+    A step is `recipe.accumulate` forward passes of `data.batch_size` samples over all processes, one
+    backward each, AGC, the optimisers, the running means of centred layers, and the weights' average.
+    """
+
+    def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None):
+        self.recipe, self.index, self.data, self.dist, self.teacher = recipe, index, data, dist, teacher
+        self.epoch, self.step = 0, 0
+        self.epochs = recipe.stages[index].epochs
+        self.first_epoch = sum(stage.epochs for stage in recipe.stages[:index])
+        passes = data.train.train_steps(recipe.data.batch_size, dist.world)
+        self.steps = math.ceil(passes / recipe.accumulate)
+        self.model = model.to(dist.device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
+        self.optimizers = self._make_optimizers()
+        self.net = self.model
+        if dist.world > 1:
+            self.net = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=None if dist.device.type == "cpu" else [dist.device], broadcast_buffers=False
+            )
+        self.compiled = torch.compile(self.net, dynamic=False) if recipe.compile else self.net
+        self.clip_rate = ClipRate()
+        self._start_epoch()
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        options, stage = self.recipe.optimizer, self.recipe.stages[self.index]
+        groups = parameter_groups(
+            self.model,
+            lr=stage.lr or options.lr,
+            weight_decay=options.weight_decay if stage.weight_decay is None else stage.weight_decay,
+            affine_lr_mult=options.affine_lr_mult,
+            agc=self.recipe.agc.clip is not None,
+        )
+        passed = options.model_dump(exclude={"name", "lr", "affine_lr_mult", "weight_decay"})
+        return make_optimizer(groups, options.name, **passed)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimisers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts: the average if there is one."""
+        return self.model if self.average is None else self.average
+
+    def calibrate(self) -> None:
+        """Set the data-dependent constants from the first training images in a random order, not augmented."""
+        images = []
+        wanted = self.recipe.free.calibration
+        batches = self.data.train.train_batches(
+            self.recipe.data.batch_size, seed=self.recipe.seed, epoch=self.first_epoch, device=self.dist.device
+        )
+        for batch, _ in batches:
+            images.append(batch)
+            wanted -= len(batch)
+            if wanted <= 0:
+                break
+        calibrate(self.model, torch.cat(images)[: self.recipe.free.calibration])
+        if self.average is not None:
+            self.average.load_state_dict(self.model.state_dict())
+
+    def _start_epoch(self) -> None:
+        self.step = 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.dist.device)  # loss, correct, samples
+        self.clip_rate.reset()
+        self.signs = {name: m.weight.detach() >= 0 for name, m in self._binary_layers()}
+
+    def _binary_layers(self):
+        for name, module in self.model.named_modules():
+            if isinstance(module, BinaryConv2d | BinaryLinear) and module.binary:
+                yield name, module
+
+    def train_epoch(self, after_step: Callable[[], None]) -> dict[str, Any]:
+        """Train what is left of the epoch; `after_step` is called after each optimiser step. Returns its metrics."""
+        self.model.train()
+        recipe = self.recipe
+        batches = self.data.train.train_batches(
+            recipe.data.batch_size,
+            seed=recipe.seed,
+            epoch=self.first_epoch + self.epoch,
+            start=self.step * recipe.accumulate,
+            rank=self.dist.rank,
+            world=self.dist.world,
+            device=self.dist.device,
+        )
+        while self.step < self.steps:
+            lr = self._take_step(list(itertools.islice(batches, recipe.accumulate)))
+            self.step += 1
+            if self.step % 50 == 0 or self.step == self.steps or self.dist.device.type == "cpu":
+                self._check_finite()
+            after_step()
+        loss, correct, samples = self.dist.sum_(self.sums.clone()).tolist()
+        metrics = {
+            "stage": recipe.stages[self.index].name,
+            "epoch": self.first_epoch + self.epoch + 1,
+            "loss": loss / samples,
+            "top1": 100 * correct / samples,
+            "lr": lr,
+            "flips": self._flips(),
+            "agc_rate": self.clip_rate.mean(),
+        }
+        self.epoch += 1
+        self._start_epoch()
+        return metrics
+
+    def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> float:
+        recipe, done = self.recipe, self.epoch * self.steps + self.step
+        total_steps = self.epochs * self.steps
+        options = recipe.schedule.model_dump(exclude={"name"})
+        factor = lr_factor(recipe.schedule.name, done, total_steps, **options)
+        for param_group in self.groups:
+            param_group["lr"] = factor * param_group["initial_lr"]
+        anneal_signs(self.model, done / total_steps)
+        samples = self.dist.sum_(torch.tensor(float(sum(len(y) for _, y in group)), device=self.dist.device))
+        for i, (images, labels) in enumerate(group):
+            last = i == len(group) - 1
+            with self.net.no_sync() if self.dist.world > 1 and not last else nullcontext():
+                self._backward(images, labels, samples)
+        if recipe.agc.clip is not None:
+            rates = adaptive_grad_clip(self.groups, recipe.agc.clip, recipe.agc.eps)
+            self.clip_rate.update(self.groups, rates)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if recipe.free.track:
+            update_input_means(self.model, recipe.free.window, self.dist.sum_)
+        if self.average is not None:
+            self._move_average()
+        return factor * recipe.optimizer.lr if recipe.stages[self.index].lr is None else self.groups[0]["lr"]
+
+    def _backward(self, images: Tensor, labels: Tensor, samples: Tensor) -> None:
+        recipe = self.recipe
+        # a batch of another size would be compiled anew: the epoch's last one runs as it is
+        whole = len(images) * self.dist.world == recipe.data.batch_size
+        net = self.compiled if whole else self.net
+        with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            logits = net(images)
+            with torch.no_grad():
+                taught = None if self.teacher is None else self.teacher(images)
+        loss = LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing)
+        (loss * (self.dist.world / samples)).backward()
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum()
+            self.sums += torch.stack([loss.double(), correct.double(), correct.new_tensor(len(labels)).double()])
+
+    def _move_average(self) -> None:
+        assert self.average is not None
+        old, new = self.average.state_dict(), self.model.state_dict()
+        moving = [k for k in old if old[k].is_floating_point()]
+        share = 1 - self.recipe.ema.decay
+        torch._foreach_lerp_([old[k] for k in moving], [new[k] for k in moving], share)
+        for k in old:
+            if not old[k].is_floating_point():
+                old[k].copy_(new[k])
+
+    def _flips(self) -> dict[str, float]:
+        """Share of each layer's weights whose sign is another than at the start of the epoch."""
+        layers = list(self._binary_layers())
+        changed = [((m.weight.detach() >= 0) != self.signs[name]).float().mean() for name, m in layers]
+        values = torch.stack(changed).tolist() if changed else []
+        return dict(zip((name for name, _ in layers), values, strict=True))
+
+    def _check_finite(self) -> None:
+        if not torch.isfinite(self.sums[0]):
+            raise TrainingError(
+                f"stage {self.index} epoch {self.epoch + 1}, at step {self.step} of {self.steps}: the loss is not "
+                "finite. A lower optimizer.lr, a warm-up (schedule.warmup_steps) or agc.clip=0.02 may help."
+            )
+
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs to go on as if nothing had happened."""
+        return {
+            "stage": self.index,
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "sums": self.sums,
+            "clip_rate": self.clip_rate.state_dict(),
+            "signs": self.signs,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to where `state` was taken."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.sums = state["sums"].to(self.dist.device)
+        self.clip_rate.load_state_dict(state["clip_rate"])
+        self.signs = {name: signs.to(self.dist.device) for name, signs in state["signs"].items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, dist: Dist, batch_size: int = 256, precision: str = "fp32"
+) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 accuracy (percent) of `model` over `split`, summed over processes."""
+    was_training = model.training
+    model.eval()
+    dist.same_buffers(model)
+    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)
+    for images, labels in split.batches(batch_size, device=dist.device, rank=dist.rank, world=dist.world):
+        with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images).float()
+        ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss.double(), (ranks < 1).sum().double(), (ranks < 5).sum().double(), ranks.new_tensor(len(ranks)).double()])
+    model.train(was_training)
+    loss, top1, top5, samples = dist.sum_(sums).tolist()
+    return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}

@@ -1,0 +1,256 @@
+"""The schema of a recipe: every key, its type, its default and what it means. Reading files is `recipes.py`.
+
+Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never models, export, engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from bnnfree import errors
+from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SHORTCUTS, STE_WINDOWS, STES
+from bnnfree.optim import OPTIMIZERS
+from bnnfree.train.data import DATASETS
+from bnnfree.train.images import AUGMENTS
+from bnnfree.train.losses import LOSSES
+from bnnfree.train.schedule import SCHEDULES
+
+
+def _one_of(table):
+    """A string that is a key of `table`."""
+
+    def check(value: str) -> str:
+        if value not in table:
+            message = f"got {value!r}, expected one of {', '.join(table)}.{errors.nearest(value, table)}"
+            raise PydanticCustomError("unknown_name", "{message}", {"message": message})
+        return value
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def _contradiction(message: str) -> PydanticCustomError:
+    return PydanticCustomError("contradiction", "{message}", {"message": message})
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class ModelRecipe(_Part):
+    """What is trained."""
+
+    name: str
+    """architecture: a name of models.MODELS"""
+    norm: _one_of(NORMS) = "free"  # type: ignore[valid-type]
+    """what stands in for batch normalisation: none | bn | free | free_paper"""
+    width: float = Field(1.0, gt=0)
+    """multiplier of every layer's channels"""
+    binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]
+    """what is 1 bit: none | activations | weights | both; a stage may say otherwise"""
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"
+    """first layer: cifar keeps the resolution; auto takes imagenet for images above 64 pixels"""
+    shortcut: _one_of(SHORTCUTS) = "binary"  # type: ignore[valid-type]
+    """weights of the 1x1 shortcut convolutions: real | binary (their inputs are real)"""
+    standardize: bool | None = None
+    """scaled weight standardisation; null: the normaliser's own"""
+    alpha: float | None = None
+    """factor of each block's branch; null: the normaliser's own"""
+    beta: _one_of(BETA_MODES) | None = None  # type: ignore[valid-type]
+    """expected-variance bookkeeping: nf | ref | measured | none; null: the normaliser's own"""
+    ste: _one_of(STES) = "approx"  # type: ignore[valid-type]
+    """straight-through estimator of the activations: approx | clip | swish | sigmoid | ede | identity"""
+    ste_window: _one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
+    """window of that estimator: fixed | sample; null: the normaliser's own"""
+    pad_value: Literal[0, 1, -1] = 0
+    """what the padding of binary convolutions carries"""
+    latent_std: float | None = Field(0.04, gt=0)
+    """deviation of the initial latent weights, where they are standardised; about 10 times the learning rate"""
+
+
+class DataRecipe(_Part):
+    """What it is trained on."""
+
+    name: _one_of(DATASETS)  # type: ignore[valid-type]
+    """data set: digits | cifar10 | cifar100 | imagenet | image_folder | fake"""
+    root: str | None = None
+    """folder of the files"""
+    batch_size: int = Field(128, ge=1)
+    """samples per forward pass, over all processes together"""
+    image_size: int | None = Field(None, ge=4)
+    """side of the square images, pixels; null: the data set's own"""
+    augment: list[_one_of(AUGMENTS)] = []  # type: ignore[valid-type]
+    """random changes of training images, in order: flip | crop | shift (small images)"""
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    """share of the training images held out to choose the best epoch"""
+    download: bool = False
+    """fetch cifar10 / cifar100 into root when it is not there"""
+    bad_images: Literal["error", "skip"] = "error"
+    """what to do with files that are no whole images: stop, or skip and count them"""
+    workers: int = Field(2, ge=0)
+    """processes that read large images"""
+    cache: str | None = None
+    """folder for decoded small images; null: bnnfree in the user's cache folder"""
+    samples: int = Field(512, ge=8)
+    """size of the fake data set"""
+    classes: int = Field(10, ge=2)
+    """classes of the fake data set"""
+    channels: int = Field(3, ge=1)
+    """channels of the fake data set"""
+
+
+class StageRecipe(_Part):
+    """One leg of training; weights go on to the next, optimiser and schedule start anew."""
+
+    name: str = "train"
+    """what metrics.jsonl calls it"""
+    epochs: int = Field(ge=1)
+    """passes over the training images"""
+    binarize: _one_of(BINARIZE) | None = None  # type: ignore[valid-type]
+    """what is 1 bit in this stage; null: model.binarize"""
+    lr: float | None = Field(None, gt=0)
+    """null: optimizer.lr"""
+    weight_decay: float | None = Field(None, ge=0)
+    """null: optimizer.weight_decay"""
+
+
+class OptimizerRecipe(_Part):
+    """How weights move."""
+
+    name: _one_of(OPTIMIZERS) = "adam"  # type: ignore[valid-type]
+    """adam | adamw | sgd | bop (Bop on binary weights, Adam on the rest)"""
+    lr: float = Field(1e-3, gt=0)
+    """peak learning rate"""
+    affine_lr_mult: float = Field(1.0, gt=0)
+    """factor on lr for gains, biases, thresholds and slopes"""
+    weight_decay: float = Field(0.0, ge=0)
+    """of convolution weights, and of nothing else"""
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """adam, adamw"""
+    eps: float = Field(1e-8, gt=0)
+    """adam, adamw"""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """sgd"""
+    nesterov: bool = False
+    """sgd"""
+    bop_gamma: float = Field(1e-4, gt=0, le=1)
+    """bop: share of the new gradient in its average"""
+    bop_threshold: float = Field(1e-8, ge=0)
+    """bop: how strong the average must be to flip a bit"""
+
+
+class ScheduleRecipe(_Part):
+    """How the learning rate moves within a stage; its last step is never at zero."""
+
+    name: _one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
+    """linear | cosine | step | constant"""
+    warmup_steps: int = Field(0, ge=0)
+    """optimiser steps of linear ramp at the start"""
+    milestones: list[float] = []
+    """step: shares of the stage in (0, 1) at which lr is multiplied by gamma"""
+    gamma: float = Field(0.1, gt=0, lt=1)
+    """step: that factor"""
+
+
+class AgcRecipe(_Part):
+    """Adaptive gradient clipping of convolution weights."""
+
+    clip: float | Literal["auto"] | None = "auto"
+    """largest ratio of gradient norm to weight norm per output channel; null: off; auto: the normaliser's own"""
+    eps: float = Field(1e-3, gt=0)
+    """smallest weight norm assumed"""
+
+
+class LossRecipe(_Part):
+    """What is minimised."""
+
+    name: _one_of(LOSSES) = "cross_entropy"  # type: ignore[valid-type]
+    """cross_entropy | distribution (cross entropy against a teacher's probabilities)"""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """cross_entropy: share of the target spread over all classes"""
+    teacher: str | None = None
+    """distribution: a checkpoint or run folder of ours, or torchvision:NAME"""
+
+
+class EmaRecipe(_Part):
+    """Exponential moving average of the weights, which is then what is evaluated and kept as best."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """share kept per step; null: off"""
+
+
+class FreeRecipe(_Part):
+    """The constants of centred convolutions (norms that have them)."""
+
+    window: float = Field(256.0, gt=0)
+    """samples over which the running mean of a layer's inputs looks back"""
+    calibration: int = Field(512, ge=1)
+    """training images of the pass that sets the constants at the start of a stage"""
+    track: bool = True
+    """false: input means stay at their calibration"""
+
+
+class Recipe(_Part):
+    """A whole training: what, on what, how, in which stages."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    stages: list[StageRecipe] = Field(min_length=1)
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    agc: AgcRecipe = AgcRecipe()
+    loss: LossRecipe = LossRecipe()
+    ema: EmaRecipe = EmaRecipe()
+    free: FreeRecipe = FreeRecipe()
+    accumulate: int = Field(1, ge=1)
+    """forward passes per optimiser step"""
+    seed: int = Field(0, ge=0)
+    """of initial weights, order and augmentation"""
+    deterministic: bool = True
+    """the same bits from the same recipe on the same machine"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; products of signs stay exact"""
+    compile: bool = False
+    """torch.compile the network (needs a C++ compiler on a CPU)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train"""
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    """time between checkpoints within an epoch; one is always written at its end"""
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Recipe:
+        if self.loss.name == "distribution" and self.loss.teacher is None:
+            raise _contradiction("loss.name is 'distribution' but loss.teacher is not given")
+        if self.loss.name != "distribution" and self.loss.teacher is not None:
+            raise _contradiction(f"loss.teacher is given but loss.name is {self.loss.name!r}, not 'distribution'")
+        if self.loss.name == "distribution" and self.loss.label_smoothing:
+            raise _contradiction("loss.label_smoothing belongs to loss.name 'cross_entropy', not 'distribution'")
+        if self.schedule.name == "step" and not self.schedule.milestones:
+            raise _contradiction("schedule.name is 'step' but schedule.milestones is empty")
+        if self.schedule.name != "step" and self.schedule.milestones:
+            raise _contradiction(f"schedule.milestones is given but schedule.name is {self.schedule.name!r}")
+        if any(not 0 < m < 1 for m in self.schedule.milestones):
+            raise _contradiction("schedule.milestones are shares of a stage, each between 0 and 1")
+        if isinstance(self.agc.clip, float) and self.agc.clip <= 0:
+            raise _contradiction(f"agc.clip: got {self.agc.clip}, expected a number above 0, null or auto")
+        rule = NORMS[self.model.norm]
+        standardized = self.model.standardize
+        if standardized is None:
+            standardized = rule.binary.get("standardize", False)
+        if self.optimizer.name == "bop" and standardized:
+            raise _contradiction(
+                "optimizer.name is 'bop', whose weights are signs already, but the weights are standardised; "
+                "set model.standardize=false"
+            )
+        for i, stage in enumerate(self.stages):
+            signs = stage.binarize or self.model.binarize
+            if self.optimizer.name == "bop" and not BINARIZE[signs][1]:
+                raise _contradiction(
+                    f"optimizer.name is 'bop', which holds weights of +-1 only, but stages.{i} has real weights "
+                    f"(binarize: {signs})"
+                )
+        if self.agc.clip == "auto":
+            self.agc.clip = rule.agc
+        return self

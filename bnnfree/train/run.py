@@ -1,0 +1,274 @@
+"""A whole run: the stages of a recipe, one after the other, in one folder that can be resumed.
+
+Imports torch, tqdm and its own room; the model builders are passed in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.optim import describe_groups
+from bnnfree.train import dist as processes
+from bnnfree.train.checkpoint import (
+    Builders,
+    build_model,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    origin,
+    save_checkpoint,
+)
+from bnnfree.train.data import Data, load_data
+from bnnfree.train.dist import Dist
+from bnnfree.train.loop import Stage, evaluate
+from bnnfree.train.recipe import Recipe
+from bnnfree.train.recipes import save_recipe
+from bnnfree.train.report import Report, machine, write_json
+
+ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json")
+
+
+class Run:
+    """A recipe on its way to a result in `folder`."""
+
+    def __init__(self, recipe: Recipe, builders: Builders, folder: Path, data: Data, dist: Dist):
+        self.recipe, self.builders, self.folder, self.data, self.dist = recipe, builders, folder, data, dist
+        self.data_info: dict[str, Any] = {
+            "classes": list(data.classes),
+            "channels": data.channels,
+            "image_size": list(data.image_size),
+            "mean": list(data.mean),
+            "std": list(data.std),
+        }
+        self.origin = origin()
+        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.seconds = 0.0
+        self.stage = self._start_stage(0, None)
+
+    def _start_stage(self, index: int, weights) -> Stage:
+        torch.manual_seed(self.recipe.seed + index)
+        binarize = self.recipe.stages[index].binarize
+        model = build_model(self.recipe, self.builders, self.data_info, binarize)
+        if weights is not None:
+            load_weights(model, weights, f"stage {index} taking over from stage {index - 1}")
+        return Stage(self.recipe, index, model, self.data, self.dist, self._teacher())
+
+    def _teacher(self) -> nn.Module | None:
+        if self.recipe.loss.teacher is None:
+            return None
+        teacher = load_teacher(self.recipe.loss.teacher, self.builders, self.data)
+        return teacher.to(self.dist.device, memory_format=torch.channels_last)
+
+    def state(self) -> dict[str, Any]:
+        """What last.pt holds."""
+        recipe = self.recipe
+        return {
+            **self.stage.state(),
+            "recipe": recipe.model_dump(),
+            "binarize": recipe.stages[self.stage.index].binarize or recipe.model.binarize,
+            "data": self.data_info,
+            "origin": self.origin,
+            "history": self.report.history,
+            "best": self.best,
+            "seconds": self.seconds + time.monotonic() - self.started,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.dist.device.type == "cuda" else [],
+        }
+
+    def load(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Go back to where last.pt was written; returns the metrics up to there."""
+        theirs, ours = state["recipe"], self.recipe.model_dump()
+        changed = [f"{k} ({theirs.get(k)} -> {ours[k]})" for k in ours if theirs.get(k) != ours[k]]
+        changed = [text for text in changed if not text.startswith(("device ", "checkpoint_minutes "))]
+        if changed:
+            raise CheckpointError(
+                f"run folder {self.folder}: was trained by another recipe; what differs: {'; '.join(changed)}. "
+                "Resume with the same recipe and overrides, or train into another --out."
+            )
+        if state["data"] != self.data_info:
+            raise CheckpointError(f"run folder {self.folder}: was trained on other data (classes, size or statistics).")
+        if state["stage"] != self.stage.index:
+            self.stage = self._start_stage(state["stage"], state["model"])
+        self.stage.load(state)
+        self.best, self.seconds = state["best"], state["seconds"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and self.dist.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return state["history"]
+
+    def train(self, resumed: dict[str, Any] | None, quiet: bool = False) -> dict[str, Any]:
+        """Run every stage that is left, choose the best epoch, test it. Returns what result.json holds."""
+        history = self.load(resumed) if resumed is not None else []
+        self.started = time.monotonic()
+        self.report = Report(self.folder, history) if self.dist.main else _Silent(history)
+        try:
+            with self._bar(quiet) as self.bar:
+                if resumed is None:
+                    self.stage.calibrate()
+                self._describe()
+                while True:
+                    self._train_stage()
+                    following = self.stage.index + 1
+                    if following == len(self.recipe.stages):
+                        break
+                    self.stage = self._start_stage(following, self.stage.evaluated.state_dict())
+                    self.stage.calibrate()
+                    self._describe()
+        finally:
+            self.report.close()
+        return self._finish()
+
+    def _bar(self, quiet: bool) -> tqdm:
+        steps = sum(stage.epochs for stage in self.recipe.stages) * self.stage.steps
+        done = (self.stage.first_epoch + self.stage.epoch) * self.stage.steps + self.stage.step
+        hidden = quiet or not self.dist.main
+        pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
+        return tqdm(total=steps, initial=done, unit="step", disable=hidden, smoothing=0.02, mininterval=pause)
+
+    def _describe(self) -> None:
+        stage = self.recipe.stages[self.stage.index]
+        if not self.bar.disable:
+            signs = stage.binarize or self.recipe.model.binarize
+            tqdm.write(f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}")
+            tqdm.write(describe_groups(self.stage.groups))
+
+    def _train_stage(self) -> None:
+        stage, last_stage = self.stage, self.stage.index + 1 == len(self.recipe.stages)
+        saved = time.monotonic()
+
+        def after_step() -> None:
+            nonlocal saved
+            self.bar.update()
+            due = time.monotonic() - saved > 60 * self.recipe.checkpoint_minutes
+            if self.dist.main and due and stage.step < stage.steps:
+                save_checkpoint(self.folder / "last.pt", self.state())
+                saved = time.monotonic()
+
+        while stage.epoch < stage.epochs:
+            start, first_step = time.monotonic(), stage.step
+            metrics = stage.train_epoch(after_step)
+            seconds = time.monotonic() - start
+            metrics["seconds"] = seconds
+            metrics["images_per_second"] = len(self.data.train) * (1 - first_step / stage.steps) / seconds
+            if self.data.val is not None:
+                val = evaluate(stage.evaluated, self.data.val, self.dist, precision=self.recipe.precision)
+                metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
+            self.report.add(metrics)
+            shown = {k: f"{metrics[k]:.2f}" for k in ("loss", "top1", "val_top1") if k in metrics}
+            self.bar.set_postfix(stage=metrics["stage"], epoch=metrics["epoch"], **shown, refresh=False)
+            if not self.dist.main:
+                continue
+            # without validation images the last epoch is the best
+            if last_stage and metrics.get("val_top1", float(stage.epoch)) > self.best["top1"]:
+                self.best = {"top1": metrics.get("val_top1", float(stage.epoch)), "epoch": metrics["epoch"]}
+                save_checkpoint(self.folder / "best.pt", {**self.state(), "optimizers": [], "signs": {}})
+            save_checkpoint(self.folder / "last.pt", self.state())
+
+    def _finish(self) -> dict[str, Any]:
+        self.dist.barrier()
+        best = load_checkpoint(self.folder / "best.pt")
+        model = self.stage.evaluated
+        load_weights(model, best["ema"] or best["model"], f"checkpoint {self.folder / 'best.pt'}")
+        test = evaluate(model, self.data.test, self.dist, precision=self.recipe.precision)
+        result = {
+            "test_top1": test["top1"],
+            "test_top5": test["top5"],
+            "test_loss": test["loss"],
+            "val_top1": self.best["top1"] if self.data.val is not None else None,
+            "best_epoch": self.best["epoch"],
+            "epochs": sum(stage.epochs for stage in self.recipe.stages),
+            "train_images": len(self.data.train),
+            "test_images": len(self.data.test),
+            "skipped_images": self.data.skipped,
+            "seconds": self.seconds + time.monotonic() - self.started,
+            "seed": self.recipe.seed,
+            "model": self.recipe.model.model_dump(),
+            "processes": self.dist.world,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if self.dist.device.type == "cuda" else "cpu",
+            "machine": machine(),
+            "origin": self.origin,
+        }
+        if self.dist.main:
+            write_json(self.folder / "result.json", result)
+        return result
+
+
+class _Silent:
+    """The report of a process that is not the main one."""
+
+    def __init__(self, history: list[dict[str, Any]]):
+        self.history = history
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self.history.append(metrics)
+
+    def close(self) -> None:
+        pass
+
+
+def fit(
+    recipe: Recipe,
+    builders: Builders,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    where: str = "data",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train `recipe` into `folder` and return its result: the whole job of tools/train.py.
+
+    folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), curves.png, last.pt (to resume
+    from), best.pt (by validation accuracy in the last stage) and result.json (accuracy on the test split,
+    looked at once, at the end). A folder with a run in it is refused unless `resume`, which goes on from its
+    last.pt and, deterministic, ends with the same bits as a run that was never stopped.
+    """
+    folder = Path(folder)
+    last = folder / "last.pt"
+    if not resume and any((folder / name).exists() for name in ARTEFACTS):
+        raise BnnfreeError(
+            f"run folder {folder}: holds a run already. Go on with --resume, or choose another with --out."
+        )
+    state = load_checkpoint(last) if resume and last.exists() else None
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    dist = processes.start(recipe.device)
+    try:
+        data = load_data(recipe.data, where=where)
+        run = Run(recipe, builders, folder, data, dist)
+        if dist.main:
+            save_recipe(recipe, folder / "recipe.yaml")
+        return run.train(state, quiet)
+    finally:
+        torch.use_deterministic_algorithms(repeatable)
+        processes.stop()
+
+
+def load_teacher(name: str, builders: Builders, data: Data) -> nn.Module:
+    """A frozen network in eval mode: a checkpoint or run folder of ours, or torchvision:NAME with its weights."""
+    if name.startswith("torchvision:"):
+        from torchvision import models as zoo
+
+        short = name.removeprefix("torchvision:")
+        if short not in zoo.list_models():
+            raise BnnfreeError(f"loss.teacher: torchvision has no model {short!r}.")
+        try:
+            teacher = zoo.get_model(short, weights="DEFAULT")
+        except OSError as error:
+            raise BnnfreeError(f"loss.teacher: the weights of {short} could not be fetched ({error}).") from None
+    else:
+        teacher, state = load_model(name, builders)
+        if state["data"]["classes"] != list(data.classes):
+            raise BnnfreeError(f"loss.teacher: {name} was trained on other classes than this recipe's data.")
+    return teacher.eval().requires_grad_(False)

@@ -1,0 +1,55 @@
+"""Train a network from a recipe to a result.
+
+examples:
+  python tools/train.py recipes/reactnet_nobn.yaml
+  python tools/train.py recipes/cifar10_reactnet20.yaml data.name=image_folder data.root=FOLDER
+  python tools/train.py recipes/cifar10_reactnet20.yaml model.norm=bn --out runs/twin_bn
+  python tools/train.py recipes/cifar10_reactnet20.yaml --dry-run
+  python tools/train.py recipes/reactnet_nobn.yaml --resume
+  torchrun --nproc_per_node 2 tools/train.py recipes/cifar10_reactnet18.yaml
+
+Prints the run folder last; it holds recipe.yaml, metrics.jsonl, curves.png, last.pt, best.pt, result.json.
+"""
+
+import argparse
+from pathlib import Path
+
+import _cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, see recipes/README.md")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
+    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<recipe>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="two steps on fake data, time and memory estimate, no files"
+    )
+    args = parser.parse_intermixed_args()
+
+    import torch
+
+    from bnnfree.train import load_recipe
+    from models import MODELS
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = load_recipe(args.recipe, args.overrides, MODELS)
+    where = f"{args.recipe}: data"
+    if args.dry_run:
+        from bnnfree.train.dry import dry_run
+
+        print(dry_run(recipe, MODELS))
+        return
+    from bnnfree.train import fit
+
+    out = Path(args.out or Path("runs") / Path(args.recipe).stem)
+    result = fit(recipe, MODELS, out, resume=args.resume, where=where)
+    print(f"test top-1 {result['test_top1']:.2f} % after {result['epochs']} epochs, {result['seconds']:.0f} s")
+    print(out)
+
+
+if __name__ == "__main__":
+    _cli.run(main)
