@@ -150,10 +150,8 @@ def test_agc_floors_the_weight_norm_at_eps():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_agc_takes_half_precision_norms_in_float32(dtype):
-    p = nn.Parameter(
-        torch.ones(3, 4097, dtype=dtype)
-    )  # a half-precision sum of 4097 ones stops at 256 or 2048
-    p.grad = torch.full_like(p, 300.0)  # and 300^2 overflows float16
+    p = nn.Parameter(torch.ones(3, 4097, dtype=dtype))
+    p.grad = torch.full_like(p, 3e4)  # norm 1.9e6, more than float16 holds
     (rate,) = adaptive_grad_clip([p], 0.5)
     assert p.grad.dtype == dtype and rate == 1
     torch.testing.assert_close(p.grad, torch.full_like(p, 0.5))
@@ -321,6 +319,16 @@ def test_no_step_waits_for_the_device():
     assert all(r.is_meta and r.shape == () for r in rates) and optimizer.flips.is_meta
     with pytest.raises(Exception, match="meta"):
         rate.mean()
+
+
+def test_agc_puts_each_rate_on_its_parameters_device():
+    params = params_of([(5, 3), (7, 3), (3,)], 19)
+    params[1] = nn.Parameter(params[1].detach().to("meta"))
+    params[1].grad = torch.empty_like(params[1])
+    wanted = clipped_by_loops(params[2], 0.1)[0]
+    rates = adaptive_grad_clip(params, 0.1)
+    assert [r.device.type for r in rates] == ["cpu", "meta", "cpu"]
+    torch.testing.assert_close(params[2].grad.double(), wanted, rtol=1e-6, atol=0)
 
 
 # ---- Bop
@@ -628,7 +636,8 @@ def test_every_optimizer_covers_the_groups_keeps_their_lr_and_steps(name):
     torch.manual_seed(18)
     model = Net()
     groups = parameter_groups(model, lr=0.1, affine_lr_mult=0.5)
-    optimizers = make_optimizer(groups, name, betas=(0.8, 0.9), eps=1e-6, momentum=0.7, nesterov=True)
+    options = {"betas": (0.8, 0.9), "eps": 1e-6, "momentum": 0.7, "nesterov": True}
+    optimizers = make_optimizer(groups, name, **options)
     kept = [g for optimizer in optimizers for g in optimizer.param_groups]
     assert [(g["kind"], g["initial_lr"], g["lr"]) for g in kept] == [
         (g["kind"], g["lr"], g["lr"]) for g in groups

@@ -41,7 +41,7 @@ def main() -> None:
     if args.dry_run:
         from bnnfree.train.dry import dry_run
 
-        print(dry_run(recipe, MODELS))
+        print(dry_run(recipe, MODELS, where))
         return
     from bnnfree.train import fit
 

@@ -23,7 +23,8 @@ class Bop(torch.optim.Optimizer):
     `flips`: 0-dim int64 tensor, how many weights the last step flipped, over all groups; reading it waits.
     The layer must hand the gradient of sign(w) to w as it is (the identity estimator, as BinaryConv2d does):
     an estimator that vanishes at |w| = 1, such as 2 - 2|w|, never flips anything.
-    Not finite: a NaN gradient makes m NaN and its weight never flips again; check the loss before the step.
+    Not finite: a NaN or infinite gradient ends as a NaN in m, whose weight never flips again: check the loss
+    before the step.
     Errors: BnnfreeError for gamma outside (0, 1], threshold < 0, a sparse gradient, or a parameter that is
     not float32 or float64 (Why: 1 - gamma rounds to 1 in half precision, so m would never decay).
     Ref: Helwegen et al. 2019, Latent Weights Do Not Exist, Algorithm 1.

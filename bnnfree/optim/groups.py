@@ -39,7 +39,7 @@ def parameter_groups(
     and agc (bool, read by `adaptive_grad_clip`).
     Why affine has no AGC: a vector is one unit; biases that start at zero would be held to a gradient norm of
     clip * eps (2e-5 for a clip of 0.02), which freezes them under SGD. Why the head has none: Brock et al.
-    2021 find that clipping the last linear layer costs accuracy.
+    2021 find it better not to clip the last linear layer.
     Errors: BnnfreeError for a negative number, a model with nothing to train, a lazy layer not yet run.
     """
     for option, value in {"lr": lr, "weight_decay": weight_decay, "affine_lr_mult": affine_lr_mult}.items():
@@ -79,9 +79,10 @@ def find_head(model: nn.Module) -> nn.Module | None:
     """The classifier of `model`, found by structure: None if it has none that can be told.
 
     A model with a method `get_classifier()` (timm's convention) answers for itself, None included. Otherwise
-    the last module of a REAL type (LATENT ones are WeightLayers, hence REAL), in the order of registration, is
-    the head if it is an nn.Linear; norms and activations may follow it. A classifier that is a convolution, or that is registered before
-    other layers, is found through `get_classifier` only.
+    it is the last module, in the order of registration, that has a weight of kind latent or real, if that one
+    is an nn.Linear; norms and activations may follow it. A classifier that is a convolution, or that is
+    registered before other layers, is found through `get_classifier` only.
+    Errors: BnnfreeError when `get_classifier` returns something else.
     """
     if callable(ask := getattr(model, "get_classifier", None)):
         head = ask()
@@ -117,7 +118,6 @@ def make_optimizer(
     nesterov: bool = False,
     bop_gamma: float = 1e-4,
     bop_threshold: float = 1e-8,
-    fused: bool | None = None,
 ) -> list[torch.optim.Optimizer]:
     """The optimisers `name` of OPTIMIZERS stands for, over copies of the dicts in `groups`.
 
@@ -129,8 +129,8 @@ def make_optimizer(
 
     Each takes its own options and ignores the others, so a recipe can pass them all. Each group keeps its lr
     under "initial_lr": a schedule with factor f sets lr = f * initial_lr in every group of every optimiser.
-    fused: None is torch's default (foreach on a GPU, one tensor at a time on a CPU), True its one-pass kernel for
-    adam, adamw and sgd, faster on a CPU. Each repeats exactly; they differ from each other by rounding.
+    torch picks the implementation: foreach on a GPU, one parameter at a time on a CPU; both repeat exactly.
+    Why not fused: torch's CPU kernel mixes up the values when weight and gradient differ in memory order.
     Errors: UnknownNameError; BnnfreeError from Bop, or when there is no latent group for it.
     """
     build = pick(OPTIMIZERS, name, "optimizer")
@@ -142,7 +142,6 @@ def make_optimizer(
         nesterov=nesterov,
         bop_gamma=bop_gamma,
         bop_threshold=bop_threshold,
-        fused=fused,
     )
 
 
@@ -155,16 +154,16 @@ def _kinds(model: nn.Module) -> dict[Tensor, str]:
     return kinds | {param: "head" for param in (head.parameters() if head is not None else ())}
 
 
-def _adam(groups, *, betas, eps, fused, **_) -> list[torch.optim.Optimizer]:
-    return [torch.optim.Adam(groups, betas=betas, eps=eps, fused=fused)]
+def _adam(groups, *, betas, eps, **_) -> list[torch.optim.Optimizer]:
+    return [torch.optim.Adam(groups, betas=betas, eps=eps)]
 
 
-def _adamw(groups, *, betas, eps, fused, **_) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)]
+def _adamw(groups, *, betas, eps, **_) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(groups, betas=betas, eps=eps)]
 
 
-def _sgd(groups, *, momentum, nesterov, fused, **_) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, fused=fused)]
+def _sgd(groups, *, momentum, nesterov, **_) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)]
 
 
 def _bop(groups, *, bop_gamma, bop_threshold, **options) -> list[torch.optim.Optimizer]:

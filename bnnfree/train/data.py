@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,13 @@ from bnnfree.train.images import AUGMENTS, FILE_AUGMENTS, FileSplit, PixelSplit,
 DECODED_SIZE = 64  # images up to this size are decoded once and held in memory
 STREAMED_SIZE = 224  # the size of larger images where the recipe names none
 SPLIT_SEED = 20  # carves validation (and digits' test) images; no recipe changes it
+
+KNOWN = {  # classes, channels, side, training images
+    "digits": (10, 1, 16, 1437),
+    "cifar10": (10, 3, 32, 50_000),
+    "cifar100": (100, 3, 32, 50_000),
+    "imagenet": (1000, 3, STREAMED_SIZE, 1_281_167),
+}
 
 Stats = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation per channel, of pixel/255
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -135,6 +142,35 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     return FileSplit(
         images, labels, *stats, augment, size=source.size, workers=options.workers, skip_bad=skip_bad
     )
+
+
+def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
+    """What a network must know of the data, without reading it: classes, channels, image_size, samples.
+
+    samples: training images, validation included. Only image_folder and an imagenet that is there are looked
+    at (the names in their folders, and the size of one image). Errors: as load_data, for image_folder.
+    """
+    pick(DATASETS, options.name, f"{where}: name")
+    there = options.root is not None and Path(options.root).expanduser().is_dir()
+    if options.name == "image_folder" or (options.name == "imagenet" and there):
+        tree = list_tree(options.root, where)
+        files = tree.parts["train"][0]
+        own = STREAMED_SIZE if options.name == "imagenet" else 0
+        size = options.image_size or own or _own_size(files, where)
+        return _shape(tree.classes, 3, size, len(files))
+    if options.name == "fake":
+        size = options.image_size or 32
+        return _shape(_numbered(options.classes), options.channels, size, options.samples)
+    classes, channels, size, samples = KNOWN[options.name]
+    return _shape(_numbered(classes), channels, options.image_size or size, samples)
+
+
+def _shape(classes: list[str], channels: int, size: int, samples: int) -> dict[str, Any]:
+    return {"classes": classes, "channels": channels, "image_size": [size, size], "samples": samples}
+
+
+def _numbered(classes: int) -> list[str]:
+    return [f"class{label}" for label in range(classes)]
 
 
 def carve(images: np.ndarray, labels: np.ndarray, fraction: float):
@@ -299,7 +335,7 @@ def fake(options: DataOptions, where: str) -> Source:
         labels = np.arange(count) % classes
         noise = random.randint(0, 128, (count, size, size, channels), np.uint8)
         parts[part] = patterns[labels] + noise, labels
-    return Source([f"class{label}" for label in range(classes)], parts, size, channels)
+    return Source(_numbered(classes), parts, size, channels)
 
 
 DATASETS: dict[str, Callable[[DataOptions, str], Source]] = {

@@ -19,16 +19,17 @@ from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES
 
 
-def _one_of(table):
-    """A string that is a key of `table`."""
+def _one_of(table, kind: type = str):
+    """A string (or another `kind`) that is a key of `table`."""
 
-    def check(value: str) -> str:
+    def check(value):
         if value not in table:
-            message = f"got {value!r}, expected one of {', '.join(table)}.{errors.nearest(value, table)}"
+            names = [str(name) for name in table]
+            message = f"got {value!r}, expected one of {', '.join(names)}.{errors.nearest(value, names)}"
             raise PydanticCustomError("unknown_name", "{message}", {"message": message})
         return value
 
-    return Annotated[str, AfterValidator(check)]
+    return Annotated[kind, AfterValidator(check)]
 
 
 def _contradiction(message: str) -> PydanticCustomError:
@@ -36,7 +37,13 @@ def _contradiction(message: str) -> PydanticCustomError:
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
 
 
 class ModelRecipe(_Part):
@@ -46,7 +53,7 @@ class ModelRecipe(_Part):
     """architecture: a name of models.MODELS"""
     norm: _one_of(NORMS) = "free"  # type: ignore[valid-type]
     """what stands in for batch normalisation: none | bn | free | free_paper"""
-    width: float = Field(1.0, gt=0)
+    width: float = Field(default=1.0, gt=0)
     """multiplier of every layer's channels"""
     binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]
     """what is 1 bit: none | activations | weights | both; a stage may say otherwise"""
@@ -64,10 +71,10 @@ class ModelRecipe(_Part):
     """straight-through estimator of the activations: approx | clip | swish | sigmoid | ede | identity"""
     ste_window: _one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
     """window of that estimator: fixed | sample; null: the normaliser's own"""
-    pad_value: Literal[0, 1, -1] = 0
+    pad_value: _one_of((0, 1, -1), int) = 0  # type: ignore[valid-type]
     """what the padding of binary convolutions carries"""
-    latent_std: float | None = Field(0.04, gt=0)
-    """deviation of the initial latent weights, where they are standardised; about 10 times the learning rate"""
+    latent_std: float | None = Field(default=0.04, gt=0)
+    """deviation of the initial latent weights, where standardised; about 10 times the learning rate"""
 
 
 class DataRecipe(_Part):
@@ -77,27 +84,27 @@ class DataRecipe(_Part):
     """data set: digits | cifar10 | cifar100 | imagenet | image_folder | fake"""
     root: str | None = None
     """folder of the files"""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """samples per forward pass, over all processes together"""
-    image_size: int | None = Field(None, ge=4)
+    image_size: int | None = Field(default=None, ge=4)
     """side of the square images, pixels; null: the data set's own"""
     augment: list[_one_of(AUGMENTS)] = []  # type: ignore[valid-type]
     """random changes of training images, in order: flip | crop | shift (small images)"""
-    val_fraction: float = Field(0.1, ge=0, lt=1)
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """share of the training images held out to choose the best epoch"""
     download: bool = False
     """fetch cifar10 / cifar100 into root when it is not there"""
     bad_images: Literal["error", "skip"] = "error"
     """what to do with files that are no whole images: stop, or skip and count them"""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(default=2, ge=0)
     """processes that read large images"""
     cache: str | None = None
     """folder for decoded small images; null: bnnfree in the user's cache folder"""
-    samples: int = Field(512, ge=8)
+    samples: int = Field(default=512, ge=8)
     """size of the fake data set"""
-    classes: int = Field(10, ge=2)
+    classes: int = Field(default=10, ge=2)
     """classes of the fake data set"""
-    channels: int = Field(3, ge=1)
+    channels: int = Field(default=3, ge=1)
     """channels of the fake data set"""
 
 
@@ -110,9 +117,9 @@ class StageRecipe(_Part):
     """passes over the training images"""
     binarize: _one_of(BINARIZE) | None = None  # type: ignore[valid-type]
     """what is 1 bit in this stage; null: model.binarize"""
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     """null: optimizer.lr"""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
     """null: optimizer.weight_decay"""
 
 
@@ -121,23 +128,23 @@ class OptimizerRecipe(_Part):
 
     name: _one_of(OPTIMIZERS) = "adam"  # type: ignore[valid-type]
     """adam | adamw | sgd | bop (Bop on binary weights, Adam on the rest)"""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """peak learning rate"""
-    affine_lr_mult: float = Field(1.0, gt=0)
+    affine_lr_mult: float = Field(default=1.0, gt=0)
     """factor on lr for gains, biases, thresholds and slopes"""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """of convolution weights, and of nothing else"""
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """adam, adamw"""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """adam, adamw"""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """sgd"""
     nesterov: bool = False
     """sgd"""
-    bop_gamma: float = Field(1e-4, gt=0, le=1)
+    bop_gamma: float = Field(default=1e-4, gt=0, le=1)
     """bop: share of the new gradient in its average"""
-    bop_threshold: float = Field(1e-8, ge=0)
+    bop_threshold: float = Field(default=1e-8, ge=0)
     """bop: how strong the average must be to flip a bit"""
 
 
@@ -146,11 +153,11 @@ class ScheduleRecipe(_Part):
 
     name: _one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
     """linear | cosine | step | constant"""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """optimiser steps of linear ramp at the start"""
     milestones: list[float] = []
     """step: shares of the stage in (0, 1) at which lr is multiplied by gamma"""
-    gamma: float = Field(0.1, gt=0, lt=1)
+    gamma: float = Field(default=0.1, gt=0, lt=1)
     """step: that factor"""
 
 
@@ -158,8 +165,8 @@ class AgcRecipe(_Part):
     """Adaptive gradient clipping of convolution weights."""
 
     clip: float | Literal["auto"] | None = "auto"
-    """largest ratio of gradient norm to weight norm per output channel; null: off; auto: the normaliser's own"""
-    eps: float = Field(1e-3, gt=0)
+    """largest gradient norm / weight norm of an output channel; null: off; auto: the normaliser's own"""
+    eps: float = Field(default=1e-3, gt=0)
     """smallest weight norm assumed"""
 
 
@@ -168,7 +175,7 @@ class LossRecipe(_Part):
 
     name: _one_of(LOSSES) = "cross_entropy"  # type: ignore[valid-type]
     """cross_entropy | distribution (cross entropy against a teacher's probabilities)"""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """cross_entropy: share of the target spread over all classes"""
     teacher: str | None = None
     """distribution: a checkpoint or run folder of ours, or torchvision:NAME"""
@@ -177,16 +184,16 @@ class LossRecipe(_Part):
 class EmaRecipe(_Part):
     """Exponential moving average of the weights, which is then what is evaluated and kept as best."""
 
-    decay: float | None = Field(None, gt=0, lt=1)
+    decay: float | None = Field(default=None, gt=0, lt=1)
     """share kept per step; null: off"""
 
 
 class FreeRecipe(_Part):
     """The constants of centred convolutions (norms that have them)."""
 
-    window: float = Field(256.0, gt=0)
+    window: float = Field(default=256.0, gt=0)
     """samples over which the running mean of a layer's inputs looks back"""
-    calibration: int = Field(512, ge=1)
+    calibration: int = Field(default=512, ge=1)
     """training images of the pass that sets the constants at the start of a stage"""
     track: bool = True
     """false: input means stay at their calibration"""
@@ -204,9 +211,9 @@ class Recipe(_Part):
     loss: LossRecipe = LossRecipe()
     ema: EmaRecipe = EmaRecipe()
     free: FreeRecipe = FreeRecipe()
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """forward passes per optimiser step"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """of initial weights, order and augmentation"""
     deterministic: bool = True
     """the same bits from the same recipe on the same machine"""
@@ -216,7 +223,7 @@ class Recipe(_Part):
     """torch.compile the network (needs a C++ compiler on a CPU)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
-    checkpoint_minutes: float = Field(5.0, gt=0)
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
     """time between checkpoints within an epoch; one is always written at its end"""
 
     @model_validator(mode="after")
@@ -224,9 +231,21 @@ class Recipe(_Part):
         if self.loss.name == "distribution" and self.loss.teacher is None:
             raise _contradiction("loss.name is 'distribution' but loss.teacher is not given")
         if self.loss.name != "distribution" and self.loss.teacher is not None:
-            raise _contradiction(f"loss.teacher is given but loss.name is {self.loss.name!r}, not 'distribution'")
+            raise _contradiction(
+                f"loss.teacher is given but loss.name is {self.loss.name!r}, not 'distribution'"
+            )
         if self.loss.name == "distribution" and self.loss.label_smoothing:
-            raise _contradiction("loss.label_smoothing belongs to loss.name 'cross_entropy', not 'distribution'")
+            raise _contradiction(
+                "loss.label_smoothing belongs to loss.name 'cross_entropy', not 'distribution'"
+            )
+        teacher = self.loss.teacher or ""
+        if teacher.startswith("torchvision:") and self.data.name in ("digits", "cifar10", "cifar100"):
+            raise _contradiction(
+                f"loss.teacher is {teacher!r}, which knows ImageNet's classes, "
+                f"but data.name is {self.data.name!r}"
+            )
+        if self.optimizer.name == "sgd" and self.optimizer.nesterov and not self.optimizer.momentum:
+            raise _contradiction("optimizer.nesterov is true but optimizer.momentum is 0")
         if self.schedule.name == "step" and not self.schedule.milestones:
             raise _contradiction("schedule.name is 'step' but schedule.milestones is empty")
         if self.schedule.name != "step" and self.schedule.milestones:
@@ -248,8 +267,8 @@ class Recipe(_Part):
             signs = stage.binarize or self.model.binarize
             if self.optimizer.name == "bop" and not BINARIZE[signs][1]:
                 raise _contradiction(
-                    f"optimizer.name is 'bop', which holds weights of +-1 only, but stages.{i} has real weights "
-                    f"(binarize: {signs})"
+                    f"optimizer.name is 'bop', which holds weights of +-1 only, but stages.{i} "
+                    f"has real weights (binarize: {signs})"
                 )
         if self.agc.clip == "auto":
             self.agc.clip = rule.agc

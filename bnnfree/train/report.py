@@ -6,13 +6,16 @@ Imports matplotlib and tensorboard lazily, bnnfree.files; no torch beyond that.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
 from bnnfree.files import replacing
 
+DRAW_SECONDS = 60  # between two drawings of curves.png; the last epoch is always drawn
 SCALARS = ("loss", "top1", "val_loss", "val_top1", "lr", "images_per_second")
 
 
@@ -38,6 +41,7 @@ class Report:
     def __init__(self, folder: str | Path, history: list[dict[str, Any]]):
         self.folder = Path(folder)
         self.history = history
+        self._drawn = -math.inf
         self._write_history()
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +54,8 @@ class Report:
         """One epoch."""
         self.history.append(metrics)
         self._write_history()
-        self.draw()
+        if time.monotonic() - self._drawn > DRAW_SECONDS:
+            self.draw()
         if self.board is not None:
             for key in SCALARS:
                 if metrics.get(key) is not None:
@@ -61,7 +66,9 @@ class Report:
             self.board.flush()
 
     def close(self) -> None:
-        """No more epochs."""
+        """No more epochs: draw the curves a last time."""
+        if self.history:
+            self.draw()
         if self.board is not None:
             self.board.close()
 
@@ -74,6 +81,7 @@ class Report:
         """curves.png: loss, accuracy, learning rate and flips over epochs, stages marked."""
         import matplotlib
 
+        self._drawn = time.monotonic()
         matplotlib.use("Agg")
         from matplotlib import pyplot
 

@@ -1,0 +1,123 @@
+"""Who may import whom: the rules of the house as one table, checked against every import statement."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STDLIB = set(sys.stdlib_module_names)
+TORCH = {"torch"}
+TRAIN = {"torch", "torchvision", "numpy", "yaml", "pydantic", "pydantic_core", "tqdm", "PIL", "sklearn", "matplotlib"}
+
+# room -> packages outside the standard library that it may import, and rooms of ours
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "bnnfree": (set(), set()),
+    "bnnfree.errors": (set(), set()),
+    "bnnfree.files": (set(), set()),
+    "bnnfree.nn": (TORCH, {"bnnfree.errors"}),
+    "bnnfree.optim": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
+    "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
+    "bnnfree.train": (
+        TRAIN,
+        {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"},
+    ),
+    "models": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
+    "tools": (
+        TRAIN,
+        {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
+        | {"bnnfree.train", "models"},
+    ),
+}
+
+
+def sources():
+    for top in ("bnnfree", "models", "tools"):
+        yield from sorted((ROOT / top).rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """The row of RULES that a dotted module belongs to: the longest that is a prefix of it."""
+    parts = module.split(".")
+    for n in range(len(parts), 0, -1):
+        if ".".join(parts[:n]) in RULES:
+            return ".".join(parts[:n])
+    return ""
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path):
+    """Every dotted name that a file imports, wherever in it the statement stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the house writes full names"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if (ROOT / Path(*whole.split("."))).with_suffix(".py").exists() else node.module
+
+
+def violations(module: str, names) -> list[str]:
+    room = room_of(module)
+    packages, rooms = RULES[room]
+    found = []
+    for name in names:
+        top = name.split(".")[0]
+        if top in ("bnnfree", "models", "tools"):
+            if room_of(name) != room and room_of(name) not in rooms:
+                found.append(f"{module} imports {name}")
+        elif top not in STDLIB and top not in packages and not (room == "tools" and top == "_cli"):
+            found.append(f"{module} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_imports_only_what_its_room_may(path):
+    assert violations(module_of(path), imports(path)) == []
+
+
+def test_every_folder_of_the_package_has_a_row():
+    folders = {module_of(p.parent / "x").rsplit(".", 1)[0] for p in (ROOT / "bnnfree").rglob("*.py")}
+    assert folders <= set(RULES)
+
+
+def test_the_rules_have_no_circle():
+    ours = {room: rooms for room, (_, rooms) in RULES.items()}
+    done: set[str] = set()
+    while len(done) < len(ours):
+        ready = {room for room in ours if room not in done and ours[room] <= done}
+        assert ready, f"a circle among {set(ours) - done}"
+        done |= ready
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("bnnfree.nn.x", "bnnfree.train.loop"), ("bnnfree.errors", "torch"), ("models.x", "bnnfree.train"),
+     ("bnnfree.optim.x", "yaml"), ("bnnfree.train.x", "models"), ("bnnfree.analysis.x", "bnnfree.train")],
+)  # fmt: skip
+def test_a_forbidden_edge_is_found(module, name):
+    assert violations(module, [name]) == [f"{module} imports {name}"]
+
+
+@pytest.mark.parametrize("module", ["bnnfree", "bnnfree.errors", "bnnfree.files"])
+def test_light_modules_pull_in_no_heavy_package(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'numpy', 'yaml', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("[!_]*.py")), ids=lambda p: p.name)
+def test_a_tool_hides_no_standard_module_and_starts_with_the_path(path):
+    assert path.stem not in STDLIB
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names]
+    assert "_cli" in names
+    first_ours = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith("bnnfree")]
+    assert all(line > tree.body[0].end_lineno for line in first_ours)

@@ -1,0 +1,203 @@
+"""The commands as a user meets them: what they print, what they leave, and one readable error for bad input."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from helpers import ROOT, TINY
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a tool in this process: tool(name, *arguments) -> (exit code, stdout, stderr)."""
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(ROOT / "tools"))
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "stages": [{"epochs": 1}]}))
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A tiny image folder: two classes of five training and two test images."""
+    root = tmp_path / "images"
+    random = np.random.default_rng(0)
+    for part, count in (("train", 5), ("test", 2)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (9, 9, 3), np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_a_misspelt_key_exits_2_with_one_line_that_proposes_the_right_one():
+    command = [sys.executable, "tools/train.py", "recipes/reactnet_nobn.yaml", "model.nrom=free"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "recipes/reactnet_nobn.yaml" in done.stderr and "model.nrom" in done.stderr
+    assert "Did you mean 'norm'?" in done.stderr
+
+
+def _folder_without_classes(root):
+    for name in ("cat", "dog"):
+        shutil.rmtree(root / "train" / name)
+
+
+def _truncated_image(root):
+    path = root / "train" / "cat" / "3.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def _text_as_image(root):
+    (root / "test" / "dog" / "1.png").write_text("not a picture")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(shutil.rmtree, ["does not exist", "images"]), (_folder_without_classes, ["train", "class"]),
+     (_truncated_image, ["3.png", "bad_images"]), (_text_as_image, ["1.png", "bad_images"])],
+)  # fmt: skip
+def test_damaged_data_exits_2_with_one_line_that_names_it(tool, tmp_path, recipe, images, damage, named):
+    damage(images)
+    out = tmp_path / "run"
+    places = (f"data.root={images}", f"data.cache={tmp_path}/cache", "data.augment=[]")
+    code, _, errors = tool("train", recipe, "data.name=image_folder", *places, "--out", out)
+    assert code == 2 and "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert all(word in errors for word in named), errors
+    assert not (out / "last.pt").exists()
+
+
+def test_damaged_images_are_skipped_and_counted_when_the_recipe_says_so(tool, tmp_path, recipe, images):
+    _truncated_image(images)
+    places = (f"data.root={images}", f"data.cache={tmp_path}/cache", "data.augment=[]", "data.batch_size=4")
+    options = ("data.name=image_folder", "data.bad_images=skip", "data.val_fraction=0.3")
+    with pytest.warns(UserWarning, match="3.png"):
+        code, _, _ = tool("train", recipe, *options, *places, "--out", tmp_path / "run")
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped_images"] == 1
+
+
+def _list_of_numbers(path):
+    torch.save([1, 2, 3], path)
+
+
+def _pickled_code(path):
+    torch.save({"kind": print}, path)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda p: p.write_text("hello"), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"PK\x03\x04" + bytes(99)),
+     _list_of_numbers, _pickled_code],
+    ids=["text", "empty", "half a zip", "a list", "pickled code"],
+)  # fmt: skip
+def test_what_is_no_checkpoint_exits_2_with_one_line(tool, tmp_path, recipe, write):
+    path = tmp_path / "x.pt"
+    write(path)
+    for code, _, errors in (
+        tool("evaluate", path),
+        tool("train", recipe, "loss.name=distribution", f"loss.teacher={path}", "--out", tmp_path / "a"),
+    ):
+        assert code == 2 and "x.pt" in errors and "Traceback" not in errors
+        assert len(errors.strip().splitlines()) == 1, errors
+    (tmp_path / "b").mkdir()
+    path.rename(tmp_path / "b" / "last.pt")
+    code, _, errors = tool("train", recipe, "--resume", "--out", tmp_path / "b")
+    assert code == 2 and "last.pt" in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_train_then_evaluate_agree_and_print_last_what_they_wrote(tool, tmp_path, recipe):
+    out = tmp_path / "run"
+    code, printed, errors = tool("train", recipe, "--out", out)
+    assert code == 0 and printed.splitlines()[-1] == str(out), errors
+    result = json.loads((out / "result.json").read_text())
+    code, printed, errors = tool("evaluate", out, "--json", tmp_path / "e.json")
+    assert code == 0 and printed.splitlines()[-1] == str(tmp_path / "e.json"), errors
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert figures["top1"] == result["test_top1"] and figures["loss"] == pytest.approx(result["test_loss"])
+    assert tool("evaluate", out, "--split", "val")[0] == 0
+    code, _, errors = tool("train", recipe, "--out", out)
+    assert code == 2 and "--resume" in errors
+
+
+def test_a_checkpoint_of_another_shape_names_what_does_not_fit(tool, tmp_path, recipe):
+    out = tmp_path / "run"
+    assert tool("train", recipe, "--out", out)[0] == 0
+    state = torch.load(out / "best.pt", weights_only=True)
+    state["recipe"]["model"]["width"] = 1.0
+    torch.save(state, out / "best.pt")
+    code, _, errors = tool("evaluate", out)
+    assert code == 2 and "other shape" in errors and "stem" in errors
+
+
+def test_dry_run_estimates_and_writes_nothing(tool, tmp_path, recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, printed, errors = tool("train", recipe, "--dry-run", "stages.0.epochs=7")
+    assert code == 0, errors
+    assert "7 epochs" in printed and "GiB" in printed and "latent" in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_every_tool_explains_itself_with_examples(tool, path):
+    code, printed, _ = tool(path.stem, "--help")
+    assert code == 0 and f"python tools/{path.name}" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [2, 5])
+def test_a_run_killed_in_either_stage_resumes_to_the_same_bits(tmp_path, epoch):
+    """kill -9 from outside, once in stage 1 and once in stage 2; python -m pytest -m slow tests/test_tools.py"""
+    import signal
+    import time
+
+    from bnnfree.train import load_checkpoint
+    from helpers import assert_same, metrics_of
+
+    path = tmp_path / "tiny.yaml"
+    stages = [{"name": "a", "binarize": "activations", "epochs": 3}, {"name": "b", "epochs": 3}]
+    data = {**TINY["data"], "samples": 320}
+    path.write_text(yaml.safe_dump({**TINY, "data": data, "stages": stages, "checkpoint_minutes": 0.002}))
+    train = [sys.executable, "tools/train.py", str(path), "--threads", "1", "--out"]
+    subprocess.run([*train, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([*train, str(cut)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (cut / "last.pt").exists() or len(metrics_of(cut)) < epoch - 1:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    at = load_checkpoint(cut / "last.pt")
+    assert at["stage"] == (0 if epoch <= 3 else 1) and not (cut / "result.json").exists()
+    subprocess.run([*train, str(cut), "--resume"], cwd=ROOT, check=True, capture_output=True)
+    assert_same(load_checkpoint(cut / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt"))
+    assert metrics_of(cut) == metrics_of(tmp_path / "whole")

@@ -1,0 +1,202 @@
+"""A run as a whole: it learns, it leaves what it should, it can be cut anywhere and goes on to the same bits."""
+
+import json
+
+import pytest
+import torch
+
+from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.nn import NORMS, WeightLayer
+from bnnfree.train import evaluate, fit, load_checkpoint, load_model
+from bnnfree.train.dist import Dist
+from bnnfree.train.loop import Stage, TrainingError
+from helpers import assert_same, double_stage, metrics_of, tiny
+from models import MODELS
+
+CPU = Dist(0, 1, torch.device("cpu"))
+
+
+def run(folder, *overrides, **options):
+    return fit(tiny(*overrides), MODELS, folder, quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that was never stopped, with everything that has state: two stages, EMA, AGC, accumulation."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run(folder, "ema.decay=0.9", "agc.clip=0.02", "accumulate=2")
+    return folder
+
+
+def test_a_run_leaves_its_artefacts(unbroken):
+    for name in ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json"):
+        assert (unbroken / name).stat().st_size > 0, name
+    assert not [p for p in unbroken.iterdir() if p.name.endswith(".tmp")]
+    assert (unbroken / "curves.png").read_bytes().startswith(b"\x89PNG")
+    lines = metrics_of(unbroken)
+    assert [line["stage"] for line in lines] == ["activations"] * 2 + ["both"] * 2
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert not lines[0]["flips"] and len(lines[2]["flips"]) == 20
+    assert all(0 <= rate <= 1 for rate in lines[3]["agc_rate"].values()) and len(lines[3]["agc_rate"]) == 21
+    result = json.loads((unbroken / "result.json").read_text())
+    assert {"test_top1", "val_top1", "seconds", "seed", "machine", "origin"} <= result.keys()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_normaliser_learns(tmp_path, norm):
+    changes = ("data.samples=480", "stages.0.epochs=3", "stages.1.epochs=5", "data.augment=[]")
+    result = run(tmp_path / norm, f"model.norm={norm}", *changes)
+    assert result["test_top1"] > 75, norm  # chance is 25
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 8, 11])
+def test_a_run_cut_at_any_step_resumes_to_the_same_bits(tmp_path, monkeypatch, unbroken, step):
+    folder = tmp_path / "cut"
+    options = ("ema.decay=0.9", "agc.clip=0.02", "accumulate=2")
+    take, taken = Stage._take_step, 0
+
+    def cut(self, group):
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            raise KeyboardInterrupt
+        return take(self, group)
+
+    # a checkpoint after every third step or so: the cut falls between checkpoints, on one, and at an epoch's end
+    monkeypatch.setattr(Stage, "_take_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *options, "checkpoint_minutes=0.0001")
+    monkeypatch.setattr(Stage, "_take_step", take)
+    run(folder, *options, resume=True)
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
+        for state in (ours, theirs):
+            state["recipe"].pop("checkpoint_minutes")
+        assert_same(ours, theirs)
+    assert metrics_of(folder) == metrics_of(unbroken)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = run(tmp_path / "r")
+    before = load_checkpoint(tmp_path / "r" / "last.pt")
+    again = run(tmp_path / "r", resume=True)
+    assert_same(load_checkpoint(tmp_path / "r" / "last.pt"), before)
+    assert first["test_top1"] == again["test_top1"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        run(tmp_path / name, f"seed={seed}", "stages.0.epochs=1", "stages.1.epochs=1")
+    a, b, c = (load_checkpoint(tmp_path / name)["model"] for name in "abc")
+    assert_same(a, b)
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path, unbroken):
+    before = (unbroken / "last.pt").read_bytes()
+    with pytest.raises(BnnfreeError, match="--resume"):
+        run(unbroken)
+    assert (unbroken / "last.pt").read_bytes() == before
+
+
+def test_resuming_with_another_recipe_is_an_error_that_names_the_difference(unbroken):
+    with pytest.raises(CheckpointError, match="seed"):
+        run(unbroken, "ema.decay=0.9", "agc.clip=0.02", "accumulate=2", "seed=5", resume=True)
+
+
+@pytest.mark.parametrize("norm", ["free", "free_paper", "none"])
+def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, norm):
+    """4 x 8 == 1 x 32 to 1e-9 in float64; the EMA of input means moves once per step, on all micro-batches."""
+    common = (f"model.norm={norm}", "data.samples=120", "agc.clip=0.02")
+    small = double_stage(monkeypatch, tiny(*common, "data.batch_size=8", "accumulate=4"))
+    large = double_stage(monkeypatch, tiny(*common, "data.batch_size=32"))
+    assert small.steps == large.steps
+    for stage in (small, large):
+        stage.train_epoch(lambda: None)
+    a, b = small.model.state_dict(), large.model.state_dict()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_accumulation_is_not_exact_with_bn(monkeypatch):
+    common = ("model.norm=bn", "data.samples=120")
+    small = double_stage(monkeypatch, tiny(*common, "data.batch_size=8", "accumulate=4"))
+    large = double_stage(monkeypatch, tiny(*common, "data.batch_size=32"))
+    for stage in (small, large):
+        stage.train_epoch(lambda: None)
+    difference = (small.model.head.weight - large.model.head.weight).abs().max()
+    assert difference > 1e-6
+
+
+def test_the_average_of_weights_is_what_is_evaluated(unbroken):
+    state = load_checkpoint(unbroken)
+    model, _ = load_model(unbroken, MODELS)
+    assert torch.equal(model.head.weight, state["ema"]["head.weight"])
+    assert not torch.equal(model.head.weight, state["model"]["head.weight"])
+
+
+def test_input_means_stay_at_their_calibration_when_not_tracked(monkeypatch):
+    moved = {}
+    for track in (True, False):
+        stage = double_stage(monkeypatch, tiny(f"free.track={str(track).lower()}"))
+        before = {k: v.clone() for k, v in stage.model.state_dict().items() if k.endswith("input_mean")}
+        stage.train_epoch(lambda: None)
+        moved[track] = any(not torch.equal(v, stage.model.state_dict()[k]) for k, v in before.items())
+    assert moved == {True: True, False: False}
+
+
+def test_each_stage_is_calibrated_from_its_own_network(tmp_path):
+    run(tmp_path / "r", "stages.0.epochs=1", "stages.1.epochs=1", "optimizer.lr=1e-30", "free.track=false")
+    model, _ = load_model(tmp_path / "r", MODELS)
+    layers = [m for m in model.modules() if isinstance(m, WeightLayer) and m.unit_output]
+    assert layers and all((m.output_std != 1).any() for m in layers)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_hint(tmp_path, monkeypatch):
+    from bnnfree.train import loop
+
+    monkeypatch.setitem(loop.LOSSES, "cross_entropy", lambda z, *_: z.sum() * float("nan"))
+    with pytest.raises(TrainingError, match="not finite.*optimizer.lr"):
+        run(tmp_path / "r")
+    assert not (tmp_path / "r" / "best.pt").exists()
+
+
+def test_a_teacher_of_ours_teaches(tmp_path, unbroken):
+    options = ("loss.name=distribution", f"loss.teacher={unbroken}", "stages.0.epochs=1", "stages.1.epochs=1")
+    assert run(tmp_path / "pupil", *options)["test_top1"] >= 0
+    with pytest.raises(BnnfreeError, match="other classes"):
+        run(tmp_path / "other", *options, "data.classes=5")
+    with pytest.raises(CheckpointError, match="no such"):
+        run(tmp_path / "none", "loss.name=distribution", "loss.teacher=nowhere.pt")
+    with pytest.raises(BnnfreeError, match="no model 'resnte'"):
+        run(tmp_path / "zoo", "loss.name=distribution", "loss.teacher=torchvision:resnte")
+
+
+@pytest.mark.parametrize("change", ["optimizer.name=sgd", "optimizer.name=adamw", "precision=bf16", "model.ste=ede",
+                                    "schedule.name=cosine", "data.val_fraction=0.0", "model.beta=measured"])  # fmt: skip
+def test_a_recipe_with_another_choice_runs_to_a_result(tmp_path, change):
+    result = run(tmp_path / "r", change, "stages.0.epochs=1", "stages.1.epochs=1")
+    assert 0 <= result["test_top1"] <= 100
+
+
+def test_bop_trains_signs(tmp_path):
+    options = ("optimizer.name=bop", "model.norm=bn", "model.standardize=false", "stages.0.binarize=both")
+    run(tmp_path / "r", *options, "optimizer.bop_gamma=0.1", "optimizer.bop_threshold=1e-6")
+    state = load_checkpoint(tmp_path / "r")
+    weight = state["model"]["blocks.0.branch.1.weight"]
+    assert (weight.abs() == 1).all()
+    assert max(metrics_of(tmp_path / "r")[0]["flips"].values()) > 0
+
+
+def test_evaluate_leaves_the_network_as_it_was(unbroken, monkeypatch):
+    stage = double_stage(monkeypatch, tiny())
+    before = {k: v.clone() for k, v in stage.model.state_dict().items()}
+    stage.model.train()
+    figures = evaluate(stage.model, stage.data.test, CPU, batch_size=7)
+    assert stage.model.training and figures["top1"] <= figures["top5"] == 100  # four classes
+    assert_same(dict(stage.model.state_dict()), before)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains(tmp_path):
+    assert run(tmp_path / "r", "compile=true", "stages.0.epochs=1", "stages.1.epochs=1")["epochs"] == 2
