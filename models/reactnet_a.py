@@ -21,7 +21,8 @@ def reactnet_a(
 ) -> Trunk:
     """ReActNet-A; `options` are the fields of bnnfree.nn.Design."""
     design = Design(**options)
-    outs = [scale_width(w, width) for w in WIDTHS]
+    narrowest = scale_width(WIDTHS[0], width)  # the others are its multiples: doublings must stay doublings
+    outs = [w // WIDTHS[0] * narrowest for w in WIDTHS]
     # the first doubling, right after the stem, keeps the resolution
     strides = [2 if i > 0 and a != b else 1 for i, (a, b) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False))]
     shapes = [BlockShape(2, transition=s == 2, ref_resets=s == 2) for s in strides]

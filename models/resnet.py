@@ -59,7 +59,7 @@ def reactnet18(classes: int, channels: int = 3, **options) -> Trunk:
 
 
 def reactnet20(classes: int, channels: int = 3, **options) -> Trunk:
-    """ReActNet-20: the same blocks in the shape of the CIFAR ResNet-20, 0.27 M weights; small enough for a CPU."""
+    """ReActNet-20: the same blocks in the shape of the CIFAR ResNet-20, 0.27 M weights; fits a CPU."""
     return _resnet((16, 32, 64), 6, classes, channels, **options)
 
 

@@ -2,7 +2,8 @@
 
     What = standardize_weight(W) or W                      W: the latent weight that is trained
     W_b  = scale_o sign(What)                              forward; sign(0) = +1
-    dL/dWhat = dL/dW_b                                     backward: identity estimator
+    dL/dWhat = dL/dW_b                                     backward: identity estimator (times -1 where a
+                                                           learned scale is negative: downhill)
 
 The scale of output channel o is one of SCALES. What follows (gain, bias, centring, unit output) is
 `bnnfree.nn.standard.WeightLayer`; with binary=False the same layer runs on What itself, so that a stage
@@ -45,7 +46,7 @@ class _BinaryWeight(WeightLayer):
         return latent.detach().abs().flatten(1).mean(1)
 
     def unit_weight(self) -> tuple[Tensor, Tensor | None]:
-        """(sign(What), scale [O]) when binary; (What, its scale) when real, at the same output variance."""
+        """(sign(What), scale [O]) when binary; (What, its scale) when real, of the same mean size."""
         latent = self.standardized()
         if not self.binary:
             if self.scale is None:
@@ -66,7 +67,8 @@ class _BinaryWeight(WeightLayer):
     def low_precision(self) -> bool:
         """Autocast may run +-1 times +-1 in its dtype: sums up to 256 (512 when even) are exact in bfloat16.
 
-        The layer cannot see whether its input is signs; who builds it says so by `binary_input`.
+        The layer cannot see whether its input is signs; who builds it says so by `binary_input`. Real weights
+        (binary=False) on signs are rounded to the dtype, as autocast does everywhere.
         """
         return self.binary_input
 

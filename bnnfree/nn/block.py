@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnfree.errors import pick
+from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.binary import BinaryConv2d
 from bnnfree.nn.norms import NORMS, Norm, make_norm
 from bnnfree.nn.react import RPReLU, RSign
@@ -16,7 +16,12 @@ from bnnfree.nn.sign import STE_WINDOWS, STES, Sign
 from bnnfree.nn.standard import ScaledStdConv2d
 from bnnfree.nn.variance import BETA_MODES
 
-BINARIZE = {"none": (False, False), "activations": (True, False), "weights": (False, True), "both": (True, True)}
+BINARIZE = {
+    "none": (False, False),
+    "activations": (True, False),
+    "weights": (False, True),
+    "both": (True, True),
+}
 SHORTCUTS = ("real", "binary")
 
 
@@ -136,6 +141,12 @@ class Clip(nn.Module):
         return x.clamp(-1, 1)
 
 
+def _note_factors(block: BinaryBlock, _: object = None) -> None:
+    """After a checkpoint is loaded: which of its beta and alpha must be multiplied by."""
+    block.scaled = block.measured or bool(block.beta != 1)
+    block.damped = bool(block.alpha != 1)
+
+
 class BinaryBlock(nn.Module):
     """A residual block around one or more binary convolutions.
 
@@ -154,6 +165,9 @@ class BinaryBlock(nn.Module):
     Ref: Liu et al. 2020 (ReActNet); Chen et al. 2021 ("BNN - BN = ?"), figure 2; Liu et al. 2018 (Bi-Real).
     """
 
+    alpha: Tensor
+    beta: Tensor
+
     def __init__(
         self,
         cin: int,
@@ -167,18 +181,23 @@ class BinaryBlock(nn.Module):
         duplicate: bool = False,
     ):
         super().__init__()
+        if duplicate and cout != 2 * cin:
+            raise BnnfreeError(f"duplicate: got {cin} -> {cout} channels, expected twice the width.")
         self.stride, self.duplicate = stride, duplicate
         self.measured = design.beta_mode == "measured"
         self.calibrating = False
-        self.scaled = self.measured or beta != 1.0
-        self.damped = design.branch_factor != 1.0
-        self.register_buffer("alpha", torch.tensor(design.branch_factor))
+        self.register_buffer("alpha", torch.tensor(float(design.branch_factor)))
         self.register_buffer("beta", torch.tensor(float(beta)))
+        self.scaled = self.measured or beta != 1
+        self.damped = design.branch_factor != 1
+        self.register_load_state_dict_post_hook(_note_factors)
         branch: list[nn.Module] = []
         for i in range(convs):
             width = cin if i == 0 else cout
-            branch += [design.make_sign(width), design.make_conv(width, cout, kernel, stride if i == 0 else 1)]
-            branch += [design.make_norm(cout)]
+            conv = design.make_conv(width, cout, kernel, stride if i == 0 else 1)
+            # the next sign reads this output alone: a sum that is 0 must not be rounded to either side of it
+            conv.exact = i + 1 < convs and conv.binary and conv.binary_input
+            branch += [design.make_sign(width), conv, design.make_norm(cout)]
         self.branch = nn.Sequential(*branch)
         self.shortcut = design.make_shortcut(cin, cout) if cin != cout and not duplicate else None
         biased = bool(design.binary_options.get("bias"))

@@ -25,11 +25,11 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
     model.eval()
     try:
         for part in parts:
-            part.calibrating = True
+            part.calibrating = True  # type: ignore[assignment]
         model(images)
     finally:
         for part in parts:
-            part.calibrating = False
+            part.calibrating = False  # type: ignore[assignment]
         model.train(was_training)
 
 
@@ -44,7 +44,7 @@ def centred_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:
 def update_input_means(
     model: nn.Module, window: float = 256.0, reduce: Callable[[Tensor], object] | None = None
 ) -> None:
-    """Move the input means of centred layers towards what they saw since the last call; once per optimiser step.
+    """Move the input means of centred layers towards what they saw since the last call; once per step.
 
         mu <- mu + (1 - exp(-n / window)) (mean - mu)        over the n samples of the step
 
@@ -68,5 +68,3 @@ def update_input_means(
         module.input_mean += share * (mean - module.input_mean)
         module.input_sum.zero_()
         module.input_count.zero_()
-
-

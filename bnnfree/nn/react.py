@@ -19,7 +19,7 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
 class RSign(Sign):
     """Sign with a learnable threshold per channel: s = sign(x + b), b [C] starts at 0.
 
-    backward  through the estimator of `Sign`, taken at t = x + b; dL/db sums dL/dt over samples and positions.
+    backward  through the estimator of `Sign` at t = x + b; dL/db sums dL/dt over samples and positions.
     Shapes: [N, C, ...] -> the same.
     """
 
@@ -45,6 +45,9 @@ class RPReLU(nn.Module):
         self.output_shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_shift is not None:
-            x = x + _per_channel(self.input_shift, x)
-        return F.prelu(x, self.slope) + _per_channel(self.output_shift, x)
+        # Why: autocast on a CPU would round the trunk to bfloat16 here, and signs near 0 would change
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.slope.dtype)
+            if self.input_shift is not None:
+                x = x + _per_channel(self.input_shift, x)
+            return F.prelu(x, self.slope) + _per_channel(self.output_shift, x)

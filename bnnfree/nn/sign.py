@@ -38,7 +38,7 @@ def approx_slope(t: Tensor, width: Tensor) -> Tensor:
 
 def swish_slope(t: Tensor, steepness: Tensor) -> Tensor:
     """slope(t) = k (2 - k t tanh(k t / 2)) / (1 + cosh(k t)). Ref: Darabi et al. 2018, "BNN+" (k = 5)."""
-    u = steepness * t
+    u = (steepness * t).clamp(-80, 80)  # beyond, the slope is 0, and infinity over infinity would be NaN
     return steepness * (2 - u * torch.tanh(u / 2)) / (1 + torch.cosh(u))
 
 
@@ -102,9 +102,10 @@ class _Sign(torch.autograd.Function):
         slope = STES[ctx.ste].slope
         if not ctx.per_sample:
             return grad * slope(x, parameter), None, None, None
-        k = 1 / x.float().std(dim=tuple(range(1, x.dim())), keepdim=True, correction=0).clamp_min(1e-5)
-        k = k.to(x.dtype)
-        return grad * (slope(k * x, parameter) * k), None, None, None
+        t = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        std = t.std(dim=tuple(range(1, x.dim())), keepdim=True, correction=0)
+        k = torch.where(std > 1e-5, 1 / std, torch.ones_like(std))
+        return (grad * (slope(k * t, parameter.to(t.dtype)) * k)).to(x.dtype), None, None, None
 
 
 class Sign(nn.Module):
@@ -115,11 +116,13 @@ class Sign(nn.Module):
               window "sample": dL/dx = dL/ds k_n slope(k_n x), k_n = 1 / std of sample n's own values
 
     The per-sample window keeps the slope's window as wide as the values are, whatever their scale, and
-    looks at no other sample; only the backward pass sees it. `parameter` is the slope's width or
-    steepness (None: the estimator's default).
+    looks at no other sample; only the backward pass sees it. A constant sample has k_n = 1. `parameter`
+    is the slope's width or steepness (None: the estimator's default).
 
     Shapes: any [N, ...] -> the same.
     """
+
+    parameter: Tensor
 
     def __init__(self, ste: str = "approx", window: str = "fixed", parameter: float | None = None):
         super().__init__()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bnnfree.errors import BnnfreeError, pick
 
 EPS = 1e-5
-CENTRES = (None, "input", "output")
+CENTRES = ("input", "output")
 
 
 def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
@@ -52,6 +52,12 @@ class WeightLayer(nn.Module):
     `bnnfree.nn.calibrate`), so micro-batches and processes see one and the same mu within a step.
     """
 
+    input_mean: Tensor
+    input_sum: Tensor
+    input_count: Tensor
+    output_mean: Tensor
+    output_std: Tensor
+
     def __init__(
         self,
         weight: Tensor,
@@ -64,7 +70,8 @@ class WeightLayer(nn.Module):
         unit_output: bool,
     ):
         super().__init__()
-        pick(dict.fromkeys(CENTRES), centre, "centre")
+        if centre is not None:
+            pick(dict.fromkeys(CENTRES), centre, "centre")
         out_channels = weight.shape[0]
         self.weight = nn.Parameter(weight)
         self.gain = nn.Parameter(torch.ones(out_channels)) if gain else None
@@ -72,6 +79,7 @@ class WeightLayer(nn.Module):
         self.standardize, self.centre, self.unit_output = standardize, centre, unit_output
         self.fan_in = weight[0].numel()
         self.calibrating = False
+        self.exact = False  # True: scale after the product, so that the sums of signs are whole numbers
         if centre == "input":
             self.register_buffer("input_mean", torch.zeros(in_channels))
             self.register_buffer("input_sum", torch.zeros(in_channels), persistent=False)
@@ -105,7 +113,7 @@ class WeightLayer(nn.Module):
             return self._forward(x, low)
 
     def _forward(self, x: Tensor, low: torch.dtype | None) -> Tensor:
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        x = x.to(self.weight.dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
         weight, scale = self.unit_weight()
         if self.calibrating:
             self._calibrate(x, weight, scale)
@@ -113,7 +121,9 @@ class WeightLayer(nn.Module):
             with torch.no_grad():
                 self.input_sum += _sum_of_sample_means(x)
                 self.input_count += x.shape[0]
-        factor = scale
+        if low is None and self.exact:
+            low = x.dtype
+        factor: Tensor | None = scale
         if self.gain is not None:
             factor = self.gain if factor is None else factor * self.gain
         if self.unit_output:
@@ -122,7 +132,7 @@ class WeightLayer(nn.Module):
         if low is None:
             folded = weight if factor is None else weight * _per_row(factor, weight)
             return self.linear(x, folded, bias)
-        y = self.linear(x.to(low), weight.to(low), None).float()
+        y = self.linear(x.to(low), weight.to(low), None).to(x.dtype)
         shape = (1, -1) + (1,) * (y.dim() - 2)
         y = y if factor is None else y * factor.view(shape)
         return y if bias is None else y + bias.view(shape)
@@ -145,9 +155,11 @@ class WeightLayer(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
-        """Set the constants from this input: the mean of the inputs, the mean and deviation of the outputs."""
+        """Set the constants from this input: mean of the inputs, mean and deviation of the outputs."""
         if self.centre == "input":
             self.input_mean.copy_(_sum_of_sample_means(x) / x.shape[0])
+            self.input_sum.zero_()  # what was collected before belongs to other constants
+            self.input_count.zero_()
         if self.centre == "output" or self.unit_output:
             folded = weight if scale is None else weight * _per_row(scale, weight)
             y = self.linear(x, folded, None)

@@ -71,7 +71,8 @@ def load_checkpoint(path: str | Path, prefer: str = "best.pt") -> dict[str, Any]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors and plain values" if refused else str(error).strip().split("\n")[0][:120]
         raise CheckpointError(f"checkpoint {path}: not a checkpoint, or torn ({reason}).") from None
     if not isinstance(state, dict) or state.get("kind") != KIND:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__

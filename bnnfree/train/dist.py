@@ -57,9 +57,8 @@ def start(device: str = "auto") -> Dist:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
         torch.cuda.set_device(local)
-    return Dist(
-        distributed.get_rank(), distributed.get_world_size(), torch.device(kind, local if kind == "cuda" else None)
-    )
+    place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    return Dist(distributed.get_rank(), distributed.get_world_size(), place)
 
 
 def stop() -> None:

@@ -46,6 +46,7 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
         }
     )
     data = load_data(fake)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"batch_size": batch})})
     train_images = shape["samples"] * (1 - recipe.data.val_fraction)
     lines, hours = [], 0.0
     for index, stage_recipe in enumerate(recipe.stages):

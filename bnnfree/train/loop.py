@@ -9,11 +9,12 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BinaryConv2d, BinaryLinear, anneal_signs, calibrate, update_input_means
@@ -47,12 +48,12 @@ class Stage:
         self.first_epoch = sum(stage.epochs for stage in recipe.stages[:index])
         passes = data.train.train_steps(recipe.data.batch_size, dist.world)
         self.steps = math.ceil(passes / recipe.accumulate)
-        self.model = model.to(dist.device, memory_format=torch.channels_last)
+        self.model = model.to(dist.device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
         self.optimizers = self._make_optimizers()
-        self.net = self.model
+        self.net: nn.Module = self.model
         if dist.world > 1:
-            self.net = nn.parallel.DistributedDataParallel(
+            self.net = DistributedDataParallel(
                 self.model, device_ids=None if dist.device.type == "cpu" else [dist.device], broadcast_buffers=False
             )
         self.compiled = torch.compile(self.net, dynamic=False) if recipe.compile else self.net
@@ -151,10 +152,10 @@ class Stage:
         anneal_signs(self.model, done / total_steps)
         samples = self.dist.sum_(torch.tensor(float(sum(len(y) for _, y in group)), device=self.dist.device))
         for i, (images, labels) in enumerate(group):
-            last = i == len(group) - 1
-            with self.net.no_sync() if self.dist.world > 1 and not last else nullcontext():
+            with self._gradients_shared(i == len(group) - 1):
                 self._backward(images, labels, samples)
         if recipe.agc.clip is not None:
+            assert recipe.agc.clip != "auto"  # resolved when the recipe was read
             rates = adaptive_grad_clip(self.groups, recipe.agc.clip, recipe.agc.eps)
             self.clip_rate.update(self.groups, rates)
         for optimizer in self.optimizers:
@@ -165,6 +166,12 @@ class Stage:
         if self.average is not None:
             self._move_average()
         return factor * recipe.optimizer.lr if recipe.stages[self.index].lr is None else self.groups[0]["lr"]
+
+    def _gradients_shared(self, last: bool) -> AbstractContextManager:
+        """Processes sum their gradients in the last backward pass of a step only."""
+        if isinstance(self.net, DistributedDataParallel) and not last:
+            return self.net.no_sync()
+        return nullcontext()
 
     def _backward(self, images: Tensor, labels: Tensor, samples: Tensor) -> None:
         recipe = self.recipe
@@ -179,10 +186,10 @@ class Stage:
         (loss * (self.dist.world / samples)).backward()
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
-            self.sums += torch.stack([loss.double(), correct.double(), correct.new_tensor(len(labels)).double()])
+            self.sums += _vector(loss, correct, len(labels))
 
     def _move_average(self) -> None:
-        assert self.average is not None
+        assert self.average is not None and self.recipe.ema.decay is not None
         old, new = self.average.state_dict(), self.model.state_dict()
         moving = [k for k in old if old[k].is_floating_point()]
         share = 1 - self.recipe.ema.decay
@@ -232,6 +239,13 @@ class Stage:
         self.signs = {name: signs.to(self.dist.device) for name, signs in state["signs"].items()}
 
 
+def _vector(*values: Tensor | int) -> Tensor:
+    """The values as one float64 vector on the first one's device."""
+    first = values[0]
+    assert isinstance(first, Tensor)
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=first.device) for v in values])
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, split: Split, dist: Dist, batch_size: int = 256, precision: str = "fp32"
@@ -246,7 +260,7 @@ def evaluate(
             logits = model(images).float()
         ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss.double(), (ranks < 1).sum().double(), (ranks < 5).sum().double(), ranks.new_tensor(len(ranks)).double()])
+        sums += _vector(loss, (ranks < 1).sum(), (ranks < 5).sum(), len(ranks))
     model.train(was_training)
     loss, top1, top5, samples = dist.sum_(sums).tolist()
     return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}

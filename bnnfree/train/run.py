@@ -66,7 +66,7 @@ class Run:
         if self.recipe.loss.teacher is None:
             return None
         teacher = load_teacher(self.recipe.loss.teacher, self.builders, self.data)
-        return teacher.to(self.dist.device, memory_format=torch.channels_last)
+        return teacher.to(self.dist.device).to(memory_format=torch.channels_last)
 
     def state(self) -> dict[str, Any]:
         """What last.pt holds."""
@@ -163,8 +163,9 @@ class Run:
                 val = evaluate(stage.evaluated, self.data.val, self.dist, precision=self.recipe.precision)
                 metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
             self.report.add(metrics)
-            shown = {k: f"{metrics[k]:.2f}" for k in ("loss", "top1", "val_top1") if k in metrics}
-            self.bar.set_postfix(stage=metrics["stage"], epoch=metrics["epoch"], **shown, refresh=False)
+            shown = {key: metrics[key] for key in ("stage", "epoch")}
+            shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
+            self.bar.set_postfix(shown, refresh=False)
             if not self.dist.main:
                 continue
             # without validation images the last epoch is the best

@@ -1,0 +1,8 @@
+"""What a network is made of. Imports torch, bnnfree.errors, bnnfree.nn; never train, export, engine, models.
+
+summary: parameters, bytes and multiply-accumulates, layer by layer.
+"""
+
+from bnnfree.analysis.summary import Costs, Group, Layer, Summary, summarize
+
+__all__ = ["Costs", "Group", "Layer", "Summary", "summarize"]

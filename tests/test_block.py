@@ -1,0 +1,361 @@
+"""The residual block: its formula, its bookkeeping of variance, and what no sample may know of another.
+
+Compiling for real takes minutes on a busy machine: python -m pytest -m slow tests/test_block.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bnnfree.errors import BnnfreeError, UnknownNameError
+from bnnfree.nn import (
+    BETA_MODES,
+    BINARIZE,
+    NORMS,
+    BinaryBlock,
+    BlockShape,
+    Design,
+    ScaledStdConv2d,
+    calibrate,
+    expected_betas,
+    make_norm,
+)
+
+BATCH_FREE = ("none", "free", "free_paper")
+# name -> cin, cout, further arguments of BinaryBlock, further fields of Design
+KINDS = {
+    "same": (6, 6, {}, {}),
+    "transition": (6, 10, dict(stride=2), {}),
+    "wider": (6, 10, {}, {}),
+    "pooled": (6, 6, dict(stride=2), {}),
+    "duplicate": (6, 12, dict(kernel=1, duplicate=True), {}),
+    "two_convs": (6, 6, dict(convs=2), dict(react=False)),
+    "two_convs_transition": (6, 10, dict(convs=2, stride=2), dict(react=False)),
+    "real_shortcut": (6, 10, dict(stride=2), dict(shortcut="real")),
+    "padded_with_ones": (5, 5, {}, dict(pad_value=1)),
+    "real_weights": (6, 10, dict(stride=2), dict(binarize="activations")),
+    "real_activations": (6, 10, dict(stride=2), dict(binarize="weights")),
+    "all_real": (6, 6, dict(convs=2), dict(binarize="none", react=False)),
+}
+
+
+def noise(*shape, seed):
+    print(f"seed {seed}")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomise(module, seed):
+    """Every parameter and constant off its initial value; alpha and beta stay, deviations are positive."""
+    module.double()
+    with torch.no_grad():
+        for i, (name, value) in enumerate(module.state_dict().items()):
+            if value.is_floating_point() and not name.endswith(("alpha", "beta")):
+                draw = noise(*value.shape, seed=seed + i)
+                value.copy_(draw.abs() + 0.2 if name.endswith(("_std", "running_var")) else draw)
+    return module
+
+
+def make_block(norm, kind, **fields):
+    cin, cout, arguments, design = KINDS[kind]
+    fields = {"alpha": 0.3, **design, **fields}
+    return randomise(BinaryBlock(cin, cout, Design(norm=norm, **fields), beta=0.7, **arguments), 7).train()
+
+
+def explicit_conv(state, x, options, kernel, stride, binary, pad_value):
+    """Standardise, sign and scale, centre, gain and bias, from the state and the norm's options."""
+    w, size = state["weight"], 1.0
+    fan_in = w[0].numel()
+    column, row = (-1, 1, 1, 1), (1, -1, 1, 1)
+    if options.get("standardize"):
+        mean, std = w.mean((1, 2, 3)).view(column), w.std((1, 2, 3), correction=0).view(column)
+        w = (w - mean) / ((std + 1e-5) * math.sqrt(fan_in))
+    if binary:
+        size = w.abs().mean((1, 2, 3)).view(row) if options["scale"] == "mean_abs" else fan_in**-0.5
+        w = torch.where(w < 0, -1.0, 1.0).double()
+
+    def linear(x):
+        p = kernel // 2
+        return size * F.conv2d(F.pad(x, (p, p, p, p), value=float(pad_value)), w, stride=stride)
+
+    y = linear(x)
+    if options.get("centre") == "input":
+        y = y - linear(state["input_mean"].view(row).expand(1, *x.shape[1:])).mean((2, 3), keepdim=True)
+    if options.get("unit_output"):
+        y = y / state["output_std"].view(row)
+    if options.get("gain"):
+        y = y * state["gain"].view(row)
+    return y + state["bias"].view(row) if "bias" in state else y
+
+
+def explicit_norm(norm, state, x):
+    if norm != "bn":
+        return x
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+    row = (1, -1, 1, 1)
+    return (x - mean) / (var + 1e-5).sqrt() * state["weight"].view(row) + state["bias"].view(row)
+
+
+def explicit_pool(x, stride):
+    """The mean of each stride x stride window, cut off at the border; one window at a time."""
+    height, width = (-(-side // stride) for side in x.shape[2:])
+    rows = [
+        torch.stack([
+            x[:, :, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride].mean((2, 3))
+            for j in range(width)
+        ], -1)
+        for i in range(height)
+    ]  # fmt: skip
+    return torch.stack(rows, 2)
+
+
+def explicit_block(norm, kind, block, x, alpha, beta):
+    """out = act(alpha h + id) from the block's state alone."""
+    state = block.state_dict()
+
+    def part(prefix):
+        return {k[len(prefix) + 1 :]: v for k, v in state.items() if k.startswith(prefix + ".")}
+
+    cin, cout, arguments, design = KINDS[kind]
+    kernel, stride = arguments.get("kernel", 3), arguments.get("stride", 1)
+    signs, binary = BINARIZE[design.get("binarize", "both")]
+    react, pad_value = design.get("react", True), design.get("pad_value", 0)
+    options, row = NORMS[norm].binary, (1, -1, 1, 1)
+    u = h = beta * x
+    for i in range(arguments.get("convs", 1)):
+        t = h + part(f"branch.{3 * i}")["bias"].view(row) if react else h
+        s = torch.where(t < 0, -1.0, 1.0).double() if signs else t.clamp(-1, 1)
+        conv = part(f"branch.{3 * i + 1}")
+        h = explicit_conv(conv, s, options, kernel, stride if i == 0 else 1, binary, pad_value)
+        h = explicit_norm(norm, part(f"branch.{3 * i + 2}"), h)
+    identity = u if stride > 1 or part("shortcut") else x
+    identity = explicit_pool(identity, stride)
+    if arguments.get("duplicate"):
+        identity = torch.cat([identity, identity], 1)
+    elif cin != cout:
+        one_bit = binary and design.get("shortcut", "binary") == "binary"
+        y = explicit_conv(part("shortcut.0"), identity, options, 1, 1, one_bit, 0)
+        identity = explicit_norm(norm, part("shortcut.1"), y)
+    y = alpha * h + identity
+    if not react:
+        return y
+    act = part("act")
+    y = y + act["input_shift"].view(row) if "input_shift" in act else y
+    return torch.where(y > 0, y, act["slope"].view(row) * y) + act["output_shift"].view(row)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_block_equals_its_formula(norm, kind):
+    block, x = make_block(norm, kind), noise(3, KINDS[kind][0], 7, 5, seed=1)
+    expected = explicit_block(norm, kind, block, x, 0.3, 0.7)
+    torch.testing.assert_close(block(x), expected, rtol=1e-6, atol=1e-6)  # alpha and beta were float32
+    assert expected.shape[1] == KINDS[kind][1]
+    assert block.shortcut is None or block.shortcut[0].bias is None  # the branch has one
+
+
+def test_a_sum_of_signs_that_is_0_is_plus_1_for_the_next_sign():
+    block = BinaryBlock(6, 6, Design(norm="none", react=False), convs=2)
+    x, second = noise(8, 6, 7, 5, seed=11).float(), []
+    block.branch[3].register_forward_pre_hook(lambda _, args: second.append(args[0]))
+    block(x)
+    signs = torch.where(x < 0, -1.0, 1.0)
+    weight = torch.where(block.branch[1].weight < 0, -1.0, 1.0)
+    sums = F.conv2d(signs, weight, padding=1)
+    assert 50 < (sums == 0).sum()
+    assert torch.equal(second[0] >= 0, sums >= 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (7, 5), (8, 3), (2, 2)])
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_branch_and_shortcut_agree_on_the_size_when_stepping(kernel, stride, size):
+    for cout in (6, 10):
+        block = BinaryBlock(6, cout, Design(), kernel=kernel, stride=stride)
+        shape = block(torch.randn(2, 6, *size)).shape
+        assert shape == (2, cout, -(-size[0] // stride), -(-size[1] // stride))
+
+
+def test_duplicate_of_another_width_is_refused():
+    with pytest.raises(BnnfreeError, match="duplicate: got 6 -> 10 channels"):
+        BinaryBlock(6, 10, Design(), duplicate=True)
+
+
+@pytest.mark.parametrize("kind", ["same", "transition"])
+def test_a_checkpoint_determines_alpha_and_beta(kind):
+    cin, cout, arguments, _ = KINDS[kind]
+    source = make_block("free", kind)
+    target = BinaryBlock(cin, cout, Design(norm="free"), **arguments).double()
+    x = noise(2, cin, 7, 5, seed=2)
+    assert {"alpha", "beta"} <= set(source.state_dict())
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(x), source(x))
+
+
+RESNET18 = [BlockShape(1, transition=b == 0 and s > 0, ref_resets=b == 0) for s in range(3) for b in range(4)]
+REACTNET_A = [BlockShape(2, transition=t, ref_resets=t) for t in (False, True, False, True, False)]
+
+
+@pytest.mark.parametrize(
+    "blocks, mode, expected",
+    [
+        (RESNET18, "nf", [1, 0.9806, 0.9623, 0.9449] + 2 * [0.9285, 0.9806, 0.9623, 0.9449]),
+        (RESNET18, "ref", [1, 1, 0.9806, 0.9623] + 2 * [0.9449, 1, 0.9806, 0.9623]),
+        (REACTNET_A, "nf", [1, 0.9806, 0.9623, 0.9806, 0.9623, 0.9449, 0.9285, 0.9806, 0.9623, 0.9449]),
+        (REACTNET_A, "ref", [1, 0.9806, 0.9623, 0.9449, 1, 0.9806, 0.9623, 0.9449, 1, 0.9806]),
+        (RESNET18, "none", [1] * 12),
+        (REACTNET_A, "measured", [1] * 10),
+    ],
+)
+def test_expected_betas_are_those_of_the_paper_and_of_its_code(blocks, mode, expected):
+    betas = expected_betas(blocks, 0.2, mode)
+    assert [len(units) for units in betas] == [block.units for block in blocks]
+    assert [round(b, 4) for units in betas for b in units] == expected
+
+
+def test_every_beta_mode_is_known_and_others_are_not():
+    for mode in BETA_MODES:
+        assert expected_betas([BlockShape()], 0.2, mode) == [[1.0]]
+    with pytest.raises(UnknownNameError, match="Did you mean 'measured'"):
+        expected_betas([], 0.2, "measure")
+
+
+def network(norm, **fields):
+    """Stem, a same and a transition block, mean pool; calibrated, with parameters off their start."""
+    torch.manual_seed(3)
+    design = Design(norm=norm, **fields)
+    blocks = [BinaryBlock(6, 6, design), BinaryBlock(6, 10, design, stride=2), BinaryBlock(10, 10, design)]
+    model = nn.Sequential(design.make_stem(3, 6, 3, 1), *blocks, nn.AdaptiveAvgPool2d(1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    calibrate(model, noise(5, 3, 9, 7, seed=4))
+    return model
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_measured_beta_gives_every_block_inputs_of_deviation_1(norm):
+    model, seen = network(norm, beta="measured"), []
+    for block in model[1:4]:
+        block.branch.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.eval()
+    model(noise(5, 3, 9, 7, seed=4))
+    assert [u.std(correction=0).item() for u in seen] == [pytest.approx(1.0)] * 3
+    assert all(block.beta != 1 for block in model[1:4])
+
+
+def eval_is_train(model, x):
+    model.train()
+    trained = model(x)
+    return torch.equal(model.eval()(x), trained)
+
+
+def sample_alone_is_sample_in_a_batch(model, x):
+    model.train()
+    together = model(x)
+    return all(
+        torch.allclose(model(x[i : i + 1])[0], together[i], rtol=1e-12, atol=1e-12) for i in range(len(x))
+    )
+
+
+def batch_gradient_is_the_sum_of_single_ones(model, x):
+    model.train()
+    weight = noise(*model(x).shape, seed=5)
+
+    def gradients(rows):
+        model.zero_grad()
+        (model(x[rows]).tanh() * weight[rows]).sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    whole = gradients(slice(None))
+    single = [gradients(slice(i, i + 1)) for i in range(len(x))]
+    sums = [sum(parts) for parts in zip(*single, strict=True)]
+    assert all(g.abs().max() > 0 for g in whole)
+    return all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(whole, sums, strict=True))
+
+
+def order_does_not_matter(model, x):
+    model.train()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    return torch.allclose(model(x[order]), model(x)[order], rtol=1e-12, atol=1e-12)
+
+
+INDEPENDENCE = [
+    eval_is_train,
+    sample_alone_is_sample_in_a_batch,
+    batch_gradient_is_the_sum_of_single_ones,
+    order_does_not_matter,
+]
+
+
+@pytest.mark.parametrize("holds", INDEPENDENCE)
+@pytest.mark.parametrize("norm", BATCH_FREE)
+def test_bn_free_network_has_no_batch_effect(norm, holds):
+    assert holds(network(norm), noise(5, 3, 9, 7, seed=6))
+
+
+@pytest.mark.parametrize("holds", INDEPENDENCE[:3])
+def test_bn_network_has_a_batch_effect(holds):
+    assert not holds(network("bn"), noise(5, 3, 9, 7, seed=6))
+
+
+@pytest.mark.parametrize("window, norm", [("sample", "none"), ("fixed", "free")])
+def test_gradients_stay_per_sample_in_either_window(window, norm):
+    model = network(norm, ste_window=window)
+    assert batch_gradient_is_the_sum_of_single_ones(model, noise(5, 3, 9, 7, seed=8))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_make_norm_and_the_stem_have_what_the_norm_says(norm):
+    layer, stem = make_norm(norm, 7), Design(norm=norm).make_stem(3, 7, 3, 2)
+    assert isinstance(layer, nn.BatchNorm2d if norm == "bn" else nn.Identity)
+    assert isinstance(stem[0], ScaledStdConv2d) and type(stem[1]) is type(layer)
+    assert stem(torch.randn(2, 3, 9, 7)).shape == (2, 7, 5, 4)
+
+
+@pytest.mark.parametrize(
+    "fields, hint",
+    [
+        (dict(norm="fre"), "free"),
+        (dict(norm="free_papr"), "free_paper"),
+        (dict(binarize="weight"), "weights"),
+        (dict(shortcut="binry"), "binary"),
+        (dict(ste="aprox"), "approx"),
+        (dict(ste_window="sampel"), "sample"),
+        (dict(beta="measure"), "measured"),
+    ],
+)
+def test_unknown_names_in_a_design_get_the_nearest_known_one(fields, hint):
+    with pytest.raises(UnknownNameError, match=f"Did you mean '{hint}'"):
+        Design(**fields)
+
+
+def compiled_equals_eager(norm, kind, backend):
+    torch._dynamo.reset()
+    block, x = make_block(norm, kind), noise(3, KINDS[kind][0], 7, 5, seed=9).requires_grad_()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    inputs = [x, *block.parameters()]
+    y = block(x)
+    upstream = noise(*y.shape, seed=10)
+    expected = torch.autograd.grad(y, inputs, upstream)
+    z = compiled(x)
+    torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-9)
+    for got, wanted in zip(torch.autograd.grad(z, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["transition"])
+@pytest.mark.parametrize("norm", ["free", "bn"])
+def test_block_is_one_graph_for_the_compiler_and_its_gradients_stay(norm, kind):
+    compiled_equals_eager(norm, kind, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["same", "transition"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_compiled_block_equals_the_eager_one(norm, kind):
+    compiled_equals_eager(norm, kind, "inductor")

@@ -1,0 +1,75 @@
+"""What only a CUDA device can show; skipped, with that reason, where there is none."""
+
+import pytest
+import torch
+
+from bnnfree.nn import BinaryConv2d, Sign, calibrate
+from bnnfree.train import fit, load_checkpoint, load_data
+from helpers import assert_same, tiny
+from models import MODELS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+def test_augmented_batches_equal_the_cpus():
+    data = load_data(tiny().data)
+    order = dict(seed=3, epoch=1)
+    cpu = list(data.train.train_batches(16, **order, device="cpu"))
+    gpu = list(data.train.train_batches(16, **order, device="cuda"))
+    for (x, y), (u, v) in zip(cpu, gpu, strict=True):
+        assert torch.equal(x, u.cpu()) and torch.equal(y, v.cpu())
+
+
+def test_bf16_autocast_gives_the_signs_of_fp32():
+    torch.manual_seed(0)
+    model = MODELS["reactnet20"](10).cuda().train()
+    images = torch.randn(8, 3, 32, 32, device="cuda")
+    calibrate(model, images)
+    signs: dict[bool, list] = {False: [], True: []}
+    for low in signs:
+        hooks = [
+            m.register_forward_hook(lambda _, __, y, low=low: signs[low].append(y.clone()))
+            for m in model.modules()
+            if isinstance(m, Sign)
+        ]
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            model(images)
+        for hook in hooks:
+            hook.remove()
+    assert len(signs[True]) == len(signs[False]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(signs[True], signs[False], strict=True))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_products_of_signs_are_exact_integers(kernel):
+    """Also under TF32 and bf16: sums of +-1 up to 256 are exact."""
+    torch.manual_seed(0)
+    layer = BinaryConv2d(64, 32, kernel, scale="none", gain=False, standardize=False, binary_input=True).cuda()
+    x = torch.randint(0, 2, (4, 64, 9, 7), device="cuda").float() * 2 - 1
+    whole = layer.cpu().double()(x.cpu().double())
+    layer.float().cuda()
+    for low in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            assert torch.equal(layer(x).cpu().double(), whole)
+
+
+def test_a_run_cut_in_two_ends_with_the_same_bits(tmp_path, monkeypatch):
+    from bnnfree.train.loop import Stage
+
+    options = ("device=cuda", "checkpoint_minutes=0.0001")
+    fit(tiny(*options), MODELS, tmp_path / "whole", quiet=True)
+    take, taken = Stage._take_step, 0
+
+    def cut(self, group):
+        nonlocal taken
+        taken += 1
+        if taken == 12:
+            raise KeyboardInterrupt
+        return take(self, group)
+
+    monkeypatch.setattr(Stage, "_take_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(*options), MODELS, tmp_path / "cut", quiet=True)
+    monkeypatch.setattr(Stage, "_take_step", take)
+    fit(tiny(*options), MODELS, tmp_path / "cut", quiet=True, resume=True)
+    assert_same(load_checkpoint(tmp_path / "cut" / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt"))

@@ -1,0 +1,219 @@
+"""Every architecture with every normaliser: it builds, trains, starts fairly, and has the stated shapes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from bnnfree.errors import BnnfreeError, UnknownNameError
+from bnnfree.nn import BINARIZE, NORMS, BinaryBlock, BinaryConv2d, RPReLU, Sign, WeightLayer, calibrate
+from models import MODELS
+
+NARROW = 0.125  # 8 channels where the table has 64; never fewer than 8
+
+
+def make_images(*shape, seed):
+    print(f"seed {seed}")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_model(name, classes=3, seed=0, **options):
+    print(f"model seed {seed}")
+    torch.manual_seed(seed)
+    return MODELS[name](classes, **{"width": NARROW, "stem": "cifar", **options})
+
+
+@pytest.mark.parametrize("binarize", BINARIZE)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_of_every_model_gets_a_gradient(name, norm, binarize):
+    stem = "imagenet" if name == "reactnet_a" else "cifar"
+    model = make_model(name, norm=norm, binarize=binarize, stem=stem)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:  # shifts and biases off 0, so that both sides of every RPReLU are met
+                p.add_(0.3 * torch.randn_like(p))
+    images = make_images(2, 3, 19, 13, seed=1)
+    calibrate(model, images)
+    logits = model(images)
+    assert logits.shape == (2, 3)
+    nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
+    for key, p in model.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), key
+        assert p.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_all_stages_of_a_model_hold_the_same_keys(name, norm):
+    states = [make_model(name, norm=norm, binarize=b).state_dict() for b in BINARIZE]
+    shapes = [{key: value.shape for key, value in state.items()} for state in states]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert sum(key.endswith(("alpha", "beta")) for key in shapes[0]) >= 2 * 8
+    late = make_model(name, norm=norm, binarize="both", seed=1)
+    late.load_state_dict(states[1])  # strict: the weights of a stage carry over
+    assert all(torch.equal(v, states[1][k]) for k, v in late.state_dict().items())
+
+
+def ceil_halves(size, times):
+    for _ in range(times):
+        size = tuple(-(-side // 2) for side in size)
+    return size
+
+
+# name -> residual blocks, times a block halves the map, times the imagenet stem halves it
+LAYOUT = {
+    "reactnet18": (16, 3, 2),
+    "birealnet18": (16, 3, 2),
+    "xnor_resnet18": (8, 3, 2),
+    "reactnet20": (18, 2, 2),
+    "reactnet_a": (26, 4, 1),
+}
+
+
+def test_the_layout_table_has_every_model():
+    assert set(LAYOUT) == set(MODELS)
+
+
+@pytest.mark.parametrize("stem, size", [("cifar", (13, 10)), ("cifar", (8, 8)), ("imagenet", (65, 34))])
+@pytest.mark.parametrize("name", MODELS)
+def test_maps_halve_where_the_layout_says_for_odd_and_oblong_images(name, stem, size):
+    model, sizes = make_model(name, stem=stem, classes=7, channels=1), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: sizes.append(tuple(out.shape[2:])))
+    assert model(make_images(2, 1, *size, seed=2)).shape == (2, 7)
+    blocks, halvings, stem_halvings = LAYOUT[name]
+    start = stem_halvings if stem == "imagenet" else 0
+    assert len(sizes) == blocks
+    assert list(dict.fromkeys(sizes)) == list(
+        dict.fromkeys(ceil_halves(size, start + i) for i in range(halvings + 1))
+    )
+
+
+@pytest.mark.parametrize(
+    "name, width, expected",
+    [
+        ("reactnet20", 1.0, [16, 32, 64]),
+        ("reactnet20", 0.5, [8, 16, 32]),
+        ("birealnet18", 0.125, [8, 16, 32, 64]),
+        ("xnor_resnet18", 0.3, [16, 40, 80, 152]),
+        ("reactnet18", 1e-3, [8, 8, 8, 8]),
+        ("reactnet_a", 0.25, [8, 16, 32, 64, 128, 256]),
+        ("reactnet_a", 0.3, [8, 16, 32, 64, 128, 256]),  # doublings stay doublings at any width
+        ("reactnet_a", 0.4, [16, 32, 64, 128, 256, 512]),
+    ],
+)
+def test_width_multiplies_the_channels_to_multiples_of_8(name, width, expected):
+    model, seen = make_model(name, width=width), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: seen.extend([args[0].shape[1], out.shape[1]]))
+    model(make_images(1, 3, 9, 7, seed=3))
+    assert sorted(set(seen)) == sorted(set(expected))
+    assert model.get_classifier() is model.head and model.head.in_features == expected[-1]
+
+
+@pytest.mark.parametrize("name, react", [(n, "react" in n) for n in MODELS])
+def test_activations_are_rprelu_in_react_models_alone(name, react):
+    model = make_model(name)
+    acts = [type(b.act) for b in model.modules() if isinstance(b, BinaryBlock)]
+    assert set(acts) == {RPReLU if react else nn.Identity}
+
+
+@pytest.mark.parametrize(
+    "name, beta, expected",
+    [
+        ("reactnet18", None, [1, 0.9806, 0.9623, 0.9449] + 3 * [0.9285, 0.9806, 0.9623, 0.9449]),
+        ("reactnet18", "ref", [1, 1, 0.9806, 0.9623] + 3 * [0.9449, 1, 0.9806, 0.9623]),
+        ("reactnet18", "none", [1] * 16),
+        ("reactnet_a", "ref", [1, 0.9806, 0.9623, 0.9449] + [1, 0.9806, 0.9623, 0.9449] * 2),
+        ("reactnet_a", "nf", [1, 0.9806, 0.9623, 0.9806, 0.9623, 0.9449, 0.9285, 0.9806, 0.9623, 0.9449]),
+    ],
+)
+def test_blocks_of_the_paper_have_alpha_and_beta_in_their_state(name, beta, expected):
+    state = make_model(name, norm="free_paper", beta=beta).state_dict()
+    betas = [round(v.item(), 4) for k, v in state.items() if k.endswith("beta")]
+    assert len(betas) == LAYOUT[name][0] and betas[: len(expected)] == expected
+    assert {round(v.item(), 6) for k, v in state.items() if k.endswith("alpha")} == {0.2}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_half_of_the_initial_latents_are_positive_in_every_layer(name, norm):
+    for key, layer in make_model(name, norm=norm, width=0.25).named_modules():
+        if isinstance(layer, WeightLayer):
+            n = layer.weight.numel()
+            share = (layer.weight > 0).double().mean().item()
+            tolerance = max(0.1, 4 * 0.5 / n**0.5) if n < 400 else 0.1  # 4 standard errors of n coins
+            assert abs(share - 0.5) < tolerance, (key, share, n)
+            assert layer.weight.abs().min() > 0
+
+
+@pytest.mark.parametrize("latent_std", [None, 0.04])
+@pytest.mark.parametrize("norm, variance", [("none", 1.0), ("free", 1.0), ("bn", 1.0), ("free_paper", 0.64)])
+@pytest.mark.parametrize("name", ["reactnet20", "reactnet_a"])
+def test_initial_binary_convolutions_of_random_signs_have_unit_variance(name, norm, variance, latent_std):
+    # mean-abs scale of standardised Gaussian latents: (2 / pi) instead of 1
+    convs = {}
+    for layer in make_model(name, norm=norm, width=0.5, latent_std=latent_std).modules():
+        if isinstance(layer, BinaryConv2d):
+            convs[tuple(layer.weight.shape)] = layer
+    assert len(convs) > 5
+    for shape, layer in convs.items():
+        if layer.in_channels > 64:
+            continue
+        layer.padding = (0, 0)  # zeros at the border would lower it
+        x = make_images(16, layer.in_channels, 9, 9, seed=5)
+        got = layer(torch.where(x < 0, -1.0, 1.0)).var().item()
+        assert got == pytest.approx(variance, rel=0.12), shape
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name, width", [("reactnet20", 0.5), ("xnor_resnet18", NARROW)])
+def test_signs_under_bfloat16_autocast_are_those_of_float32(name, width, norm):
+    # xnor: a sign reads whole sums of signs, many of them 0; reactnet: it reads the trunk
+    model = make_model(name, norm=norm, width=width)
+    images = make_images(2, 3, 12, 11, seed=6)
+    calibrate(model, images)
+    model.train()
+    signs = []
+    for layer in model.modules():
+        if isinstance(layer, Sign):
+            layer.register_forward_hook(lambda _, args, out: signs.append(out.detach().float()))
+    logits = model(images)
+    count = len(signs)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(images)
+    assert count == sum(isinstance(m, Sign) for m in model.modules()) and len(signs) == 2 * count
+    for i, (a, b) in enumerate(zip(signs[:count], signs[count:], strict=True)):
+        assert torch.equal(a, b), f"sign {i}: {(a != b).sum()} of {a.numel()} differ"
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), logits, rtol=2e-2, atol=2e-2)
+    nn.functional.cross_entropy(low.float(), torch.tensor([0, 2])).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+WRONG = [
+    (dict(norm="fre"), "free"),
+    (dict(stem="cifar10"), "cifar"),
+    (dict(binarize="weight"), "weights"),
+    (dict(shortcut="rel"), "real"),
+    (dict(ste="swich"), "swish"),
+    (dict(beta="measure"), "measured"),
+]
+
+
+@pytest.mark.parametrize("name, wrong", list(itertools.product(MODELS, WRONG)), ids=str)
+def test_unknown_names_get_the_nearest_known_one(name, wrong):
+    options, hint = wrong
+    with pytest.raises(UnknownNameError, match=f"Did you mean '{hint}'"):
+        make_model(name, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("width", [0, -1.0])
+def test_a_width_that_is_not_positive_is_refused(name, width):
+    with pytest.raises(BnnfreeError, match="width: got"):
+        make_model(name, width=width)
