@@ -38,9 +38,7 @@ def nearest(got: str, allowed: Iterable[str]) -> str:
 def unknown_name(what: str, got: object, allowed: Iterable[str]) -> UnknownNameError:
     """The error for a name that is in no table: `what: got 'x', expected one of a, b. Did you mean 'a'?`"""
     names = list(allowed)
-    return UnknownNameError(
-        f"{what}: got {got!r}, expected one of {', '.join(names)}.{nearest(str(got), names)}"
-    )
+    return UnknownNameError(f"{what}: got {got!r}, expected one of {', '.join(names)}.{nearest(str(got), names)}")
 
 
 def pick(table: dict, name: str, what: str):

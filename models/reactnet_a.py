@@ -16,9 +16,7 @@ from models.stem import Trunk, check_stem, scale_width
 WIDTHS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
 
 
-def reactnet_a(
-    classes: int, channels: int = 3, *, width: float = 1.0, stem: str = "imagenet", **options
-) -> Trunk:
+def reactnet_a(classes: int, channels: int = 3, *, width: float = 1.0, stem: str = "imagenet", **options) -> Trunk:
     """ReActNet-A; `options` are the fields of bnnfree.nn.Design."""
     design = Design(**options)
     narrowest = scale_width(WIDTHS[0], width)  # the others are its multiples: doublings must stay doublings

@@ -35,9 +35,7 @@ def _resnet(
     large = check_stem(stem) == "imagenet"
     outs = [scale_width(w, width) for w in widths]
     shapes = [
-        BlockShape(1, transition=b == 0 and s > 0, ref_resets=b == 0)
-        for s in range(len(outs))
-        for b in range(blocks)
+        BlockShape(1, transition=b == 0 and s > 0, ref_resets=b == 0) for s in range(len(outs)) for b in range(blocks)
     ]
     betas = iter(expected_betas(shapes, design.branch_factor, design.beta_mode))
     layers: list[nn.Module] = []

@@ -152,9 +152,7 @@ def test_gradient_of_the_standardization_passes_gradcheck(shape):
 
 
 @pytest.mark.parametrize("kernel, stride, dilation, groups, pad_value", GEOMETRIES)
-def test_centred_binary_convolution_equals_a_loop_in_every_geometry(
-    kernel, stride, dilation, groups, pad_value
-):
+def test_centred_binary_convolution_equals_a_loop_in_every_geometry(kernel, stride, dilation, groups, pad_value):
     channels = {1: (5, 3), 2: (3, 5), 3: (3, 1), 5: (1, 3)}[kernel]
     geometry = (kernel, stride, dilation, groups, pad_value)
     layer, x = make_conv(*geometry, channels=channels, centre="input", bias=True)

@@ -257,9 +257,7 @@ def eval_is_train(model, x):
 def sample_alone_is_sample_in_a_batch(model, x):
     model.train()
     together = model(x)
-    return all(
-        torch.allclose(model(x[i : i + 1])[0], together[i], rtol=1e-12, atol=1e-12) for i in range(len(x))
-    )
+    return all(torch.allclose(model(x[i : i + 1])[0], together[i], rtol=1e-12, atol=1e-12) for i in range(len(x)))
 
 
 def batch_gradient_is_the_sum_of_single_ones(model, x):

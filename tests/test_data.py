@@ -86,9 +86,7 @@ def test_fake_is_repeatable_and_learnable(channels, classes, size):
     assert torch.equal(loaded.train.pixels, again.train.pixels)
     assert loaded.train.pixels.shape == (60, size, size, channels) and len(loaded.classes) == classes
     if size > 1:
-        centres = torch.stack(
-            [loaded.train.pixels[loaded.train.labels == c].float().mean(0) for c in range(classes)]
-        )
+        centres = torch.stack([loaded.train.pixels[loaded.train.labels == c].float().mean(0) for c in range(classes)])
         distances = torch.cdist(loaded.test.pixels.float().flatten(1), centres.flatten(1))
         assert (distances.argmin(1) == loaded.test.labels).float().mean() > 0.95
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT, TINY, double_stage, tiny
 
 from bnnfree.train import dist as processes
-from helpers import ROOT, TINY, double_stage, tiny
 
 
 def worker(rank: int, port: int, folder: str, norm: str) -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import assert_same, tiny
 
 from bnnfree.nn import BinaryConv2d, Sign, calibrate
 from bnnfree.train import fit, load_checkpoint, load_data
-from helpers import assert_same, tiny
 from models import MODELS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

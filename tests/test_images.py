@@ -142,9 +142,7 @@ def test_last_batch_is_kept_unless_it_leaves_a_rank_empty(count, size, world, st
     split = load_data(options(samples=count, image_size=3, augment=[])).train
     assert split.train_steps(size, world) == steps
     for rank in range(world):
-        lengths = [
-            len(labels) for _, labels in split.train_batches(size, seed=0, epoch=0, rank=rank, world=world)
-        ]
+        lengths = [len(labels) for _, labels in split.train_batches(size, seed=0, epoch=0, rank=rank, world=world)]
         assert len(lengths) == steps and min(lengths) > 0
 
 
@@ -244,9 +242,7 @@ def test_large_images_without_a_size_become_224(large):
 
 def test_streamed_images_have_augmentations_of_their_own(large):
     large.augment = ["shift"]
-    with pytest.raises(
-        UnknownNameError, match=r"images over 64 pixels: got 'shift', expected one of flip, crop"
-    ):
+    with pytest.raises(UnknownNameError, match=r"images over 64 pixels: got 'shift', expected one of flip, crop"):
         load_data(large)
 
 

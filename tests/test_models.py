@@ -88,9 +88,7 @@ def test_maps_halve_where_the_layout_says_for_odd_and_oblong_images(name, stem, 
     blocks, halvings, stem_halvings = LAYOUT[name]
     start = stem_halvings if stem == "imagenet" else 0
     assert len(sizes) == blocks
-    assert list(dict.fromkeys(sizes)) == list(
-        dict.fromkeys(ceil_halves(size, start + i) for i in range(halvings + 1))
-    )
+    assert list(dict.fromkeys(sizes)) == list(dict.fromkeys(ceil_halves(size, start + i) for i in range(halvings + 1)))
 
 
 @pytest.mark.parametrize(

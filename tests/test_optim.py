@@ -80,9 +80,7 @@ def test_agc_equals_a_loop_over_units(clip, dtype):
         wanted = [clipped_by_loops(p, clip) for p in params]
         rates = adaptive_grad_clip(params, clip)
         for p, rate, (grad, share) in zip(params, rates, wanted, strict=True):
-            torch.testing.assert_close(
-                p.grad.double(), grad, rtol=1e-6, atol=1e-12, msg=lambda m, s=seed: f"{s}: {m}"
-            )
+            torch.testing.assert_close(p.grad.double(), grad, rtol=1e-6, atol=1e-12, msg=lambda m, s=seed: f"{s}: {m}")
             assert rate.shape == () and rate.item() == pytest.approx(share), (seed, tuple(p.shape))
 
 
@@ -486,10 +484,7 @@ class Net(nn.Module):
 
 
 def layout(groups):
-    return [
-        (g["kind"], [tuple(p.shape) for p in g["params"]], g["lr"], g["weight_decay"], g["agc"])
-        for g in groups
-    ]
+    return [(g["kind"], [tuple(p.shape) for p in g["params"]], g["lr"], g["weight_decay"], g["agc"]) for g in groups]
 
 
 def names_by_kind(model, **options):
@@ -639,9 +634,7 @@ def test_every_optimizer_covers_the_groups_keeps_their_lr_and_steps(name):
     options = {"betas": (0.8, 0.9), "eps": 1e-6, "momentum": 0.7, "nesterov": True}
     optimizers = make_optimizer(groups, name, **options)
     kept = [g for optimizer in optimizers for g in optimizer.param_groups]
-    assert [(g["kind"], g["initial_lr"], g["lr"]) for g in kept] == [
-        (g["kind"], g["lr"], g["lr"]) for g in groups
-    ]
+    assert [(g["kind"], g["initial_lr"], g["lr"]) for g in kept] == [(g["kind"], g["lr"], g["lr"]) for g in groups]
     assert "initial_lr" not in groups[0] and "betas" not in groups[0]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():
@@ -654,11 +647,7 @@ def test_every_optimizer_covers_the_groups_keeps_their_lr_and_steps(name):
 def test_options_reach_their_optimizer():
     groups = parameter_groups(Net(), lr=0.1)
     (adamw,) = make_optimizer(groups, "adamw", betas=(0.8, 0.9), eps=1e-6)
-    assert (
-        type(adamw) is torch.optim.AdamW
-        and adamw.defaults["betas"] == (0.8, 0.9)
-        and adamw.defaults["eps"] == 1e-6
-    )
+    assert type(adamw) is torch.optim.AdamW and adamw.defaults["betas"] == (0.8, 0.9) and adamw.defaults["eps"] == 1e-6
     (sgd,) = make_optimizer(groups, "sgd", momentum=0.7, nesterov=True)
     assert sgd.defaults["momentum"] == 0.7 and sgd.defaults["nesterov"]
     bop, adam = make_optimizer(groups, "bop", bop_gamma=0.5, bop_threshold=0.25, eps=1e-6)

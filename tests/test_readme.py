@@ -5,7 +5,6 @@ import re
 import shlex
 
 import pytest
-
 from helpers import ROOT
 from test_tools import images, tool  # noqa: F401
 

@@ -76,9 +76,7 @@ def test_reactnet18_has_the_published_counts_at_32(shortcut, bops, flops):
 
 
 # floats per output channel: of a branch convolution and its norm, a shortcut's, the stem's, an RPReLU
-@pytest.mark.parametrize(
-    ("norm", "branch", "shortcut", "stem", "act"), [("bn", 2, 2, 2, 3), ("free", 2, 1, 2, 2)]
-)
+@pytest.mark.parametrize(("norm", "branch", "shortcut", "stem", "act"), [("bn", 2, 2, 2, 3), ("free", 2, 1, 2, 2)])
 def test_reactnet18_parameters_and_what_stays_float(norm, branch, shortcut, stem, act):
     model = MODELS["reactnet18"](10, norm=norm)
     summary = summarize(model, (32, 32))
@@ -147,9 +145,7 @@ def test_linear_layers_count_every_position():
 
 def test_signs_are_seen_through_a_reshape_and_not_through_an_activation():
     def first(*between):
-        layers = summarize(
-            nn.Sequential(RSign(3), *between, nn.Flatten(), BinaryLinear(3 * 35, 5)), (5, 7)
-        ).layers
+        layers = summarize(nn.Sequential(RSign(3), *between, nn.Flatten(), BinaryLinear(3 * 35, 5)), (5, 7)).layers
         return layers[0]
 
     assert (first().input_bits, first().binary_macs, first().mixed_macs) == (1, 3 * 35 * 5, 0)
@@ -232,9 +228,7 @@ def test_what_is_binarised_decides_the_kind_of_macs(name, binarize):
     both = summarize(MODELS[name](3, 2, width=0.25), (17, 23), 2)
     inner = [row for row in summary.layers if ".branch." in row.path]
     assert [row.path for row in summary.layers] == [row.path for row in both.layers]
-    assert {(row.weight_bits, row.input_bits) for row in inner} == {
-        (1 if weights else 32, 1 if signs else 32)
-    }
+    assert {(row.weight_bits, row.input_bits) for row in inner} == {(1 if weights else 32, 1 if signs else 32)}
     assert all(row.input_bits == 32 for row in summary.layers if row not in inner)
     total = summary.total
     assert total.bops + total.flops == both.total.bops + both.total.flops
@@ -267,9 +261,7 @@ def test_matrices_whose_work_is_unknown_are_named():
     assert "NOT COUNTED  MACs of up (ConvTranspose2d), spare (BinaryConv2d)" in summary.table()
 
 
-@pytest.mark.parametrize(
-    "arguments", [((0, 5), 3), ((5, 5), 0), ((5,), 3), ((5.0, 5), 3), ((5, 5), 4), ((2, 2), 3)]
-)
+@pytest.mark.parametrize("arguments", [((0, 5), 3), ((5, 5), 0), ((5,), 3), ((5.0, 5), 3), ((5, 5), 4), ((2, 2), 3)])
 def test_an_image_that_cannot_be_is_an_error(arguments):
     with pytest.raises(BnnfreeError, match="summarize: "):
         summarize(nn.Conv2d(3, 4, 3), *arguments)

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
-
 from helpers import ROOT, TINY
+from PIL import Image
 
 
 @pytest.fixture
@@ -178,8 +177,9 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_bits(tmp_path, epoch):
     import signal
     import time
 
-    from bnnfree.train import load_checkpoint
     from helpers import assert_same, metrics_of
+
+    from bnnfree.train import load_checkpoint
 
     path = tmp_path / "tiny.yaml"
     stages = [{"name": "a", "binarize": "activations", "epochs": 3}, {"name": "b", "epochs": 3}]

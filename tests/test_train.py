@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from helpers import assert_same, double_stage, metrics_of, tiny
 
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import NORMS, WeightLayer
 from bnnfree.train import evaluate, fit, load_checkpoint, load_model
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage, TrainingError
-from helpers import assert_same, double_stage, metrics_of, tiny
 from models import MODELS
 
 CPU = Dist(0, 1, torch.device("cpu"))
@@ -172,8 +172,18 @@ def test_a_teacher_of_ours_teaches(tmp_path, unbroken):
         run(tmp_path / "zoo", "loss.name=distribution", "loss.teacher=torchvision:resnte")
 
 
-@pytest.mark.parametrize("change", ["optimizer.name=sgd", "optimizer.name=adamw", "precision=bf16", "model.ste=ede",
-                                    "schedule.name=cosine", "data.val_fraction=0.0", "model.beta=measured"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "optimizer.name=sgd",
+        "optimizer.name=adamw",
+        "precision=bf16",
+        "model.ste=ede",
+        "schedule.name=cosine",
+        "data.val_fraction=0.0",
+        "model.beta=measured",
+    ],
+)
 def test_a_recipe_with_another_choice_runs_to_a_result(tmp_path, change):
     result = run(tmp_path / "r", change, "stages.0.epochs=1", "stages.1.epochs=1")
     assert 0 <= result["test_top1"] <= 100

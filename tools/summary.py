@@ -19,13 +19,9 @@ import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="RECIPE", help="a YAML file, or a checkpoint, or a run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
     parser.add_argument("--json", metavar="FILE", help="write all numbers to FILE")
     parser.add_argument(
         "--image-size", type=int, metavar="N", help="side of the image in pixels (default: the data's own)"

@@ -63,9 +63,7 @@ NORMS: dict[str, Norm] = {
     "free": Norm(
         "centred binary convolutions with a constant scale: the bits' running mean is taken out through the "
         "weights, the output's deviation is a constant of one calibration pass",
-        binary=_options(
-            standardize=True, gain=True, bias=True, scale="fan_in", centre="input", unit_output=True
-        ),
+        binary=_options(standardize=True, gain=True, bias=True, scale="fan_in", centre="input", unit_output=True),
         real=_options(standardize=True, gain=True, bias=True, centre="output", unit_output=True),
         window="sample",
     ),

@@ -60,9 +60,7 @@ class Bop(torch.optim.Optimizer):
                 loss = closure()
         flips = [count for group in self.param_groups for count in self._update(group)]
         self.flips = (
-            torch.stack([count.to(flips[0].device) for count in flips]).sum()
-            if flips
-            else torch.zeros_like(self.flips)
+            torch.stack([count.to(flips[0].device) for count in flips]).sum() if flips else torch.zeros_like(self.flips)
         )
         return loss
 

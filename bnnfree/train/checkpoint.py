@@ -27,19 +27,21 @@ Builders = Mapping[str, Callable[..., nn.Module]]
 
 
 def origin() -> dict[str, str]:
-    """Versions and commit of what runs: bnnfree, torch, python, git (empty outside a checkout)."""
-    here = Path(__file__).resolve().parent
+    """Versions and commit of what runs: bnnfree, torch, python, git (empty where this file is not tracked)."""
+    here = Path(__file__).resolve()
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=False
-        ).stdout.strip()
+        ask = ["git", "log", "-1", "--format=%H", "--", str(here)]
+        tracked = subprocess.run(ask, cwd=here.parent, capture_output=True, text=True, timeout=10, check=False)
+        head = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(head, cwd=here.parent, capture_output=True, text=True, timeout=10, check=False)
+        known = commit.stdout.strip() if tracked.stdout.strip() else ""
     except (OSError, subprocess.SubprocessError):
-        commit = ""
+        known = ""
     return {
         "bnnfree": bnnfree.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "git": commit,
+        "git": known,
     }
 
 
@@ -99,9 +101,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     model.load_state_dict(weights, strict=True)
 
 
-def build_model(
-    recipe: Recipe, builders: Builders, data: Mapping[str, Any], binarize: str | None = None
-) -> nn.Module:
+def build_model(recipe: Recipe, builders: Builders, data: Mapping[str, Any], binarize: str | None = None) -> nn.Module:
     """The network of `recipe`, freshly initialised.
 
     `data`: classes (list of names), channels, image_size (H, W), as a checkpoint carries them.

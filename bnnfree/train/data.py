@@ -139,9 +139,7 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     if decoded:
         return PixelSplit(images, labels, *stats, augment)
     skip_bad = options.bad_images == "skip"
-    return FileSplit(
-        images, labels, *stats, augment, size=source.size, workers=options.workers, skip_bad=skip_bad
-    )
+    return FileSplit(images, labels, *stats, augment, size=source.size, workers=options.workers, skip_bad=skip_bad)
 
 
 def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
@@ -286,9 +284,7 @@ def image_folder(options: DataOptions, where: str, size: int | None = None) -> S
     parts = {part: (items[owner == part], labels[owner == part]) for part in tree.parts}
     for part, (_, part_labels) in parts.items():
         for label in np.flatnonzero(np.bincount(part_labels, minlength=len(tree.classes)) == 0):
-            raise DataError(
-                f"{where}: class {tree.classes[label]!r} of the {part} split has no readable image."
-            )
+            raise DataError(f"{where}: class {tree.classes[label]!r} of the {part} split has no readable image.")
     stats = None if size <= DECODED_SIZE else IMAGENET
     return Source(tree.classes, parts, size, stats=stats, bad=tree.bad)
 

@@ -84,9 +84,7 @@ def _two_steps(recipe: Recipe, index: int, builders: Builders, data: Data, shape
         times.append(time.monotonic())
 
     stage.train_epoch(tick)
-    binary = sum(
-        m.weight.numel() for m in model.modules() if isinstance(m, BinaryConv2d | BinaryLinear) and m.binary
-    )
+    binary = sum(m.weight.numel() for m in model.modules() if isinstance(m, BinaryConv2d | BinaryLinear) and m.binary)
     return times[2] - times[1], f"{text}\n1-bit weights: {binary:,}"
 
 

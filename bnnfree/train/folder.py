@@ -153,13 +153,9 @@ def read_image(path: str) -> Image.Image | str:
             image.load()
             if image.mode in ("I", "F"):
                 return f"has 32-bit pixels (mode {image.mode}), expected 8 or 16 bits"
-            if image.mode.startswith(
-                "I;16"
-            ):  # Why: convert() may clip 16-bit values at 255 instead of scaling
+            if image.mode.startswith("I;16"):  # Why: convert() may clip 16-bit values at 255 instead of scaling
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if (
-                "transparency" in image.info
-            ):  # Why: Pillow warns about a direct conversion; the colours are equal
+            if "transparency" in image.info:  # Why: Pillow warns about a direct conversion; the colours are equal
                 return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
     except UnidentifiedImageError:

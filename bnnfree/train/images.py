@@ -91,9 +91,7 @@ class Split:
 
     skipped = 0  # unreadable images left out so far
 
-    def __init__(
-        self, labels: np.ndarray, mean: Sequence[float], std: Sequence[float], augment: Sequence[str] = ()
-    ):
+    def __init__(self, labels: np.ndarray, mean: Sequence[float], std: Sequence[float], augment: Sequence[str] = ()):
         self.labels = torch.from_numpy(np.asarray(labels, np.int64))
         self.mean, self.std, self.augment = tuple(mean), tuple(std), tuple(augment)
 
@@ -114,17 +112,13 @@ class Split:
         whole, rest = divmod(len(self), batch_size)
         return whole + (rest >= world)
 
-    def batches(
-        self, batch_size: int, *, device: str | torch.device = "cpu", rank: int = 0, world: int = 1
-    ) -> Batches:
+    def batches(self, batch_size: int, *, device: str | torch.device = "cpu", rank: int = 0, world: int = 1) -> Batches:
         """Every image once, in order and without augmentation; all ranks together cover each exactly once.
 
         Ranks may yield different numbers of batches: collect their sums after the loop, not inside it.
         """
         parts = _parts(len(self), batch_size, rank, world)
-        yield from self._read(
-            torch.arange(len(self)), None, [part for part in parts if _length(part)], device
-        )
+        yield from self._read(torch.arange(len(self)), None, [part for part in parts if _length(part)], device)
 
     def train_batches(
         self,
@@ -166,9 +160,7 @@ def _parts(count: int, batch_size: int, rank: int, world: int) -> list[slice]:
             f"batches: got batch_size {batch_size}, rank {rank}, world {world};"
             " expected batch_size >= 1 and 0 <= rank < world."
         )
-    return [
-        slice(first + rank, min(first + batch_size, count), world) for first in range(0, count, batch_size)
-    ]
+    return [slice(first + rank, min(first + batch_size, count), world) for first in range(0, count, batch_size)]
 
 
 def _length(part: slice) -> int:

@@ -231,18 +231,13 @@ class Recipe(_Part):
         if self.loss.name == "distribution" and self.loss.teacher is None:
             raise _contradiction("loss.name is 'distribution' but loss.teacher is not given")
         if self.loss.name != "distribution" and self.loss.teacher is not None:
-            raise _contradiction(
-                f"loss.teacher is given but loss.name is {self.loss.name!r}, not 'distribution'"
-            )
+            raise _contradiction(f"loss.teacher is given but loss.name is {self.loss.name!r}, not 'distribution'")
         if self.loss.name == "distribution" and self.loss.label_smoothing:
-            raise _contradiction(
-                "loss.label_smoothing belongs to loss.name 'cross_entropy', not 'distribution'"
-            )
+            raise _contradiction("loss.label_smoothing belongs to loss.name 'cross_entropy', not 'distribution'")
         teacher = self.loss.teacher or ""
         if teacher.startswith("torchvision:") and self.data.name in ("digits", "cifar10", "cifar100"):
             raise _contradiction(
-                f"loss.teacher is {teacher!r}, which knows ImageNet's classes, "
-                f"but data.name is {self.data.name!r}"
+                f"loss.teacher is {teacher!r}, which knows ImageNet's classes, but data.name is {self.data.name!r}"
             )
         if self.optimizer.name == "sgd" and self.optimizer.nesterov and not self.optimizer.momentum:
             raise _contradiction("optimizer.nesterov is true but optimizer.momentum is 0")

@@ -56,9 +56,7 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def load_recipe(
-    path: str | Path, overrides: Iterable[str] = (), models: Iterable[str] | None = None
-) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), models: Iterable[str] | None = None) -> Recipe:
     """The recipe in `path`, with `key=value` overrides, every default filled in.
 
     `extends: other.yaml` (one level, beside the file) supplies what the file does not say; lists are
@@ -70,9 +68,7 @@ def load_recipe(
     return parse_recipe(tree, where, models, overrides)
 
 
-def parse_recipe(
-    tree: dict, where: str, models: Iterable[str] | None = None, overrides: Iterable[str] = ()
-) -> Recipe:
+def parse_recipe(tree: dict, where: str, models: Iterable[str] | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """A Recipe from plain dictionaries (a checkpoint holds one); `where` is named in errors."""
     tree = copy.deepcopy(tree)
     for override in overrides:
@@ -131,9 +127,7 @@ def _read_extended(path: Path) -> tuple[dict, str]:
     if base_name is None:
         return tree, str(path)
     if not isinstance(base_name, str) or not base_name:
-        raise RecipeError(
-            f"recipe {path}: extends: got {_shown(base_name)}, expected the name of a recipe beside it."
-        )
+        raise RecipeError(f"recipe {path}: extends: got {_shown(base_name)}, expected the name of a recipe beside it.")
     base = _read(path.parent / base_name, f"recipe {path}: extends: {_name(base_name)}")
     if base.pop("extends", None) is not None:
         raise RecipeError(f"recipe {path}: extends {base_name}, which extends another; one level is allowed.")
@@ -256,11 +250,7 @@ def _meant(key: str, allowed: list[str]) -> str:
     places = []
     for name, found in Recipe.model_fields.items():
         section = _section(found.annotation)
-        if (
-            section is not None
-            and key in section.model_fields
-            and section.model_fields.keys() != set(allowed)
-        ):
+        if section is not None and key in section.model_fields and section.model_fields.keys() != set(allowed):
             places.append(f"{name}.0.{key}" if get_origin(found.annotation) is list else f"{name}.{key}")
     if places:
         return f" Did you mean {' or '.join(places)}?"
