@@ -29,10 +29,12 @@ class _BinaryWeight(WeightLayer):
     """What a binary convolution and a binary linear layer share: the latent's start, its sign and scale."""
 
     scale: nn.Parameter | None
+    binary: bool
+    binary_input: bool
 
-    def _init_binary(self, scale: str, binary: bool, latent_std: float | None) -> None:
+    def _init_binary(self, scale: str, binary: bool, binary_input: bool, latent_std: float | None) -> None:
         pick(dict.fromkeys(SCALES), scale, "scale")
-        self.scale_rule, self.binary = scale, binary
+        self.scale_rule, self.binary, self.binary_input = scale, binary, binary_input
         # without standardisation the latents' own size is the scale: start at mean|W| = 1/sqrt(fan_in)
         unit = math.sqrt(math.pi / 2 / self.fan_in)
         std = latent_std if latent_std is not None and self.standardize else unit
@@ -72,8 +74,6 @@ class _BinaryWeight(WeightLayer):
         """
         return self.binary_input
 
-    binary_input: bool = False
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, binary={self.binary}, scale={self.scale_rule}"
 
@@ -85,8 +85,9 @@ class BinaryConv2d(_BinaryWeight, ConvLayer):
     backward  dL/dWhat = dL/d(scale sign(What)): the identity estimator, then through the standardisation
 
     scale: "fan_in" 1/sqrt(fan_in) | "mean_abs" mean|What_o|, no gradient | "learned" | "none" 1.
-    standardize, gain, bias, centre, unit_output: as in WeightLayer. pad_value: what padding carries, 0, +1
-    or -1. binary=False keeps What instead of its sign. latent_std: deviation of the initial latents, for
+    Further options: stride=1, padding=0, dilation=1, groups=1, pad_value=0 (what padding carries: 0, +1 or -1), and
+    standardize=True, gain=True, bias=False, centre=None, unit_output=False as in WeightLayer.
+    binary=False keeps What instead of its sign. latent_std: deviation of the initial latents, for
     standardised ones (None, and without standardisation: the value at which the output has unit variance).
     binary_input: the input is signs, so autocast may use its exact low-precision product.
 
@@ -101,29 +102,13 @@ class BinaryConv2d(_BinaryWeight, ConvLayer):
         kernel_size: int | tuple[int, int],
         *,
         scale: str = "fan_in",
-        standardize: bool = True,
-        gain: bool = True,
-        bias: bool = False,
-        centre: str | None = None,
-        unit_output: bool = False,
         binary: bool = True,
         binary_input: bool = False,
         latent_std: float | None = None,
-        **geometry,
+        **options,
     ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            standardize=standardize,
-            gain=gain,
-            bias=bias,
-            centre=centre,
-            unit_output=unit_output,
-            **geometry,
-        )
-        self.binary_input = binary_input
-        self._init_binary(scale, binary, latent_std)
+        super().__init__(in_channels, out_channels, kernel_size, **options)
+        self._init_binary(scale, binary, binary_input, latent_std)
 
 
 class BinaryLinear(_BinaryWeight):
@@ -135,27 +120,14 @@ class BinaryLinear(_BinaryWeight):
         out_features: int,
         *,
         scale: str = "fan_in",
-        standardize: bool = True,
-        gain: bool = True,
-        bias: bool = False,
-        centre: str | None = None,
-        unit_output: bool = False,
         binary: bool = True,
         binary_input: bool = False,
         latent_std: float | None = None,
+        **options,
     ):
-        super().__init__(
-            torch.empty(out_features, in_features),
-            in_features,
-            standardize=standardize,
-            gain=gain,
-            bias=bias,
-            centre=centre,
-            unit_output=unit_output,
-        )
+        super().__init__(torch.empty(out_features, in_features), in_features, **options)
         self.in_features, self.out_features = in_features, out_features
-        self.binary_input = binary_input
-        self._init_binary(scale, binary, latent_std)
+        self._init_binary(scale, binary, binary_input, latent_std)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -63,11 +63,11 @@ class WeightLayer(nn.Module):
         weight: Tensor,
         in_channels: int,
         *,
-        standardize: bool,
-        gain: bool,
-        bias: bool,
-        centre: str | None,
-        unit_output: bool,
+        standardize: bool = True,
+        gain: bool = True,
+        bias: bool = False,
+        centre: str | None = None,
+        unit_output: bool = False,
     ):
         super().__init__()
         if centre is not None:
@@ -206,11 +206,7 @@ class ConvLayer(WeightLayer):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         pad_value: int = 0,
-        standardize: bool,
-        gain: bool,
-        bias: bool,
-        centre: str | None,
-        unit_output: bool,
+        **options,
     ):
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise BnnfreeError(
@@ -220,15 +216,7 @@ class ConvLayer(WeightLayer):
         if pad_value not in (0, 1, -1):
             raise BnnfreeError(f"pad_value: got {pad_value!r}, expected 0, 1 or -1.")
         kernel = _pair(kernel_size, "kernel_size", 1)
-        super().__init__(
-            torch.empty(out_channels, in_channels // groups, *kernel),
-            in_channels,
-            standardize=standardize,
-            gain=gain,
-            bias=bias,
-            centre=centre,
-            unit_output=unit_output,
-        )
+        super().__init__(torch.empty(out_channels, in_channels // groups, *kernel), in_channels, **options)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.stride = _pair(stride, "stride", 1)
         self.padding = _pair(padding, "padding", 0)
@@ -261,32 +249,12 @@ class ScaledStdConv2d(ConvLayer):
 
     y_o = g_o (What_o * x - c_o) / sd_o + b_o, What as in `standardize_weight` (standardize=False: W).
 
-    Latents start at N(0, 1/fan_in). Shapes: [N, I, H, W] -> [N, O, H', W']; options as in WeightLayer.
+    Latents start at N(0, 1/fan_in). Shapes: [N, I, H, W] -> [N, O, H', W'].
+    Options: stride=1, padding=0, dilation=1, groups=1, pad_value=0 (what padding carries: 0, +1 or -1), and
+    standardize=True, gain=True, bias=False, centre=None, unit_output=False as in WeightLayer.
     Ref: Brock et al. 2021, "Characterizing signal propagation ..."; Chen et al. 2021, section 3.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *,
-        standardize: bool = True,
-        gain: bool = True,
-        bias: bool = False,
-        centre: str | None = None,
-        unit_output: bool = False,
-        **geometry,
-    ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            standardize=standardize,
-            gain=gain,
-            bias=bias,
-            centre=centre,
-            unit_output=unit_output,
-            **geometry,
-        )
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], **options):
+        super().__init__(in_channels, out_channels, kernel_size, **options)
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.fan_in))

@@ -106,7 +106,7 @@ class Report:
         for i, layer in enumerate(layers):
             shade = str(0.75 * i / max(1, len(layers) - 1))
             flips.plot(epochs, [100 * m.get("flips", {}).get(layer, float("nan")) for m in self.history], color=shade)
-        flips.set_title("weight signs changed in the epoch, by layer, first dark (%)")
+        flips.set_title("weight signs changed (%), first layer dark")
         for axis in axes.flat:
             for e in range(1, len(self.history)):
                 if self.history[e]["stage"] != self.history[e - 1]["stage"]:
