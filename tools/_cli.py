@@ -23,5 +23,5 @@ def run(main: Callable[[], object]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr)
         raise SystemExit(130) from None

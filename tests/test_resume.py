@@ -1,0 +1,69 @@
+"""A run can be cut at any step and goes on to the same bits; what it left is never overwritten."""
+
+import pytest
+from helpers import assert_same, metrics_of, tiny
+
+from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.train import fit, load_checkpoint
+from bnnfree.train.loop import Stage
+from models import MODELS
+
+OPTIONS = ("ema.decay=0.9", "agc.clip=0.02", "accumulate=2")
+
+
+def run(folder, *overrides, **options):
+    return fit(tiny(*overrides), MODELS, folder, quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that was never stopped, with everything that has state: two stages, EMA, AGC, accumulation."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run(folder, *OPTIONS)
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 8, 11])
+def test_a_run_cut_at_any_step_resumes_to_the_same_bits(tmp_path, monkeypatch, unbroken, step):
+    folder = tmp_path / "cut"
+    take, taken = Stage._take_step, 0
+
+    def cut(self, group):
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            raise KeyboardInterrupt
+        return take(self, group)
+
+    # a checkpoint after every third step or so: the cut falls between checkpoints, on one, and at an epoch's end
+    monkeypatch.setattr(Stage, "_take_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *OPTIONS, "checkpoint_minutes=0.0001")
+    monkeypatch.setattr(Stage, "_take_step", take)
+    run(folder, *OPTIONS, resume=True)
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
+        for state in (ours, theirs):
+            state["recipe"].pop("checkpoint_minutes")
+        assert_same(ours, theirs)
+    assert metrics_of(folder) == metrics_of(unbroken)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = run(tmp_path / "r")
+    before = load_checkpoint(tmp_path / "r" / "last.pt")
+    again = run(tmp_path / "r", resume=True)
+    assert_same(load_checkpoint(tmp_path / "r" / "last.pt"), before)
+    assert first["test_top1"] == again["test_top1"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path, unbroken):
+    before = (unbroken / "last.pt").read_bytes()
+    with pytest.raises(BnnfreeError, match="--resume"):
+        run(unbroken)
+    assert (unbroken / "last.pt").read_bytes() == before
+
+
+def test_resuming_with_another_recipe_is_an_error_that_names_the_difference(unbroken):
+    with pytest.raises(CheckpointError, match="seed"):
+        run(unbroken, *OPTIONS, "seed=5", resume=True)
