@@ -45,9 +45,9 @@ def test_a_run_leaves_its_artefacts(unbroken):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_normaliser_learns(tmp_path, norm):
-    changes = ("data.samples=480", "stages.0.epochs=3", "stages.1.epochs=5", "data.augment=[]")
+    changes = ("data.samples=240", "stages.0.epochs=2", "stages.1.epochs=4", "data.augment=[]")
     result = run(tmp_path / norm, f"model.norm={norm}", *changes)
-    assert result["test_top1"] > 75, norm  # chance is 25
+    assert result["test_top1"] > 50, norm  # chance is 25
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
