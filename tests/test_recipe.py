@@ -14,7 +14,7 @@ import yaml
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import NORMS
-from bnnfree.train.recipe import Recipe
+from bnnfree.train.recipe import Recipe, section_of
 from bnnfree.train.recipes import RecipeError, load_recipe, parse_recipe, save_recipe
 from models import MODELS
 
@@ -613,3 +613,22 @@ def test_what_save_recipe_writes_is_plain_yaml_to_others(tmp_path):
     recipe = parse(tree=RICH)
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert yaml.safe_load((tmp_path / "saved.yaml").read_text()) == recipe.model_dump()
+
+
+def test_the_key_table_explains_every_key():
+    from bnnfree.train.keys import key_table
+
+    lines = key_table().splitlines()
+    explained = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line}
+
+    def check(section, prefix):
+        for name, found in section.model_fields.items():
+            inner = section_of(found.annotation)
+            if inner is None:
+                assert found.description and explained[prefix + name].endswith(found.description)
+            else:
+                check(inner, f"{prefix}{name}[]." if "list" in str(found.annotation) else f"{prefix}{name}.")
+
+    check(Recipe, "")
+    assert explained["model.norm"].startswith("str") and explained["stages[].epochs"].startswith("int")
+    assert "(needed)" in explained["stages[].epochs"] and "null" in explained["data.root"]

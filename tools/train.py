@@ -6,6 +6,7 @@ examples:
   python tools/train.py recipes/cifar10_reactnet20.yaml model.norm=bn --out runs/twin_bn
   python tools/train.py recipes/cifar10_reactnet20.yaml --dry-run
   python tools/train.py recipes/reactnet_nobn.yaml --resume
+  python tools/train.py --keys
   torchrun --nproc_per_node 2 tools/train.py recipes/cifar10_reactnet18.yaml
 
 Prints the run folder last; it holds recipe.yaml, metrics.jsonl, curves.png, last.pt, best.pt, result.json.
@@ -19,7 +20,7 @@ import _cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, see recipes/README.md")
+    parser.add_argument("recipe", nargs="?", help="a YAML file, see recipes/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<recipe>)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
@@ -27,7 +28,15 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="two steps on fake data, time and memory estimate, no files"
     )
+    parser.add_argument("--keys", action="store_true", help="print every recipe key: type, default, meaning")
     args = parser.parse_intermixed_args()
+    if args.keys:
+        from bnnfree.train.keys import key_table
+
+        print(key_table())
+        return
+    if args.recipe is None:
+        parser.error("a recipe is needed, for example recipes/reactnet_nobn.yaml")
 
     import torch
 

@@ -10,14 +10,14 @@ import re
 import reprlib
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bnnfree import errors
 from bnnfree.files import replacing
-from bnnfree.train.recipe import Recipe
+from bnnfree.train.recipe import Recipe, section_of
 
 
 class RecipeError(errors.BnnfreeError):
@@ -232,24 +232,15 @@ def _place(loc) -> tuple[list, list[str]]:
         allowed = list(section.model_fields)
         if isinstance(part, str):
             found = section.model_fields.get(part)
-            section = None if found is None else _section(found.annotation)
+            section = None if found is None else section_of(found.annotation)
     return parts, allowed
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The part of the schema in an annotation such as AgcRecipe or list[StageRecipe]."""
-    for candidate in (annotation, *get_args(annotation)):
-        # Why get_origin: on Python 3.10 list[X] passes for a type
-        if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
 
 
 def _meant(key: str, allowed: list[str]) -> str:
     """A hint: the places elsewhere that have just this key, else the nearest key allowed here."""
     places = []
     for name, found in Recipe.model_fields.items():
-        section = _section(found.annotation)
+        section = section_of(found.annotation)
         if section is not None and key in section.model_fields and section.model_fields.keys() != set(allowed):
             places.append(f"{name}.0.{key}" if get_origin(found.annotation) is list else f"{name}.{key}")
     if places:
