@@ -65,5 +65,17 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path, unbroken):
 
 
 def test_resuming_with_another_recipe_is_an_error_that_names_the_difference(unbroken):
-    with pytest.raises(CheckpointError, match="seed"):
+    with pytest.raises(CheckpointError, match=r"differs: seed \(0 -> 5\)\."):
         run(unbroken, *OPTIONS, "seed=5", resume=True)
+
+
+def test_a_run_may_resume_with_its_data_in_another_place(tmp_path, unbroken):
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(unbroken, moved)
+    elsewhere = (f"data.cache={tmp_path}", "data.workers=1", "data.root=elsewhere", "checkpoint_minutes=9")
+    run(moved, *OPTIONS, *elsewhere, resume=True)
+    assert_same(load_checkpoint(moved / "best.pt"), load_checkpoint(unbroken / "best.pt"))
+    with pytest.raises(CheckpointError, match=r"stages\.1\.epochs \(2 -> 3\)"):
+        run(moved, *OPTIONS, "stages.1.epochs=3", resume=True)

@@ -36,6 +36,9 @@ from bnnfree.train.report import Report, machine, write_json
 
 ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json")
 
+MAY_CHANGE = ("data.root", "data.cache", "data.workers", "data.download", "device", "checkpoint_minutes")
+"""Keys that a resumed run may be given anew: they say where and not what."""
+
 
 class Run:
     """A recipe on its way to a result in `folder`."""
@@ -86,9 +89,11 @@ class Run:
 
     def load(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Go back to where last.pt was written; returns the metrics up to there."""
-        theirs, ours = state["recipe"], self.recipe.model_dump()
-        changed = [f"{k} ({theirs.get(k)} -> {ours[k]})" for k in ours if theirs.get(k) != ours[k]]
-        changed = [text for text in changed if not text.startswith(("device ", "checkpoint_minutes "))]
+        changed = [
+            f"{key} ({was!r} -> {now!r})"
+            for key, was, now in _differences(state["recipe"], self.recipe.model_dump())
+            if key not in MAY_CHANGE
+        ]
         if changed:
             raise CheckpointError(
                 f"run folder {self.folder}: was trained by another recipe; what differs: {'; '.join(changed)}. "
@@ -202,6 +207,18 @@ class Run:
         if self.dist.main:
             write_json(self.folder / "result.json", result)
         return result
+
+
+def _differences(was: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two plain trees differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = [*was, *(name for name in now if name not in was)]
+        found = [_differences(was.get(n), now.get(n), f"{key}.{n}" if key else n) for n in names]
+        return [item for items in found for item in items]
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        found = [_differences(a, b, f"{key}.{i}") for i, (a, b) in enumerate(zip(was, now, strict=True))]
+        return [item for items in found for item in items]
+    return [] if was == now else [(key, was, now)]
 
 
 class _Silent:
