@@ -240,7 +240,10 @@ def _cifar(options: DataOptions, where: str, kind: str, stats: Stats) -> Source:
         halves = [loader(root, train=train, download=options.download) for train in (True, False)]
     except (RuntimeError, OSError, ValueError) as error:
         if options.download:
-            raise DataError(f"{where}: {kind} cannot be downloaded to {root}: {error}") from error
+            raise DataError(
+                f"{where}: {kind} cannot be downloaded to {root}: {error}. Without a network: data.root=FOLDER with its"
+                " Python archive unpacked, or data.name=image_folder for folders of image files."
+            ) from error
         raise DataError(
             f"{where}: root: got {root}, which lacks {kind}: no undamaged folder {loader.base_folder!r}. Set"
             " data.download=true to fetch it, or data.name=image_folder for folders of image files."

@@ -70,16 +70,19 @@ def list_tree(root: str | None, where: str) -> Tree:
     return tree
 
 
+HINT = "Set data.root=FOLDER."
+
+
 def check_root(root: str | None, where: str) -> Path:
     """`root` as an existing folder. Errors: DataError if it is None, missing, or a file."""
     if not root:
-        raise DataError(f"{where}: root: got {root!r}, expected the folder that holds the images.")
+        raise DataError(f"{where}: root: got {root!r}, expected the folder that holds the images. {HINT}")
     folder = Path(root).expanduser()
     if not folder.exists():
         siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise DataError(
             f"{where}: root: got {str(folder)!r}, which does not exist, expected the folder that holds the"
-            f" images.{nearest(folder.name, siblings)}"
+            f" images.{nearest(folder.name, siblings) or ' ' + HINT}"
         )
     if not folder.is_dir():
         raise DataError(f"{where}: root: got {str(folder)!r}, which is a file, expected a folder. Unpack it?")
