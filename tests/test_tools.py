@@ -168,36 +168,3 @@ def test_dry_run_estimates_and_writes_nothing(tool, tmp_path, recipe, monkeypatc
 def test_every_tool_explains_itself_with_examples(tool, path):
     code, printed, _ = tool(path.stem, "--help")
     assert code == 0 and f"python tools/{path.name}" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("epoch", [2, 5])
-def test_a_run_killed_in_either_stage_resumes_to_the_same_bits(tmp_path, epoch):
-    """kill -9 from outside, once in stage 1 and once in stage 2; python -m pytest -m slow tests/test_tools.py"""
-    import signal
-    import time
-
-    from helpers import assert_same, metrics_of
-
-    from bnnfree.train import load_checkpoint
-
-    path = tmp_path / "tiny.yaml"
-    stages = [{"name": "a", "binarize": "activations", "epochs": 3}, {"name": "b", "epochs": 3}]
-    data = {**TINY["data"], "samples": 320}
-    path.write_text(yaml.safe_dump({**TINY, "data": data, "stages": stages, "checkpoint_minutes": 0.002}))
-    train = [sys.executable, "tools/train.py", str(path), "--threads", "1", "--out"]
-    subprocess.run([*train, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
-    cut = tmp_path / "cut"
-    process = subprocess.Popen([*train, str(cut)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (cut / "last.pt").exists() or len(metrics_of(cut)) < epoch - 1:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    at = load_checkpoint(cut / "last.pt")
-    assert at["stage"] == (0 if epoch <= 3 else 1) and not (cut / "result.json").exists()
-    subprocess.run([*train, str(cut), "--resume"], cwd=ROOT, check=True, capture_output=True)
-    assert_same(load_checkpoint(cut / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt"))
-    assert metrics_of(cut) == metrics_of(tmp_path / "whole")
