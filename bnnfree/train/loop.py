@@ -83,7 +83,7 @@ class Stage:
         return self.model if self.average is None else self.average
 
     def calibrate(self) -> None:
-        """Set the data-dependent constants from the first training images in a random order, not augmented."""
+        """Set the data-dependent constants from the stage's first training images, augmented as in training."""
         images = []
         wanted = self.recipe.free.calibration
         batches = self.data.train.train_batches(
