@@ -202,21 +202,24 @@ def test_pixel_conv2d_is_exact_at_the_largest_accumulator_and_refuses_more():
         ops.pixel_conv2d(np.repeat(pixels, 2, 3), np.repeat(w, 2, 3), one, none, window)
 
 
-@pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=6)))
 def test_epilogue_rounds_after_every_step_in_the_stated_order(parts):
     random = np.random.default_rng(SEED)
-    acc = random.integers(-(2**26), 2**26, (2, 3, 5), np.int32)
-    scale, bias, slope, shift = random.standard_normal((4, 5)).astype(F32)
-    residual = random.standard_normal((2, 3, 5)).astype(F32)
-    given = [value if there else None for value, there in zip((residual, slope, shift), parts, strict=True)]
-    got = ops.epilogue(acc, scale, bias, *given)
+    acc = random.integers(-(2**26), 2**26, (2, 3, 6), np.int32)
+    scale, bias, slope = random.standard_normal((3, 6)).astype(F32)
+    low, high = np.sort(random.standard_normal((2, 6)).astype(F32) * 2e7, axis=0)
+    other = random.standard_normal((2, 3, 2)).astype(F32)  # its 2 channels repeat three times
+    given = [v if there else None for v, there in zip((scale, bias, other, slope, low, high), parts, strict=True)]
+    got = ops.epilogue(acc, *given)
     expected = np.empty_like(got)
     for at in np.ndindex(acc.shape):
-        c = at[-1]
-        v = F32(F32(F32(acc[at]) * scale[c]) + bias[c])
-        v = F32(v + residual[at]) if parts[0] else v
-        v = F32(v * slope[c]) if parts[1] and not v >= 0 else v
-        expected[at] = F32(v + shift[c]) if parts[2] else v
+        c, v = at[-1], F32(acc[at])
+        v = F32(v * scale[c]) if parts[0] else v
+        v = F32(v + bias[c]) if parts[1] else v
+        v = F32(v + other[(*at[:-1], c % 2)]) if parts[2] else v
+        v = F32(v * slope[c]) if parts[3] and not v >= 0 else v
+        v = low[c] if parts[4] and not v > low[c] else v
+        expected[at] = high[c] if parts[5] and not v < high[c] else v
     bits_equal(got, expected)
 
 

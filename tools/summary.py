@@ -13,7 +13,6 @@ With --json the file's path is printed last.
 
 import argparse
 import json
-from pathlib import Path
 
 import _cli
 
@@ -31,35 +30,26 @@ def main() -> None:
     from bnnfree.analysis import summarize
     from bnnfree.errors import BnnfreeError
     from bnnfree.files import replacing
-    from bnnfree.train import load_model, load_recipe
-    from bnnfree.train.checkpoint import build_model
-    from bnnfree.train.data import describe
+    from bnnfree.train import open_source, source_kind
     from models import MODELS
 
-    path = Path(args.source)
-    if path.is_dir() or path.suffix == ".pt":
-        if args.overrides:
-            raise BnnfreeError(
-                f"{path}: got {' '.join(args.overrides)} for a checkpoint, whose network is fixed; expected "
-                "no key=value. Give the recipe to change it."
-            )
-        model, state = load_model(path, MODELS)
-        data, binarize, side = state["data"], state["binarize"], args.image_size
-        name, norm = (state["recipe"]["model"][key] for key in ("name", "norm"))
-        image_size = (side, side) if side is not None else tuple(data["image_size"])
-    else:
-        size = [] if args.image_size is None else [f"data.image_size={args.image_size}"]
-        recipe = load_recipe(path, [*args.overrides, *size], MODELS)
-        data, name, norm = describe(recipe.data, f"{path}: data"), recipe.model.name, recipe.model.norm
-        binarize = recipe.stages[-1].binarize or recipe.model.binarize
-        model, image_size = build_model(recipe, MODELS, data, binarize), tuple(data["image_size"])
-    summary = summarize(model, image_size, data["channels"])
+    overrides, side = args.overrides, args.image_size
+    if source_kind(args.source) == "recipe":
+        overrides = [*overrides, *([] if side is None else [f"data.image_size={side}"])]
+    elif overrides:
+        raise BnnfreeError(
+            f"{args.source}: got {' '.join(overrides)} for a checkpoint, whose network is fixed; expected "
+            "no key=value. Give the recipe to change it."
+        )
+    network = open_source(args.source, MODELS, overrides)
+    image_size = tuple(network.data["image_size"]) if side is None else (side, side)
+    summary = summarize(network.model, image_size, network.data["channels"])
     about = {
-        "source": str(path),
-        "model": name,
-        "norm": norm,
-        "binarize": binarize,
-        "classes": len(data["classes"]),
+        "source": network.source,
+        "model": network.recipe.model.name,
+        "norm": network.recipe.model.norm,
+        "binarize": network.binarize,
+        "classes": len(network.data["classes"]),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), summary.table(), sep="\n\n")
     if args.json:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
-from bnnfree.nn.binary import BinaryConv2d
+from bnnfree.nn.binary import SCALES, BinaryConv2d
 from bnnfree.nn.norms import NORMS, Norm, make_norm
 from bnnfree.nn.react import RPReLU, RSign
 from bnnfree.nn.sign import STE_WINDOWS, STES, Sign
@@ -34,6 +34,7 @@ class Design:
     shortcut    weights of the 1x1 shortcut convolutions (their inputs are never signs): "real" | "binary"
     react       learnable thresholds and RPReLU (ReActNet); False: bare sign and identity (Bi-Real, XNOR)
     standardize scaled weight standardisation of all convolutions
+    scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
 
@@ -42,6 +43,7 @@ class Design:
     shortcut: str = "binary"
     react: bool = True
     standardize: bool | None = None
+    scale: str | None = None
     alpha: float | None = None
     beta: str | None = None
     ste: str = "approx"
@@ -53,6 +55,8 @@ class Design:
         pick(BINARIZE, self.binarize, "binarize")
         pick(dict.fromkeys(SHORTCUTS), self.shortcut, "shortcut")
         pick(BETA_MODES, self.beta_mode, "beta")
+        if self.scale is not None:
+            pick(dict.fromkeys(SCALES), self.scale, "scale")
         pick(STES, self.ste, "ste")
         pick(dict.fromkeys(STE_WINDOWS), self.window, "ste_window")
 
@@ -76,7 +80,8 @@ class Design:
     @property
     def binary_options(self) -> dict:
         """Options of the binary convolutions."""
-        return self._standardized(self.rule.binary)
+        options = self._standardized(self.rule.binary)
+        return options if self.scale is None else {**options, "scale": self.scale}
 
     def _standardized(self, options) -> dict:
         return {**options, **({} if self.standardize is None else {"standardize": self.standardize})}

@@ -123,12 +123,7 @@ class WeightLayer(nn.Module):
                 self.input_count += x.shape[0]
         if low is None and self.exact:
             low = x.dtype
-        factor: Tensor | None = scale
-        if self.gain is not None:
-            factor = self.gain if factor is None else factor * self.gain
-        if self.unit_output:
-            factor = 1 / self.output_std if factor is None else factor / self.output_std
-        bias = self._folded_bias(x, weight, scale, factor)
+        factor, bias = self._fold(x, weight, scale)
         if low is None:
             folded = weight if factor is None else weight * _per_row(factor, weight)
             return self.linear(x, folded, bias)
@@ -140,6 +135,19 @@ class WeightLayer(nn.Module):
     def low_precision(self) -> bool:
         """May autocast run the map in its dtype? Real layers are thin, and feed signs: they stay float32."""
         return False
+
+    def fold(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(W, factor [O], bias [O]) such that y = linear(x, W) factor + bias; None: 1 and 0. Of x the shape counts."""
+        weight, scale = self.unit_weight()
+        return weight, *self._fold(x, weight, scale)
+
+    def _fold(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        factor: Tensor | None = scale
+        if self.gain is not None:
+            factor = self.gain if factor is None else factor * self.gain
+        if self.unit_output:
+            factor = 1 / self.output_std if factor is None else factor / self.output_std
+        return factor, self._folded_bias(x, weight, scale, factor)
 
     def _folded_bias(self, x: Tensor, weight: Tensor, scale, factor) -> Tensor | None:
         centre = None

@@ -23,20 +23,22 @@ def _float(x) -> np.ndarray:
     return x
 
 
-def conv2d(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, window: Window, *, groups: int = 1) -> np.ndarray:
-    """Real convolution, zeros outside the image; the bias is added last.
+def conv2d(
+    x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, window: Window, *, groups: int = 1, pad_value: int = 0
+) -> np.ndarray:
+    """Real convolution; outside the image is `pad_value`; the bias is added last.
 
     y = fl(acc + bias), acc <- fl(acc + fl(x w)) over (row, column, channel of the group).
-    Shapes: x [N, H, W, C], w [O, kh, kw, C / groups], bias [O] -> [N, H', W', O].
+    Shapes: x [N, H, W, C], w [O, kh, kw, C / groups] float32 or int8, bias [O] -> [N, H', W', O].
     """
-    x, w = _float(x), _float(w)
+    x, w = _float(x), w.astype(F32) if w.dtype == np.int8 else _float(w)
     n, height, width, channels = x.shape
     outputs = w.shape[0]
     if channels % groups or outputs % groups or w.shape[3] * groups != channels:
         raise BnnfreeError(f"conv2d: got {groups} groups for {channels} channels and weights {w.shape}.")
     size, part = channels // groups, outputs // groups
     y = np.zeros((n, *window.output(height, width), outputs), F32)
-    for i, j, values in window.taps(window.pad(x, 0), height, width):
+    for i, j, values in window.taps(window.pad(x, pad_value), height, width):
         for g in range(groups):
             out = y[..., g * part : (g + 1) * part]
             for c in range(size):
@@ -77,6 +79,32 @@ def border_classes(size: int, kernel: int, stride: int, padding: int, dilation: 
     return np.array(index), np.array(patterns, bool)
 
 
+def pixel_sums(pixels: np.ndarray, w: np.ndarray, window: Window) -> np.ndarray:
+    """Sums of uint8 pixels times int8 weights over the taps inside the image: exact.
+
+    Shapes: pixels [N, H, W, C], w [O, kh, kw, C] -> int32 [N, H', W', O]. Error: a sum that could leave int32.
+    """
+    if pixels.dtype != np.uint8 or w.dtype != np.int8:
+        raise BnnfreeError(f"pixel_conv2d: got {pixels.dtype} and {w.dtype}, expected uint8 and int8.")
+    if w[0].size * 255 * 128 >= 2**31:
+        raise BnnfreeError(f"pixel_conv2d: got {w[0].size} weights per channel, whose sum could leave int32.")
+    n, height, width, _ = pixels.shape
+    acc = np.zeros((n, *window.output(height, width), len(w)), np.int32)
+    for i, j, values in window.taps(window.pad(pixels, 0), height, width):
+        acc += values.astype(np.int32) @ w[:, i, j].astype(np.int32).T
+    return acc
+
+
+def border_bias(bias: np.ndarray, window: Window, height: int, width: int) -> np.ndarray:
+    """The bias of every output position, by its border class.
+
+    Shapes: bias [rows, columns, O] as `border_classes` numbers them -> [H', W', O].
+    """
+    sides = zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
+    (rows, _), (columns, _) = (border_classes(*side) for side in sides)
+    return _float(bias)[rows[:, None], columns]
+
+
 def pixel_conv2d(pixels: np.ndarray, w: np.ndarray, scale: np.ndarray, bias: np.ndarray, window: Window) -> np.ndarray:
     """Convolution of uint8 pixels with int8 weights: exact integers, then one scale and one bias.
 
@@ -87,37 +115,35 @@ def pixel_conv2d(pixels: np.ndarray, w: np.ndarray, scale: np.ndarray, bias: np.
     Shapes: pixels uint8 [N, H, W, C], w int8 [O, kh, kw, C], scale [O], bias [rows, columns, O] float32
     -> [N, H', W', O]. Error: an accumulator that could leave int32.
     """
-    if pixels.dtype != np.uint8 or w.dtype != np.int8:
-        raise BnnfreeError(f"pixel_conv2d: got {pixels.dtype} and {w.dtype}, expected uint8 and int8.")
-    if w[0].size * 255 * 128 >= 2**31:
-        raise BnnfreeError(f"pixel_conv2d: got {w[0].size} weights per channel, whose sum could leave int32.")
-    n, height, width, _ = pixels.shape
-    acc = np.zeros((n, *window.output(height, width), len(w)), np.int32)
-    for i, j, values in window.taps(window.pad(pixels, 0), height, width):
-        acc += values.astype(np.int32) @ w[:, i, j].astype(np.int32).T
-    sides = zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
-    (rows, _), (columns, _) = (border_classes(*side) for side in sides)
-    return acc.astype(F32) * _float(scale) + _float(bias)[rows[:, None], columns]
+    place = border_bias(bias, window, *pixels.shape[1:3])
+    return epilogue(pixel_sums(pixels, w, window), scale, place)
 
 
 def epilogue(
-    acc: np.ndarray,
-    scale: np.ndarray,
-    bias: np.ndarray,
-    residual: np.ndarray | None = None,
+    v: np.ndarray,
+    scale: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    other: np.ndarray | None = None,
     slope: np.ndarray | None = None,
-    shift: np.ndarray | None = None,
+    low: np.ndarray | None = None,
+    high: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What follows a product of signs: v = fl(fl(fl(acc) scale) + bias), then as far as given
+    """What follows a sum, as far as given, each step rounded on its own:
 
-        v = fl(v + residual);  v = v where v >= 0, else fl(v slope);  v = fl(v + shift)
+        v <- fl(v scale);  v <- fl(v + bias);  v <- fl(v + other)
+        v <- v where v >= 0, else fl(v slope);  v <- v where v > low, else low;  v <- v where v < high, else high
 
-    Shapes: acc int32 [..., C]; scale, bias, slope, shift [C]; residual [..., C] -> float32 [..., C].
+    Where `other` has fewer channels they repeat: channel c adds its channel c % (its channels).
+    Shapes: v int32 or float32 [..., C], other [..., C / n], the rest [C] -> float32 [..., C].
     """
-    v = acc.astype(F32) * _float(scale) + _float(bias)
-    v = v if residual is None else v + _float(residual)
+    v = v.astype(F32) if v.dtype == np.int32 else _float(v)
+    v = v if scale is None else v * _float(scale)
+    v = v if bias is None else v + _float(bias)
+    if other is not None:
+        v = add(v, np.concatenate([other] * (v.shape[-1] // other.shape[-1]), axis=-1))
     v = v if slope is None else prelu(v, slope)
-    return v if shift is None else v + _float(shift)
+    v = v if low is None else tlu(v, low)
+    return v if high is None else np.where(v < high, v, _float(high))
 
 
 def prelu(x: np.ndarray, slope: np.ndarray) -> np.ndarray:
@@ -150,22 +176,32 @@ def concat(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts, axis=-1)
 
 
-def _pool_windows(x: np.ndarray, window: Window, ceil_mode: bool):
-    """(values, inside) of each tap, for pooling; with ceil_mode windows may hang over the far edge.
+def pool_output(window: Window, height: int, width: int, ceil_mode: bool = False) -> tuple[int, int]:
+    """Rows and columns of a pooling's output; with ceil_mode windows may hang over the far edge.
 
     A window that would start beyond the image and its near padding is left out.
     """
-    _, height, width, _ = x.shape
-    extra = []
+    counts = []
     for n, k, s, p, d in zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True):
         reach, span = n + 2 * p, d * (k - 1) + 1
         count = (reach - span) // s + 1
         if ceil_mode and (count - 1) * s + span < reach and count * s < n + p:
             count += 1
-        extra.append(max(0, (count - 1) * s + span - reach))
-    grown = np.pad(x, [(0, 0), (0, extra[0]), (0, extra[1]), (0, 0)])
-    inside = np.pad(np.ones((1, height, width, 1), bool), [(0, 0), (0, extra[0]), (0, extra[1]), (0, 0)])
-    size = (height + extra[0], width + extra[1])
+        counts.append(count)
+    if min(counts) < 1:
+        raise BnnfreeError(f"window: got an image of {height}x{width}, smaller than a kernel of {window}.")
+    return counts[0], counts[1]
+
+
+def pool_windows(x: np.ndarray, window: Window, ceil_mode: bool):
+    """(values, inside) of each tap of a pooling. Shapes: x [N, H, W, C] -> [N, H', W', C], bool [1, H', W', 1]."""
+    _, height, width, _ = x.shape
+    counts = pool_output(window, height, width, ceil_mode)
+    sides = zip(counts, (height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
+    far = [(0, max(0, (count - 1) * s + d * (k - 1) + 1 - n - 2 * p)) for count, n, k, s, p, d in sides]
+    grown = np.pad(x, [(0, 0), *far, (0, 0)])
+    inside = np.pad(np.ones((1, height, width, 1), bool), [(0, 0), *far, (0, 0)])
+    size = (height + far[0][1], width + far[1][1])
     values = window.taps(window.pad(grown, 0), *size)
     known = window.taps(window.pad(inside, False), *size)
     for (_, _, v), (_, _, k) in zip(values, known, strict=True):
@@ -176,7 +212,7 @@ def avg_pool2d(x: np.ndarray, window: Window, *, ceil_mode: bool = False) -> np.
     """fl(sum / count) over the window's values inside the image, in order. Shapes: [N, H, W, C] -> [N, H', W', C]."""
     total: np.ndarray | None = None
     count: np.ndarray | None = None
-    for values, inside in _pool_windows(_float(x), window, ceil_mode):
+    for values, inside in pool_windows(_float(x), window, ceil_mode):
         term = np.where(inside, values, F32(0))
         total = F32(0) + term if total is None else total + term
         count = inside.astype(F32) if count is None else count + inside.astype(F32)
@@ -190,7 +226,7 @@ def max_pool2d(x: np.ndarray, window: Window, *, ceil_mode: bool = False) -> np.
     Shapes: [N, H, W, C] -> [N, H', W', C].
     """
     best: np.ndarray | None = None
-    for values, inside in _pool_windows(_float(x), window, ceil_mode):
+    for values, inside in pool_windows(_float(x), window, ceil_mode):
         term = np.where(inside, values, F32(-np.inf))
         best = term if best is None else np.where(term > best, term, best)
     assert best is not None

@@ -1,7 +1,8 @@
 """From a recipe to a result: `load_recipe`, `fit`. Imports torch, torchvision, yaml, pydantic, tqdm.
 
 recipe (the schema), recipes (reading files), data + images + folder (what it trains on), losses, schedule,
-loop (a stage), run (all stages), checkpoint, report (metrics and curves), dist (torchrun).
+loop (a stage), run (all stages), checkpoint, source (checkpoint, run folder or recipe as a network), report
+(metrics and curves), dist (torchrun).
 """
 
 from bnnfree.train.checkpoint import load_checkpoint, load_model
@@ -10,8 +11,10 @@ from bnnfree.train.loop import evaluate
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import RecipeError, load_recipe
 from bnnfree.train.run import fit
+from bnnfree.train.source import Network, open_source, source_kind
 
 __all__ = [
+    "Network",
     "Recipe",
     "RecipeError",
     "evaluate",
@@ -20,4 +23,6 @@ __all__ = [
     "load_data",
     "load_model",
     "load_recipe",
+    "open_source",
+    "source_kind",
 ]

@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError, pick
-from bnnfree.train.folder import check_root, decode_cached, list_tree, read_image, square
+from bnnfree.preprocess import DECODED_SIZE, read_image, square
+from bnnfree.train.folder import check_root, decode_cached, list_tree
 from bnnfree.train.images import AUGMENTS, FILE_AUGMENTS, FileSplit, PixelSplit, Split
 
-DECODED_SIZE = 64  # images up to this size are decoded once and held in memory
 STREAMED_SIZE = 224  # the size of larger images where the recipe names none
 SPLIT_SEED = 20  # carves validation (and digits' test) images; no recipe changes it
 
@@ -203,7 +203,7 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
     """uint8 [N,H,W,C] scaled (bilinear, antialiased) to [N,size,size,C]; C is 1 or 3."""
     if pixels.shape[1:3] == (size, size):
         return pixels
-    scaled = [square(Image.fromarray(image.squeeze()), size) for image in pixels]
+    scaled = [np.asarray(square(Image.fromarray(image.squeeze()), (size, size))) for image in pixels]
     return np.stack(scaled).reshape(len(pixels), size, size, pixels.shape[3])
 
 

@@ -4,8 +4,7 @@
     root/test/<class>/**.jpg           and/or root/val: the held-out images, with the same class folders
 
 Hidden files and folders and the sidecars of file browsers are passed over; every other file must be an image
-that Pillow opens. Images become 8-bit RGB: grey is repeated, palettes are looked up, transparency is dropped,
-16-bit grey keeps its high byte, the first frame of an animation counts and EXIF orientation is ignored.
+that Pillow opens. How it becomes pixels is the business of bnnfree.preprocess.
 
 Must not import torch, bnnfree.nn, models, export or engine.
 """
@@ -22,10 +21,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError, nearest
 from bnnfree.files import replacing
+from bnnfree.preprocess import read_image, square
 
 SIDECARS = {"thumbs.db", "desktop.ini", "__macosx"}
 CACHE_FORMAT = 1  # part of every cache key: raise it when the same files would decode to other pixels
@@ -147,39 +147,6 @@ def _endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in endings.items() if kind in Image.OPEN)
 
 
-def read_image(path: str) -> Image.Image | str:
-    """The file as an RGB image, or what is wrong with it as the end of the sentence `<path> ...`."""
-    try:
-        if os.path.getsize(path) == 0:
-            return "has zero bytes"
-        with Image.open(path) as image:
-            image.load()
-            if image.mode in ("I", "F"):
-                return f"has 32-bit pixels (mode {image.mode}), expected 8 or 16 bits"
-            if image.mode.startswith("I;16"):  # Why: convert() may clip 16-bit values at 255 instead of scaling
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if "transparency" in image.info:  # Why: Pillow warns about a direct conversion; the colours are equal
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        return "is not an image that can be recognised"
-    except Exception as error:  # Why: on damaged bytes the decoders raise errors of many types
-        if isinstance(error, OSError) and error.strerror:
-            return f"cannot be read ({error.strerror})"
-        return f"is truncated or damaged ({error})"
-
-
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square of `image`, scaled (bilinear, antialiased): uint8 [size, size] or [size, size, C]."""
-    if image.size != (size, size):
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image)
-
-
 def decode(files: list[str], size: int, on_bad: Callable[[str, str], None]) -> tuple[np.ndarray, list[int]]:
     """Decode every file into (pixels uint8 [N, size, size, 3] of the readable ones, indices of the others).
 
@@ -196,7 +163,7 @@ def decode(files: list[str], size: int, on_bad: Callable[[str, str], None]) -> t
             if isinstance(image, str):
                 reasons[index] = image
             else:
-                pixels[index] = square(image, size)
+                pixels[index] = np.asarray(square(image, (size, size)))
         return reasons
 
     bad: list[int] = []

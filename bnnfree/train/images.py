@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.train.folder import read_image
+from bnnfree.preprocess import centre, read_image
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -69,13 +69,6 @@ def file_crop(image: Image.Image, size: int) -> Image.Image:
     from torchvision.transforms import v2
 
     return v2.RandomResizedCrop(size, scale=(0.08, 1.0))(image)
-
-
-def centre(image: Image.Image, size: int) -> Image.Image:
-    """Resize the short side to size/0.875 (bilinear, antialiased) and take the centre size x size."""
-    from torchvision.transforms.v2 import functional
-
-    return functional.center_crop(functional.resize(image, [round(size / 0.875)]), [size, size])
 
 
 FILE_AUGMENTS = {"flip": file_flip, "crop": file_crop}
@@ -277,7 +270,9 @@ class _Reader(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(max(seed, 0))
             for name in augment:
                 image = FILE_AUGMENTS[name](image, self.size)
-        return np.asarray(image if "crop" in augment else centre(image, self.size)), index
+        if "crop" not in augment:
+            image = centre(image, (self.size, self.size))
+        return np.asarray(image), index
 
 
 def _collate(samples: list[tuple[np.ndarray | str, int]]) -> tuple[Tensor, Tensor, dict[int, str]]:

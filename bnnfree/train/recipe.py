@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
-from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SHORTCUTS, STE_WINDOWS, STES
+from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES
 from bnnfree.optim import OPTIMIZERS
 from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
@@ -63,6 +63,8 @@ class ModelRecipe(_Part):
     """weights of the 1x1 shortcut convolutions: real | binary (their inputs are real)"""
     standardize: bool | None = None
     """scaled weight standardisation; null: the normaliser's own"""
+    scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
+    """size of the binary weights: fan_in | mean_abs | learned | none; null: the normaliser's own"""
     alpha: float | None = None
     """factor of each block's branch; null: the normaliser's own"""
     beta: _one_of(BETA_MODES) | None = None  # type: ignore[valid-type]

@@ -1,0 +1,316 @@
+"""Building the ops of a packed model, with everything affine deferred until an op can take it in.
+
+A `Value` is what a node of the torch graph means: scale * tensor + shift, per channel. Scalings, biases, batch
+normalisation and thresholds only change scale and shift; a sign turns them into its threshold, a convolution takes
+them into its weights or bias, pooling lets them pass. So nothing of them is left to compute. An op just made is
+open: what follows may still go into its epilogue. Imports numpy, bnnfree.errors, ops and format; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import numpy as np
+
+from bnnfree import ops
+from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
+from bnnfree.format.schema import OPS
+
+Shape = tuple[int, int, int]  # rows, columns, channels
+SUM, ADDED, SLOPED, CLAMPED = range(4)  # how far an op's epilogue has come
+
+
+@dataclass
+class Draft:
+    """An op being made: activations by index, constants as float64 (or packed) arrays."""
+
+    op: Op
+    stage: int = SUM
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)  # of constants that are not f32
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """scale * tensor + shift. kind: "image" (u8), "real" (f32) or "bits" (+1 and -1).
+
+    open: nothing else reads the tensor, so its op may still change. repeat: the channels stand so many times one
+    after the other; the tensor holds them once.
+    """
+
+    kind: str
+    tensor: int
+    shape: Shape
+    scale: np.ndarray
+    shift: np.ndarray
+    open: bool = False
+    repeat: int = 1
+
+    @property
+    def plain(self) -> bool:
+        return bool(np.all(self.scale == 1) and np.all(self.shift == 0))
+
+    def affine(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0) -> Value:
+        """scale * self + shift, which costs nothing."""
+        return replace(self, scale=self.scale * scale, shift=self.shift * scale + shift)
+
+
+class Builder:
+    """Collects tensors and ops; `finish` gives the model."""
+
+    def __init__(self, image: Shape):
+        self.tensors: list[Tensor] = [Tensor("image", "u8", "image", image)]
+        self.drafts: list[Draft] = []
+        self.makers: dict[int, Draft] = {}  # activation -> the op that writes it
+        self.number: dict[int, int] = {}  # old -> final index, once finished
+        self.settled: Value | None = None  # the output as it is at the end
+
+    # -- values
+
+    def image(self, scale: np.ndarray, shift: np.ndarray) -> Value:
+        return Value("image", 0, self.tensors[0].shape, scale, shift)  # type: ignore[arg-type]
+
+    def emit(self, name: str, source: Value, shape: Shape, *, kind: str = "real", **fields) -> Value:
+        """A new op that reads `source`'s tensor, and its result. Constants are given by `Draft`'s own methods."""
+        index = self._activation("f32" if kind == "real" else "bits", shape)
+        op = make_op(name, input=source.tensor, **{"real" if kind == "real" else "bits": index}, **fields)
+        draft = Draft(op)
+        self.drafts.append(draft)
+        self.makers[index] = draft
+        return Value(kind, index, shape, np.ones(shape[2]), np.zeros(shape[2]), open=True)
+
+    def constant(self, value: Value, name: str, array: np.ndarray, dtype: str = "f32") -> None:
+        """Give the op that writes `value` a constant."""
+        draft = self.makers[value.tensor]
+        draft.constants[name] = array
+        if dtype != "f32":
+            draft.dtypes[name] = dtype
+
+    def _activation(self, dtype: str, shape: Shape) -> int:
+        self.tensors.append(Tensor("", dtype, "activation", shape))
+        return len(self.tensors) - 1
+
+    def _draft(self, value: Value, latest: int) -> Draft | None:
+        """The op of an open value, if it has an epilogue that has not gone beyond `latest`."""
+        if not value.open or value.kind != "real" or value.repeat > 1:
+            return None
+        draft = self.makers[value.tensor]
+        takes = "slope" in OPS[draft.op.name].may and draft.op.bits is None
+        return draft if takes and draft.stage <= latest else None
+
+    # -- making a value's affine part real
+
+    def settle(self, value: Value, *, scale_only: bool = False) -> Value:
+        """The same value with scale 1 and shift 0 (with scale_only the shift may stay), as one real tensor."""
+        if value.repeat > 1:
+            value = self._joined(value)
+        if value.kind == "real" and np.all(value.scale == 1) and (scale_only or np.all(value.shift == 0)):
+            return value
+        draft = self._draft(value, SUM)
+        if draft is not None:
+            _bake(draft, value.scale, value.shift)
+        elif np.all(value.scale == 1) and (draft := self._draft(value, ADDED)) is not None:
+            _bake(draft, value.scale, value.shift)
+        else:
+            return self._own_op(value)
+        return replace(value, scale=np.ones(value.shape[2]), shift=np.zeros(value.shape[2]))
+
+    def _own_op(self, value: Value) -> Value:
+        """A pointwise op that applies scale and shift."""
+        made = self.emit("pointwise", value, value.shape)
+        _bake(self.makers[made.tensor], value.scale, value.shift)
+        return made
+
+    def _joined(self, value: Value) -> Value:
+        """A repeated value as a tensor of its own."""
+        rows, columns, channels = self.tensors[value.tensor].shape
+        shape = (rows, columns, channels)
+        once = replace(value, repeat=1, shape=shape, open=False, scale=np.ones(shape[2]), shift=np.zeros(shape[2]))
+        whole = once
+        for _ in range(value.repeat - 1):
+            rows, columns, channels = whole.shape
+            whole = self.emit("concat", whole, (rows, columns, channels + shape[2]), other=once.tensor)
+        return replace(whole, scale=value.scale, shift=value.shift)
+
+    def share(self, value: Value) -> Value:
+        """What several nodes will read: made real at once where that is free."""
+        if self._draft(value, SUM) is not None:
+            value = self.settle(value)
+        return replace(value, open=False)
+
+    def as_tensor(self, value: Value) -> Value:
+        """A value whose tensor is real and stands for all its channels; scale and shift stay."""
+        if value.repeat > 1:
+            return self._joined(value)
+        return value if value.kind == "real" else self._own_op(value)
+
+    # -- what ops do to values
+
+    def add(self, a: Value, b: Value) -> Value:
+        """a + b: into the epilogue of the op of one of them, or an op of its own."""
+        if a.tensor == b.tensor and a.kind == b.kind and a.repeat == b.repeat:
+            return replace(a, scale=a.scale + b.scale, shift=a.shift + b.shift, open=False)
+        # the one whose op is farther from done takes the other in
+        for host, guest in ((a, b), (b, a)):
+            if (draft := self._draft(host, SUM)) is not None and self._is_sum(draft):
+                return self._add_into(draft, host, guest)
+        host = self._own_op(self._joined(a) if a.repeat > 1 else a) if self._draft(a, SUM) is None else a
+        return self._add_into(self.makers[host.tensor], host, b)
+
+    def _is_sum(self, draft: Draft) -> bool:
+        return draft.op.name != "pointwise"
+
+    def _add_into(self, draft: Draft, host: Value, guest: Value) -> Value:
+        if guest.kind != "real" or not np.all(guest.scale == 1):
+            guest = self.settle(guest, scale_only=True)
+        period = self.tensors[guest.tensor].shape[2]
+        if guest.repeat > 1 and not np.array_equal(guest.shift, np.tile(guest.shift[:period], guest.repeat)):
+            guest = self.settle(guest, scale_only=True)
+        _bake(draft, host.scale, host.shift + guest.shift)
+        draft.op.fields["other"] = guest.tensor
+        draft.stage = ADDED
+        self.drafts.remove(draft)  # to the end: the guest may be younger
+        self.drafts.append(draft)
+        return replace(host, scale=np.ones(host.shape[2]), shift=np.zeros(host.shape[2]), open=True)
+
+    def activate(self, value: Value, **constants: np.ndarray | float) -> Value:
+        """slope, or low and high, per channel."""
+        latest = ADDED if "slope" in constants else SLOPED
+        value = self.settle(value)
+        draft = self._draft(value, latest)
+        if draft is None:
+            made = self.emit("pointwise", value, value.shape)
+            draft, value = self.makers[made.tensor], made
+        for name, array in constants.items():
+            draft.constants[name] = np.broadcast_to(np.asarray(array, np.float64), (value.shape[2],)).copy()
+        draft.stage = SLOPED if "slope" in constants else CLAMPED
+        return value
+
+    def sign(self, value: Value) -> Value:
+        """Bits of scale * tensor + shift >= 0, as a threshold of the tensor."""
+        if value.repeat > 1:
+            value = self._joined(value)
+        draft = self.makers.get(value.tensor)
+        whole = (
+            self._draft(value, SUM) is draft and draft is not None
+            and draft.op.name == "binary_conv2d" and not set(draft.constants) - {"weights"}
+        )  # fmt: skip
+        if (
+            draft is None
+            or "threshold" not in OPS[draft.op.name].may
+            or draft.op.bits is not None
+            or value.kind != "real"
+        ):
+            made = self.emit("pointwise", value, value.shape, kind="bits")
+            draft = self.makers[made.tensor]
+            bits = made.tensor
+        else:
+            bits = self._activation("bits", value.shape)
+            draft.op.fields["bits"] = bits
+            self.makers[bits] = draft
+        if whole:
+            terms = int(np.prod(draft.constants["weights"].shape[1:]))
+            threshold, flip = sum_threshold(value.scale, value.shift, terms)
+            draft.op.fields["real"] = None
+            draft.dtypes["threshold"] = "i32"
+        else:
+            threshold, flip = real_threshold(value.scale, value.shift)
+        if whole or threshold.any():
+            draft.constants["threshold"] = threshold
+        if flip.any():
+            draft.constants["flip"], draft.dtypes["flip"] = flip, "bits"
+        return Value("bits", bits, value.shape, np.ones(value.shape[2]), np.zeros(value.shape[2]))
+
+    # -- the end
+
+    def finish(self, output: Value, name_of: Callable[[int], str]) -> PackedModel:
+        """The model whose result is `output`; activations are named by `name_of(old index)`.
+
+        Ops whose results nobody reads are dropped, tensors are numbered anew in the order of their use.
+        """
+        output = self.settled = self.settle(output)
+        kept, needed = [], {output.tensor}
+        for draft in reversed(self.drafts):
+            op = draft.op
+            for field_name in ("real", "bits"):
+                if op.fields[field_name] not in needed:
+                    op.fields[field_name] = None
+            if op.writes():
+                kept.append(draft)
+                needed |= set(op.reads())
+        kept.reverse()
+        number = {0: 0}
+        tensors = [replace(self.tensors[0])]
+        final = []
+        for draft in kept:
+            fields = dict(draft.op.fields)
+            for name in ("input", "other"):
+                if (old := fields[name]) is not None:
+                    fields[name] = number[old]
+            if fields["bits"] is None:
+                draft.constants.pop("threshold", None)
+                draft.constants.pop("flip", None)
+            for name, array in draft.constants.items():
+                fields[name] = len(tensors)
+                tensors.append(_constant(name, array, draft.dtypes.get(name, "f32")))
+            for name in ("real", "bits"):
+                if (old := fields[name]) is not None:
+                    number[old] = fields[name] = len(tensors)
+                    tensors.append(replace(self.tensors[old], name=name_of(old)))
+            final.append(Op(draft.op.name, fields))
+        model = PackedModel(tensors, final, input=0, output=number[output.tensor])
+        plan(model)
+        self.number = number
+        return model
+
+
+def _bake(draft: Draft, scale: np.ndarray, shift: np.ndarray) -> None:
+    """Put scale and shift into the epilogue; after an addition the scale must be 1."""
+    constants = draft.constants
+    if draft.stage == SUM and not np.all(scale == 1):
+        constants["scale"] = constants.get("scale", 1.0) * scale
+        if "bias" in constants:
+            constants["bias"] = constants["bias"] * scale
+    if not np.all(shift == 0):
+        constants["bias"] = constants.get("bias", 0.0) + shift
+
+
+def _constant(name: str, array: np.ndarray, dtype: str) -> Tensor:
+    if dtype == "bits":
+        bits = np.asarray(array, bool)
+        return Tensor(name, dtype, "constant", bits.shape, data=ops.pack_bits(bits))
+    kinds = {"f32": np.float32, "i8": np.int8, "i32": np.int32}
+    data = np.ascontiguousarray(np.asarray(array).astype(kinds[dtype]))
+    return Tensor(name, dtype, "constant", data.shape, data=data)
+
+
+def real_threshold(scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(threshold float32, flip) such that (not v >= threshold) xor flip says scale * v + shift < 0, for float32 v.
+
+    Exact: of the numbers that float32 has, the threshold is the least that counts.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cut = np.where(scale == 0, np.where(shift >= 0, -np.inf, np.inf), -shift / scale)
+    near = np.clip(cut, -3.4028234663852886e38, 3.4028234663852886e38).astype(np.float32)
+    near = np.where(np.isinf(cut), cut, near).astype(np.float32)
+    flip = scale < 0
+    above = np.nextafter(near, np.float32(np.inf))
+    wide = near.astype(np.float64)
+    least = np.where(wide >= cut, near, above)  # v >= cut
+    beyond = np.where(wide > cut, near, above)  # v > cut, for negative scales
+    return np.where(flip, beyond, least) + np.float32(0), flip
+
+
+def sum_threshold(scale: np.ndarray, shift: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for a sum of `terms` signs: (threshold int32, flip), by exact fractions."""
+    thresholds, flips = [], scale < 0
+    for a, b in zip(scale.tolist(), shift.tolist(), strict=True):
+        if a == 0:
+            cut = -terms if b >= 0 else terms + 1
+        else:
+            exact = Fraction(-b) / Fraction(a)
+            cut = -(-exact.numerator // exact.denominator) if a > 0 else exact.numerator // exact.denominator + 1
+        thresholds.append(max(-terms, min(terms + 1, cut)))
+    return np.array(thresholds, np.int32), flips

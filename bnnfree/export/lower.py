@@ -1,0 +1,469 @@
+"""One rule per kind of layer: from a node of the torch graph to ops. Imports torch, numpy, bnnfree.nn, format.
+
+To make a layer of your own exportable: a function (Lowering, node, value, layer) -> Value and a line in LAYERS
+(for a function of torch: FUNCTIONS), or write its forward in terms of what is there. A rule works on float64
+numbers in the engine's order [H, W, C]; what `Value` means stands in build.py.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bnnfree.errors import nearest
+from bnnfree.export.build import Builder, Value
+from bnnfree.export.quantize import Geometry, Int8Layer, LayerArrays, fits_pixels, layer_arrays
+from bnnfree.export.trace import PASSING, ExportError, Traced, constant, path_of
+from bnnfree.format import PackedModel
+from bnnfree.nn import BinaryConv2d, BinaryLinear, RPReLU, RSign, ScaledStdConv2d, Sign
+from bnnfree.nn.block import Clip
+from bnnfree.ops import Window, border_classes, pool_output
+
+Rule = Callable[..., Any]
+
+
+class Lowering:
+    """Walks the nodes of a traced module in order and keeps what each became."""
+
+    def __init__(self, traced: Traced, mean: np.ndarray, std: np.ndarray):
+        self.traced = traced
+        _, channels, height, width = traced.image.meta["shape"]
+        self.builder = Builder((height, width, channels))
+        self.values: dict[fx.Node, Any] = {}
+        self.meaning: dict[int, tuple[fx.Node, Value]] = {}  # activation -> the node it stands for
+        self.values[traced.image] = self.builder.image(1 / (255 * std), -mean / std)
+
+    def model(self) -> PackedModel:
+        """The packed model, its activations named after the nodes they stand for."""
+        for node in self.traced.module.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            value = self._lower(node)
+            if isinstance(value, Value):
+                self.meaning[value.tensor] = (node, value)
+                value = self.builder.share(value) if len(node.users) > 1 else value
+            self.values[node] = value
+        output = self.values[self.traced.output]
+        self.meaning[output.tensor] = (self.traced.output, output)
+        names: dict[str, int] = {}
+
+        def name_of(index: int) -> str:
+            path = path_of(self.meaning[index][0]) if index in self.meaning else "inner"
+            names[path] = names.get(path, 0) + 1
+            return path if names[path] == 1 else f"{path}#{names[path]}"
+
+        model = self.builder.finish(output, name_of)
+        final = self.builder.settled
+        if final is not None:
+            self.meaning[final.tensor] = (self.traced.output, final)
+        return model
+
+    def _lower(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return constant(self.traced, node)
+        if node.op == "call_module":
+            layer = self.traced.layer(node)
+            rule = next((LAYERS[kind] for kind in type(layer).__mro__ if kind in LAYERS), None)
+            if rule is None or (isinstance(layer, nn.Sequential)):
+                raise self.refuse(node, "has no engine op", _remedy(type(layer).__name__))
+            return rule(self, node, self.take(node.args[0]), layer)
+        table: dict[Any, Rule] = FUNCTIONS if node.op == "call_function" else METHODS  # type: ignore[assignment]
+        if node.target not in table:
+            name = getattr(node.target, "__name__", str(node.target))
+            raise self.refuse(node, f"calls {name}, which has no engine op", _remedy(name))
+        return table[node.target](self, node)
+
+    def take(self, argument: Any) -> Any:
+        """What an argument of a node became; a list by its parts."""
+        if isinstance(argument, (list, tuple)):
+            return [self.take(part) for part in argument]
+        return self.values[argument] if isinstance(argument, fx.Node) else argument
+
+    def value(self, node: fx.Node, argument: Any) -> Value:
+        """An argument that must be an activation."""
+        taken = self.take(argument)
+        if not isinstance(taken, Value):
+            raise self.refuse(node, f"works on {type(taken).__name__}, not on an activation", "")
+        return taken
+
+    def shape(self, node: fx.Node) -> tuple[int, int, int]:
+        """[H, W, C] of a node's result; one dimension beside the batch becomes channels."""
+        _, channels, *rest = node.meta["shape"]
+        height, width = rest or (1, 1)
+        return height, width, channels
+
+    def refuse(self, node: fx.Node, why: str, remedy: str) -> ExportError:
+        layer = self.traced.layer(node)
+        what = f"layer {path_of(node)} ({type(layer).__name__})" if layer is not None else f"node {node.name}"
+        return ExportError(f"export: {what} {why}. {remedy}".rstrip())
+
+
+def _remedy(name: str) -> str:
+    known = sorted({kind.__name__ for kind in LAYERS} - {"Int8Layer"})
+    return f"Known layers: {', '.join(known)}.{nearest(name, known)} Or add a rule in bnnfree/export/lower.py."
+
+
+# -- convolutions and linear layers
+
+
+def _linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Value:
+    arrays = layer_arrays(layer, node.args[0].meta["shape"], path_of(node))  # type: ignore[union-attr]
+    if arrays.linear:
+        if len(node.args[0].meta["shape"]) != 2:  # type: ignore[union-attr]
+            raise low.refuse(node, "reads maps, not one vector per image", "Put a Flatten before it.")
+        arrays = _as_conv(arrays, x.shape)
+    build = low.builder
+    rows, columns, channels = low.shape(node)
+    w = arrays.weight.transpose(0, 2, 3, 1)  # [O, kh, kw, C / groups]
+    geometry = arrays.geometry
+    fields: dict[str, Any] = {"kernel_h": w.shape[1], "kernel_w": w.shape[2]}
+    for name in ("stride", "padding", "dilation"):
+        fields[f"{name}_h"], fields[f"{name}_w"] = getattr(geometry, name)
+    fields |= {"groups": geometry.groups, "pad_value": geometry.pad_value if any(geometry.padding) else 0}
+    shape = (rows, columns, channels)
+    if arrays.kind == "binary" and x.kind == "bits" and np.all(x.scale == x.scale[0]) and np.all(x.shift == 0):
+        y = build.emit("binary_conv2d", x, shape, **fields)
+        build.constant(y, "weights", w < 0, "bits")
+        return y.affine(arrays.factor * x.scale[0], arrays.bias)
+    if arrays.kind == "int8" and x.kind == "image" and fits_pixels(arrays):
+        return _pixel_conv(low, x, arrays, w, shape, fields)
+    return _real_conv(low, x, arrays, w, shape, fields)
+
+
+def _as_conv(arrays: LayerArrays, shape: tuple[int, int, int]) -> LayerArrays:
+    """A matrix on flattened maps as a convolution whose kernel is the whole map."""
+    rows, columns, channels = shape
+    weight = arrays.weight.reshape(len(arrays.weight), channels, rows, columns)
+    inputs = arrays.inputs
+    if inputs is not None:
+        inputs = inputs.reshape(channels, -1)[:, 0]
+    return replace(arrays, weight=weight, inputs=inputs, geometry=Geometry())
+
+
+def _pixel_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
+    """int8 weights on pixels. The image means scale * p + shift: shift goes into the bias, per border class."""
+    window, outputs = _window(fields), len(w)
+    sides = zip(x.shape[:2], window.size, window.stride, window.padding, window.dilation, strict=True)
+    (_, rows), (_, columns) = (border_classes(*side) for side in sides)
+    assert arrays.inputs is not None
+    per_tap = (w * (arrays.inputs * x.shift)).sum(3) * arrays.factor[:, None, None]  # [O, kh, kw]
+    table = np.einsum("ai,bj,oij->abo", rows.astype(float), columns.astype(float), per_tap) + arrays.bias
+    # what is stored leaves out inputs = 255 std, which undoes the pixel's scale
+    y = low.builder.emit("pixel_conv2d", x, shape, **{**fields, "groups": 1, "pad_value": 0})
+    low.builder.constant(y, "weights", w, "i8")
+    low.builder.constant(y, "scale", arrays.factor.copy())
+    low.builder.constant(y, "bias", table)
+    assert table.shape[2] == outputs
+    return y
+
+
+def _window(fields: dict[str, Any]) -> Window:
+    return Window(*((fields[f"{n}_h"], fields[f"{n}_w"]) for n in ("kernel", "stride", "padding", "dilation")))
+
+
+def _real_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
+    """Float inputs: their scale goes into the weights and their shift into the bias, where that is exact."""
+    build, groups, padded = low.builder, fields["groups"], any(arrays.geometry.padding)
+    x = build.as_tensor(x)
+    if (padded and np.any(x.shift != 0)) or fields["pad_value"]:
+        x = build.settle(x)
+    if arrays.kind != "real" and not np.all(x.scale == x.scale[0]):
+        x = build.settle(x)
+    inputs = np.ones(w.shape[3]) if arrays.inputs is None else arrays.inputs
+    per_group = len(w) // groups
+    shift = x.shift.reshape(groups, 1, 1, 1, -1)
+    grouped = w.reshape(groups, per_group, *w.shape[1:]) * inputs
+    bias = arrays.bias + (grouped * shift).sum((2, 3, 4)).reshape(-1) * arrays.factor
+    y = build.emit("conv2d", x, shape, **fields)
+    if arrays.kind == "real":
+        scaled = (grouped * x.scale.reshape(groups, 1, 1, 1, -1)).reshape(w.shape)
+        build.constant(y, "weights", scaled * arrays.factor[:, None, None, None])
+        return y.affine(1.0, bias)
+    build.constant(y, "weights", w < 0 if arrays.kind == "binary" else w, "bits" if arrays.kind == "binary" else "i8")
+    return y.affine(arrays.factor * inputs[0] * x.scale[0], bias)
+
+
+# -- affine layers, activations, signs
+
+
+def _batch_norm(low: Lowering, node: fx.Node, x: Value, layer: nn.BatchNorm2d) -> Value:
+    if layer.running_mean is None or layer.running_var is None:
+        raise low.refuse(
+            node, "has no running statistics, so its output depends on the batch", "Use track_running_stats=True."
+        )
+    mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
+    scale = 1 / np.sqrt(var + layer.eps)
+    scale = scale if layer.weight is None else scale * layer.weight.double().numpy()
+    return x.affine(scale, -mean * scale + (0 if layer.bias is None else layer.bias.double().numpy()))
+
+
+def _sign(low: Lowering, node: fx.Node, x: Value, layer: Sign) -> Value:
+    shift = layer.bias.double().numpy() if isinstance(layer, RSign) else 0.0
+    return low.builder.sign(x.affine(1.0, shift))
+
+
+def _clip(low: Lowering, node: fx.Node, x: Value, layer: Clip) -> Value:
+    shift = 0.0 if layer.bias is None else layer.bias.double().numpy()
+    return low.builder.activate(x.affine(1.0, shift), low=-1.0, high=1.0)
+
+
+def _rprelu(low: Lowering, node: fx.Node, x: Value, layer: RPReLU) -> Value:
+    if layer.input_shift is not None:
+        x = x.affine(1.0, layer.input_shift.double().numpy())
+    y = low.builder.activate(x, slope=layer.slope.double().numpy())
+    return y.affine(1.0, layer.output_shift.double().numpy())
+
+
+def _clamp(low: Lowering, x: Value, least: float | None, most: float | None) -> Value:
+    bounds = {name: float(v) for name, v in (("low", least), ("high", most)) if v is not None}
+    return low.builder.activate(x, **bounds) if bounds else x
+
+
+def _prelu(low: Lowering, node: fx.Node, x: Value, slope: Tensor | float) -> Value:
+    values = slope.detach().double().numpy() if isinstance(slope, Tensor) else float(slope)
+    return low.builder.activate(x, slope=values)
+
+
+def _softmax(low: Lowering, node: fx.Node, x: Value, dim: int | None) -> Value:
+    rank = len(node.meta["shape"])
+    if dim not in (1, 1 - rank):
+        raise low.refuse(node, f"takes softmax along dimension {dim}, expected the channels (1)", "Use dim=1.")
+    x = low.builder.settle(x)
+    return low.builder.emit("softmax", x, x.shape)
+
+
+# -- pooling and joining
+
+
+def _pool(low: Lowering, node: fx.Node, x: Value, name: str, kernel, stride, padding, dilation, ceil_mode) -> Value:
+    pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in (kernel, stride or kernel, padding, dilation)]
+    window = Window(*pairs)
+    low_builder = low.builder
+    x = low_builder.as_tensor(x)
+    if name == "max_pool2d" and not np.all(x.scale > 0):
+        x = low_builder.settle(x)
+    names = ("kernel", "stride", "padding", "dilation")
+    fields = {f"{n}_{axis}": pair[i] for n, pair in zip(names, pairs, strict=True) for i, axis in enumerate("hw")}
+    rows, columns = pool_output(window, *x.shape[:2], bool(ceil_mode))
+    if (rows, columns) != low.shape(node)[:2]:
+        raise low.refuse(node, f"gives {low.shape(node)[:2]}, the engine's pooling {(rows, columns)}", "")
+    y = low_builder.emit(name, x, (rows, columns, x.shape[2]), ceil=int(bool(ceil_mode)), **fields)
+    return y.affine(x.scale, x.shift)
+
+
+def _max_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.MaxPool2d) -> Value:
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+    return _pool(low, node, x, "max_pool2d", *shape)
+
+
+def _avg_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.AvgPool2d) -> Value:
+    rest = (layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
+    return _average(low, node, x, layer.kernel_size, layer.stride, layer.padding, *rest)
+
+
+def _average(low, node, x, kernel, stride=None, padding=0, ceil=False, include_pad=True, divisor=None) -> Value:
+    padded = padding if isinstance(padding, int) else max(padding)
+    if (padded and include_pad) or divisor:
+        raise low.refuse(
+            node, "divides by more than the values inside the image", "Use count_include_pad=False, no divisor."
+        )
+    return _pool(low, node, x, "avg_pool2d", kernel, stride, padding, 1, ceil)
+
+
+def _adaptive(name: str) -> Rule:
+    def rule(low: Lowering, node: fx.Node, x: Value, layer: Any) -> Value:
+        rows, columns, _ = low.shape(node)
+        if x.shape[0] % rows or x.shape[1] % columns:
+            raise low.refuse(
+                node, f"maps {x.shape[:2]} to {(rows, columns)}, whose windows differ in size", "Use sizes that divide."
+            )
+        kernel = (x.shape[0] // rows, x.shape[1] // columns)
+        return _pool(low, node, x, name, kernel, kernel, 0, 1, False)
+
+    return rule
+
+
+def _concat(low: Lowering, node: fx.Node) -> Value:
+    parts, dim = _arguments(node, ("tensors", "dim"), (None, 0))
+    values = [low.value(node, part) for part in parts]
+    if dim not in (1, 1 - len(node.meta["shape"])):
+        raise low.refuse(node, f"joins along dimension {dim}, expected the channels (1)", "")
+    first, build = values[0], low.builder
+    if all(v is first for v in values) and first.kind == "real" and first.repeat == 1:
+        count = len(values)
+        shape = (*first.shape[:2], first.shape[2] * count)
+        tiles = (np.tile(first.scale, count), np.tile(first.shift, count))
+        return Value("real", first.tensor, shape, *tiles, repeat=count)
+    whole = build.as_tensor(first)
+    for value in map(build.as_tensor, values[1:]):
+        scale, shift = (np.concatenate([getattr(v, n) for v in (whole, value)]) for n in ("scale", "shift"))
+        shape = (*whole.shape[:2], len(scale))
+        joined = build.emit("concat", whole, shape, other=value.tensor)
+        whole = replace(joined, scale=scale, shift=shift)
+    return whole
+
+
+def _flatten(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
+    """Only what comes to [N, values]; the order of values is the reader's business."""
+    if len(node.meta["shape"]) != 2 or node.meta["shape"][1] != int(np.prod(x.shape)):
+        if node.meta["shape"] == node.args[0].meta["shape"]:  # type: ignore[union-attr]
+            return x
+        raise low.refuse(node, f"makes {list(node.meta['shape'])} of it", "Only flattening to [N, values] is known.")
+    return x
+
+
+# -- functions and methods
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...], defaults: tuple) -> list[Any]:
+    """The arguments of a call by name or position, with defaults."""
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
+
+
+def _per_channel(low: Lowering, node: fx.Node, value: Any, x: Value) -> np.ndarray:
+    """A number, or a tensor that has one value or one per channel."""
+    if not isinstance(value, Tensor):
+        return np.full(x.shape[2], float(value))
+    array = value.detach().double().numpy()
+    rank = len(node.meta["shape"])
+    if array.size == 1:
+        return np.full(x.shape[2], float(array.reshape(-1)[0]))
+    padded = (1,) * (rank - array.ndim) + array.shape
+    if padded != (1, x.shape[2]) + (1,) * (rank - 2):
+        raise low.refuse(
+            node, f"combines an activation with a constant of shape {list(array.shape)}", "One per channel."
+        )
+    return array.reshape(-1)
+
+
+def _arithmetic(kind: str) -> Rule:
+    def rule(low: Lowering, node: fx.Node) -> Any:
+        a, b = (low.take(argument) for argument in node.args[:2])
+        if node.kwargs:
+            raise low.refuse(node, f"has {', '.join(node.kwargs)}", "")
+        if not isinstance(a, Value) and not isinstance(b, Value):
+            return None  # sizes and other plain numbers
+        if isinstance(a, Value) and isinstance(b, Value):
+            if kind not in ("add", "sub") or a.shape != b.shape:
+                raise low.refuse(node, f"combines two activations by {kind}", "The engine adds maps of one shape.")
+            return low.builder.add(a, b if kind == "add" else b.affine(-1.0))
+        x, other, swapped = (a, b, False) if isinstance(a, Value) else (b, a, True)
+        c = _per_channel(low, node, other, x)
+        if kind == "add":
+            return x.affine(1.0, c)
+        if kind == "sub":
+            return x.affine(-1.0, c) if swapped else x.affine(1.0, -c)
+        if kind == "div" and swapped:
+            raise low.refuse(node, "divides by an activation", "")
+        return x.affine(c if kind == "mul" else 1 / c)
+
+    return rule
+
+
+def _on(function: Callable[..., Any], names: tuple[str, ...] = (), defaults: tuple = ()) -> Rule:
+    """A rule for a call whose first argument is the activation."""
+
+    def rule(low: Lowering, node: fx.Node) -> Any:
+        x, *rest = _arguments(node, ("input", *names), (None, *defaults))
+        return function(low, node, low.value(node, x), *(low.take(value) for value in rest))
+
+    return rule
+
+
+def _mean(low: Lowering, node: fx.Node, x: Value, dim: Any, keepdim: Any) -> Value:
+    if dim is None or sorted(d % 4 for d in (dim if isinstance(dim, (list, tuple)) else [dim])) != [2, 3]:
+        raise low.refuse(node, f"averages over dimensions {dim}", "Over rows and columns: mean((2, 3)).")
+    return _pool(low, node, x, "avg_pool2d", x.shape[:2], x.shape[:2], 0, 1, False)
+
+
+def _maximum(low: Lowering, node: fx.Node) -> Value:
+    a, b = (low.take(argument) for argument in node.args[:2])
+    x, other = (a, b) if isinstance(a, Value) else (b, a)
+    if not isinstance(x, Value) or isinstance(other, Value):
+        raise low.refuse(node, "takes the larger of two activations", "")
+    return low.builder.activate(x, low=_per_channel(low, node, other, x))
+
+
+def _plain(low: Lowering, node: fx.Node) -> None:
+    """Sizes, shapes and other numbers that only say how to reshape."""
+
+
+_POOL = ("kernel_size", "stride", "padding")
+_relu = _on(lambda low, node, x, *_: _clamp(low, x, 0.0, None), ("inplace",), (False,))
+_relu6 = _on(lambda low, node, x, *_: _clamp(low, x, 0.0, 6.0), ("inplace",), (False,))
+_clamp_call = _on(lambda low, node, x, least, most: _clamp(low, x, least, most), ("min", "max"), (None, None))
+_pass = _on(lambda low, node, x: x)
+_flatten_call = _on(_flatten)
+_mean_call = _on(_mean, ("dim", "keepdim"), (None, False))
+_softmax_call = _on(_softmax, ("dim",), (None,))
+
+LAYERS: dict[type, Rule] = {
+    **dict.fromkeys((BinaryConv2d, BinaryLinear, ScaledStdConv2d, Int8Layer, nn.Conv2d, nn.Linear), _linear),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), _batch_norm),
+    Sign: _sign,
+    Clip: _clip,
+    RPReLU: _rprelu,
+    nn.PReLU: lambda low, node, x, layer: _prelu(low, node, x, layer.weight),
+    nn.LeakyReLU: lambda low, node, x, layer: _prelu(low, node, x, layer.negative_slope),
+    nn.ReLU: lambda low, node, x, layer: _clamp(low, x, 0.0, None),
+    nn.Hardtanh: lambda low, node, x, layer: _clamp(low, x, layer.min_val, layer.max_val),
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: _adaptive("avg_pool2d"),
+    nn.AdaptiveMaxPool2d: _adaptive("max_pool2d"),
+    nn.Softmax: lambda low, node, x, layer: _softmax(low, node, x, layer.dim),
+    nn.Flatten: _flatten,
+    **{getattr(nn, name): lambda low, node, x, layer: x for name in PASSING},
+}
+
+FUNCTIONS: dict[Any, Rule] = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), _arithmetic("add")),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub), _arithmetic("sub")),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul), _arithmetic("mul")),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div), _arithmetic("div")),
+    operator.neg: _on(lambda low, node, x: x.affine(-1.0)),
+    **dict.fromkeys((operator.getitem, operator.floordiv, getattr), _plain),
+    **dict.fromkeys((F.relu, torch.relu), _relu),
+    F.relu6: _relu6,
+    **dict.fromkeys((torch.clamp, torch.clip), _clamp_call),
+    F.hardtanh: _on(lambda low, node, x, a, b: _clamp(low, x, a, b), ("min_val", "max_val"), (-1.0, 1.0)),
+    **dict.fromkeys((F.prelu, torch.prelu), _on(_prelu, ("weight",), (None,))),
+    F.leaky_relu: _on(_prelu, ("negative_slope",), (0.01,)),
+    **dict.fromkeys((torch.maximum, torch.max), _maximum),
+    **dict.fromkeys((torch.flatten, torch.reshape), _flatten_call),
+    **dict.fromkeys((F.dropout, F.dropout2d), _on(lambda low, node, x, *_: x)),
+    F.max_pool2d: _on(
+        lambda low, node, x, k, s, p, d, ceil, _: _pool(low, node, x, "max_pool2d", k, s, p, d, ceil),
+        (*_POOL, "dilation", "ceil_mode", "return_indices"),
+        (None, None, 0, 1, False, False),
+    ),
+    F.avg_pool2d: _on(
+        _average,
+        (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"),
+        (None, None, 0, False, True, None),
+    ),
+    F.adaptive_avg_pool2d: _on(_adaptive("avg_pool2d"), ("output_size",), (None,)),
+    F.adaptive_max_pool2d: _on(_adaptive("max_pool2d"), ("output_size",), (None,)),
+    torch.mean: _mean_call,
+    **dict.fromkeys((torch.cat, torch.concat), _concat),
+    **dict.fromkeys((F.softmax, torch.softmax), _softmax_call),
+}
+
+METHODS: dict[str, Rule] = {
+    **dict.fromkeys(("flatten", "view", "reshape"), _flatten_call),
+    **dict.fromkeys(("contiguous", "detach", "float"), _pass),
+    **dict.fromkeys(("size", "dim"), _plain),
+    **{name: _arithmetic(name.strip("_")) for name in ("add", "add_", "sub", "mul", "mul_", "div")},
+    **dict.fromkeys(("relu", "relu_"), _relu),
+    **dict.fromkeys(("clamp", "clip", "clamp_"), _clamp_call),
+    "mean": _mean_call,
+    "softmax": _softmax_call,
+}

@@ -1,0 +1,181 @@
+"""Weights as int8 with one scale per output channel, and layers as arrays. Imports torch, numpy, bnnfree.nn.
+
+The first and the last layer keep real weights when everything else is binary; stored in 8 bits they cost little.
+`quantize_ends` puts the rounded weights into the torch module itself, so that what is verified is what is shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bnnfree.errors import pick
+from bnnfree.export.trace import ExportError, Traced, first_layers, last_layer, path_of
+from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
+from bnnfree.nn.standard import ConvLayer
+
+PRECISIONS = {"int8": "8 bits with a scale per output channel", "float": "32 bits"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves: what a Window needs, and groups and pad value."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    pad_value: int = 0
+
+
+@dataclass(frozen=True)
+class LayerArrays:
+    """A convolution or linear layer: y = (weight * x) factor + bias, float64 [O, I, kh, kw] and [O].
+
+    kind: "real"; "binary", whose weight is +1 and -1; "int8", whose weight is whole numbers, with the factor that
+    input channel c has beside (`inputs`). linear: a matrix, given as [O, I, 1, 1].
+    """
+
+    kind: str
+    weight: np.ndarray
+    factor: np.ndarray
+    bias: np.ndarray
+    geometry: Geometry
+    linear: bool
+    inputs: np.ndarray | None = None
+
+
+def layer_arrays(layer: nn.Module, input_shape: Sequence[int], path: str) -> LayerArrays:
+    """`layer` as arrays; input_shape: [N, C, H, W] or [N, C] of what it reads."""
+    if isinstance(layer, Int8Layer):
+        inputs = _double(layer.inputs)
+        return _arrays("int8", layer.weight, layer.scale, layer.bias, layer.geometry, layer.linear, inputs)
+    if isinstance(layer, WeightLayer):
+        weight, factor, bias = layer.fold(torch.zeros(tuple(input_shape)))
+        kind = "binary" if isinstance(layer, (BinaryConv2d, BinaryLinear)) and layer.binary else "real"
+        if isinstance(layer, ConvLayer):
+            pads = (layer.groups, layer.pad_value)
+            geometry = Geometry(layer.stride, layer.padding, layer.dilation, *pads)
+            return _arrays(kind, weight, factor, bias, geometry, False)
+        return _arrays(kind, weight, factor, bias, Geometry(), True)
+    if isinstance(layer, nn.Linear):
+        return _arrays("real", layer.weight, None, layer.bias, Geometry(), True)
+    assert isinstance(layer, nn.Conv2d)
+    if layer.padding_mode != "zeros":
+        raise ExportError(
+            f"export: layer {path} (Conv2d): got padding_mode {layer.padding_mode!r}, expected 'zeros': the engine has "
+            "no other. Pad with zeros."
+        )
+    geometry = Geometry(_pair(layer.stride), _padding(layer, path), _pair(layer.dilation), layer.groups)
+    return _arrays("real", layer.weight, None, layer.bias, geometry, False)
+
+
+def _padding(layer: nn.Conv2d, path: str) -> tuple[int, int]:
+    if layer.padding == "valid":
+        return 0, 0
+    if layer.padding == "same":
+        reach = [d * (k - 1) for d, k in zip(_pair(layer.dilation), layer.kernel_size, strict=True)]
+        if any(r % 2 for r in reach):
+            raise ExportError(
+                f"export: layer {path} (Conv2d): padding 'same' is not symmetrical for kernel {layer.kernel_size}. "
+                "Use an odd kernel."
+            )
+        return reach[0] // 2, reach[1] // 2
+    return _pair(layer.padding)
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _double(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _arrays(kind, weight, factor, bias, geometry, linear, inputs=None) -> LayerArrays:
+    outputs = weight.shape[0]
+    return LayerArrays(
+        kind,
+        _double(weight).reshape(outputs, weight.shape[1], *(weight.shape[2:] or (1, 1))),
+        np.ones(outputs) if factor is None else _double(factor),
+        np.zeros(outputs) if bias is None else _double(bias),
+        geometry,
+        linear,
+        inputs,
+    )
+
+
+class Int8Layer(nn.Module):
+    """A convolution or linear layer with int8 weights: W[o, c] = q[o, c] scale[o] inputs[c], then the bias.
+
+    Shapes: weight int8 [O, I, kh, kw] or [O, I]; scale, bias [O]; inputs [I].
+    """
+
+    is_export_leaf = True
+    weight: Tensor
+    scale: Tensor
+    inputs: Tensor
+    bias: Tensor
+
+    def __init__(self, arrays: LayerArrays, inputs: np.ndarray):
+        """`inputs`: the factor of each input channel that the stored numbers leave out."""
+        super().__init__()
+        whole = arrays.weight * arrays.factor[:, None, None, None] / inputs[:, None, None]
+        scale = np.abs(whole).max(axis=(1, 2, 3)) / 127
+        scale = np.where(scale > 0, scale, 1.0).astype(np.float32)  # a channel of zeros stays one
+        q = np.clip(np.rint(whole / scale[:, None, None, None].astype(np.float64)), -127, 127)
+        self.linear, self.geometry = arrays.linear, arrays.geometry
+        q = q[..., 0, 0] if arrays.linear else q
+        self.register_buffer("weight", torch.from_numpy(q.astype(np.int8)))
+        self.register_buffer("scale", torch.from_numpy(scale))
+        self.register_buffer("inputs", torch.from_numpy(inputs.astype(np.float64)))
+        self.register_buffer("bias", torch.from_numpy(arrays.bias.astype(np.float32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = [1] * (self.weight.dim() - 2)
+        scale = self.scale.double().view(-1, 1, *rest) * self.inputs.view(1, -1, *rest)
+        weight = (self.weight.double() * scale).to(x.dtype)
+        bias, g = self.bias.to(x.dtype), self.geometry
+        if self.linear:
+            return F.linear(x, weight, bias)
+        padding = g.padding
+        if g.pad_value and any(padding):
+            x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(g.pad_value)), (0, 0)
+        return F.conv2d(x, weight, bias, g.stride, padding, g.dilation, g.groups)
+
+
+def quantize_ends(traced: Traced, std: Sequence[float], stem: str, head: str) -> None:
+    """Replace the first and the last layer with real weights by Int8Layer, where asked to ("int8" or "float")."""
+    pick(PRECISIONS, stem, "stem")
+    pick(PRECISIONS, head, "head")
+    last = last_layer(traced)
+    for node in first_layers(traced) if stem == "int8" else []:
+        _replace(traced, node, 255 * np.asarray(std, np.float64))
+    if head == "int8" and last is not None:
+        _replace(traced, last, None)
+
+
+def fits_pixels(arrays: LayerArrays) -> bool:
+    """Can this first layer run on the pixels themselves: zero padding, one group, sums within 32 bits?"""
+    g = arrays.geometry
+    return g.groups == 1 and not (g.pad_value and any(g.padding)) and arrays.weight[0].size * 255 * 128 < 2**31
+
+
+def _replace(traced: Traced, node: fx.Node, inputs: np.ndarray | None) -> None:
+    layer, source = traced.layer(node), node.args[0]
+    if not isinstance(layer, (WeightLayer, nn.Conv2d, nn.Linear)) or not isinstance(source, fx.Node):
+        return
+    arrays = layer_arrays(layer, source.meta["shape"], path_of(node))
+    if arrays.kind != "real":
+        return
+    if inputs is None or not fits_pixels(arrays):
+        inputs = np.ones(arrays.weight.shape[1])
+    elif arrays.linear:  # columns in torch's order: channel by channel
+        inputs = np.repeat(inputs, arrays.weight.shape[1] // len(inputs))
+    parent, _, name = str(node.target).rpartition(".")
+    setattr(traced.module.get_submodule(parent), name, Int8Layer(arrays, inputs))

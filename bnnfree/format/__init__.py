@@ -1,0 +1,55 @@
+"""What a packed file is: `read`, `write`, `PackedModel`; the specification is FORMAT.md.
+
+schema (the one table), packed (the model in memory and its file), check (what must hold), plan (the arena),
+errors (one name per rule). Standard library, numpy and bnnfree.ops (geometry) only; never torch or engine.
+"""
+
+from bnnfree.format.check import check_model, window_of
+from bnnfree.format.errors import (
+    ChecksumError,
+    ConstantError,
+    FormatError,
+    GraphError,
+    LayoutError,
+    LimitError,
+    MagicError,
+    OpError,
+    PlanError,
+    SizeError,
+    TensorError,
+    TextError,
+    VersionError,
+)
+from bnnfree.format.packed import Op, PackedModel, Tensor, from_bytes, make_op, read, seal, to_bytes, write
+from bnnfree.format.plan import lifetimes, plan
+from bnnfree.format.schema import VERSION
+
+__all__ = [
+    "VERSION",
+    "ChecksumError",
+    "ConstantError",
+    "FormatError",
+    "GraphError",
+    "LayoutError",
+    "LimitError",
+    "MagicError",
+    "Op",
+    "OpError",
+    "PackedModel",
+    "PlanError",
+    "SizeError",
+    "Tensor",
+    "TensorError",
+    "TextError",
+    "VersionError",
+    "check_model",
+    "from_bytes",
+    "lifetimes",
+    "make_op",
+    "plan",
+    "read",
+    "seal",
+    "to_bytes",
+    "window_of",
+    "write",
+]

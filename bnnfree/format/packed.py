@@ -1,0 +1,371 @@
+"""A packed model in memory, and its file: `PackedModel`, `read`, `write`. Standard library and numpy only.
+
+What is wrong with a file is one named error (bnnfree.format.errors); nothing is executed, nothing is allocated by
+what the file says: every array is a view of the bytes read or mapped. Must not import torch, export, engine.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnnfree.errors import BnnfreeError
+from bnnfree.files import replacing
+from bnnfree.format import schema
+from bnnfree.format.errors import (
+    ChecksumError,
+    LayoutError,
+    LimitError,
+    MagicError,
+    OpError,
+    SizeError,
+    TensorError,
+    TextError,
+    VersionError,
+)
+from bnnfree.format.schema import ALIGN, NONE
+
+
+def storage_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the stored array: the last of bits counts words."""
+    return (*shape[:-1], -(-shape[-1] // 64)) if dtype == "bits" else shape
+
+
+def storage_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; exact for sizes of any length."""
+    count = 1
+    for size in storage_shape(dtype, shape):
+        count *= int(size)
+    return count * np.dtype(schema.DTYPES[dtype].storage).itemsize
+
+
+@dataclass
+class Tensor:
+    """One line of the tensor table; `data` is the array of a constant, bits as uint64 words."""
+
+    name: str
+    dtype: str
+    place: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    data: np.ndarray | None = None
+
+    @property
+    def bytes(self) -> int:
+        return storage_bytes(self.dtype, self.shape)
+
+
+@dataclass
+class Op:
+    """One line of the op table: the op's name and its fields; a tensor field is an index, or None."""
+
+    name: str
+    fields: dict[str, int | None]
+
+    def __getattr__(self, name: str):
+        try:
+            return self.__dict__["fields"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def reads(self) -> list[int]:
+        """The activations that the op reads."""
+        return [i for i in (self.input, self.other) if i is not None]
+
+    def writes(self) -> list[int]:
+        """The activations that the op writes."""
+        return [i for i in (self.real, self.bits) if i is not None]
+
+    def constants(self) -> dict[str, int]:
+        """Field -> tensor, for each constant the op uses."""
+        names = ("weights", *schema.EPILOGUE_FIELDS)
+        return {name: index for name in names if (index := self.fields[name]) is not None}
+
+
+def make_op(name: str, **fields: Any) -> Op:
+    """An op with every field that is not given at its neutral value."""
+    blank: dict[str, int | None] = {f.name: 0 for f in schema.OP[1:]}
+    blank |= dict.fromkeys(schema.TENSOR_FIELDS)
+    if schema.OPS[name].window:
+        blank |= dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w", "groups"), 1)
+    return Op(name, {**blank, **fields})
+
+
+@dataclass
+class PackedModel:
+    """What a file holds. `metadata` is free JSON; the exporter puts mean, std, resize and the recipe there."""
+
+    tensors: list[Tensor]
+    ops: list[Op]
+    input: int
+    output: int
+    arena_bytes: int = 0
+    classes: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    producer: str = ""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the image."""
+        height, width, channels = self.tensors[self.input].shape
+        return height, width, channels
+
+
+# -- writing
+
+
+def to_bytes(model: PackedModel) -> bytes:
+    """The file of `model`, after the same checks that a reader makes."""
+    from bnnfree.format.check import check_model
+
+    names = _lines([t.name for t in model.tensors], "tensor name")
+    classes = _lines(model.classes, "class name")
+    metadata = json.dumps(model.metadata, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    producer = model.producer.encode("ascii", "replace")[: schema.HEADER_TYPE["producer"].itemsize]
+    parts = [np.zeros((), schema.HEADER_TYPE), np.zeros(len(model.tensors), schema.TENSOR_TYPE)]
+    parts += [np.zeros(len(model.ops), schema.OP_TYPE)]
+    header, tensors, ops = parts
+    blob = bytearray()
+    for part in (header.tobytes(), tensors.tobytes(), ops.tobytes(), names, classes, metadata):
+        blob += bytes(-len(blob) % ALIGN) + part
+    for row, tensor in zip(tensors, model.tensors, strict=True):
+        if tensor.place == "constant":
+            assert tensor.data is not None
+            blob += bytes(-len(blob) % ALIGN)
+            tensor.offset = len(blob)
+            storage = schema.DTYPES[tensor.dtype].storage
+            blob += np.ascontiguousarray(tensor.data.astype(storage, copy=False)).tobytes()
+        row["offset"], row["bytes"] = tensor.offset, tensor.bytes
+        row["shape"] = (*tensor.shape, *[1] * (4 - len(tensor.shape)))
+        row["dtype"], row["place"] = schema.DTYPES[tensor.dtype].code, schema.PLACES[tensor.place]
+        row["rank"] = len(tensor.shape)
+    for row, op in zip(ops, model.ops, strict=True):
+        row["code"] = schema.OPS[op.name].code
+        for name, value in op.fields.items():
+            row[name] = NONE if value is None else value
+    header["magic"], header["version"], header["producer"] = schema.MAGIC, schema.VERSION, producer
+    header["file_bytes"], header["arena_bytes"] = len(blob), model.arena_bytes
+    header["tensor_count"], header["op_count"] = len(tensors), len(ops)
+    header["name_bytes"], header["class_bytes"], header["metadata_bytes"] = len(names), len(classes), len(metadata)
+    header["input"], header["output"] = model.input, model.output
+    at = 0
+    for table in parts:
+        at += -at % ALIGN
+        blob[at : at + table.nbytes] = table.tobytes()
+        at += table.nbytes
+    seal(blob)
+    check_model(from_bytes(bytes(blob)))
+    return bytes(blob)
+
+
+def seal(blob: bytearray) -> None:
+    """Write the checksum of `blob` into its header."""
+    at = schema.HEADER_TYPE.fields["checksum"][1]  # type: ignore[index]
+    blob[at : at + 4] = zlib.crc32(memoryview(blob)[schema.CHECKED_FROM :]).to_bytes(4, "little")
+
+
+def write(model: PackedModel, path: str | Path) -> int:
+    """Write `model` to `path`, whole or not at all; returns the file's size in bytes."""
+    blob = to_bytes(model)
+    with replacing(path) as temporary:
+        temporary.write_bytes(blob)
+    return len(blob)
+
+
+def _lines(texts: list[str], what: str) -> bytes:
+    for text in texts:
+        if any(ord(c) < 32 for c in text) or not text:
+            raise TextError(f"{what}: got {text!r}, expected a text without control characters, not empty.")
+    return "".join(f"{text}\n" for text in texts).encode()
+
+
+# -- reading
+
+
+def read(path: str | Path) -> PackedModel:
+    """The model in the file `path`, whose constants are views of the mapped file, fully checked.
+
+    Errors: FormatError, one subclass per rule; BnnfreeError where there is no such file.
+    """
+    from bnnfree.format.check import check_model
+
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            # Why not map an empty file: the operating system refuses to
+            size = file.seek(0, 2)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except OSError as error:
+        raise BnnfreeError(f"packed model {path}: cannot be read ({error.strerror or error}).") from None
+    try:
+        model = from_bytes(data)
+        check_model(model)
+    except BnnfreeError as error:
+        raise type(error)(f"packed model {path}: {error}") from None
+    return model
+
+
+def from_bytes(data: bytes | mmap.mmap) -> PackedModel:
+    """The model in `data`, header, tables, text and layout checked; `check.check_model` checks what they mean."""
+    header = _read_header(data)
+    counts = {"tensors": int(header["tensor_count"]), "ops": int(header["op_count"])}
+    for name, count in counts.items():
+        if not 0 < count <= schema.MAX_RECORDS:
+            raise LimitError(f"got {count} {name}, expected 1 to {schema.MAX_RECORDS}.")
+    sizes = [schema.HEADER_TYPE.itemsize, counts["tensors"] * schema.TENSOR_TYPE.itemsize]
+    sizes += [counts["ops"] * schema.OP_TYPE.itemsize]
+    for name in ("name_bytes", "class_bytes", "metadata_bytes"):
+        if header[name] > schema.MAX_TEXT:
+            raise LimitError(f"got {header[name]} {name.replace('_', ' ')}, expected up to {schema.MAX_TEXT}.")
+        sizes.append(int(header[name]))
+    sections, at = [], 0
+    for size in sizes:
+        at = _skip_gap(data, at)
+        if at + size > len(data):
+            raise SizeError(f"got {len(data)} bytes, too few for the tables the header counts.")
+        sections.append(slice(at, at + size))
+        at += size
+    tensor_rows = np.frombuffer(data, schema.TENSOR_TYPE, counts["tensors"], sections[1].start)
+    op_rows = np.frombuffer(data, schema.OP_TYPE, counts["ops"], sections[2].start)
+    names = _split_lines(data[sections[3]], "names")
+    if len(names) != counts["tensors"]:
+        raise TextError(f"got {len(names)} names for {counts['tensors']} tensors.")
+    tensors = [_read_tensor(row, name) for row, name in zip(tensor_rows.tolist(), names, strict=True)]
+    for tensor in tensors:
+        if tensor.place == "constant":
+            at = _map_constant(data, tensor, at)
+    if at != len(data):
+        raise LayoutError(f"got {len(data) - at} bytes after the last constant, expected none.")
+    return PackedModel(
+        tensors=tensors,
+        ops=[_read_op(row, i) for i, row in enumerate(op_rows)],
+        input=_index(header["input"], tensors, "input"),
+        output=_index(header["output"], tensors, "output"),
+        arena_bytes=int(header["arena_bytes"]),
+        classes=_split_lines(data[sections[4]], "classes"),
+        metadata=_read_metadata(data[sections[5]]),
+        producer=_read_producer(header),
+    )
+
+
+def _read_header(data) -> np.void:
+    if data[: len(schema.MAGIC)] != schema.MAGIC:
+        got = bytes(data[:8])
+        raise MagicError(f"got {got!r} as its first bytes, expected {schema.MAGIC!r}. Is it a packed model (.bnnf)?")
+    if len(data) < schema.HEADER_TYPE.itemsize:
+        raise SizeError(f"got {len(data)} bytes, expected at least {schema.HEADER_TYPE.itemsize}.")
+    header = np.frombuffer(data, schema.HEADER_TYPE, 1)[0]
+    if header["version"] != schema.VERSION:
+        raise VersionError(
+            f"got format version {header['version']}, expected {schema.VERSION}. Export it again with this bnnfree."
+        )
+    if header["file_bytes"] != len(data):
+        raise SizeError(f"got {len(data)} bytes, expected the {header['file_bytes']} that its header counts.")
+    if zlib.crc32(memoryview(data)[schema.CHECKED_FROM :]) != header["checksum"]:
+        raise ChecksumError("its checksum is not that of its bytes. Copy or export it again.")
+    if header["zero"] or header["rest"]:
+        raise LayoutError("got values in the header where zeros belong.")
+    return header
+
+
+def _skip_gap(data, at: int) -> int:
+    """The next aligned offset; what lies in between must be zero."""
+    end = min(at + -at % ALIGN, len(data))
+    if any(data[at:end]):
+        raise LayoutError(f"got values between offsets {at} and {end}, expected zeros.")
+    return at + -at % ALIGN
+
+
+def _map_constant(data, tensor: Tensor, at: int) -> int:
+    """Give `tensor` its view of `data`; returns where it ends."""
+    start = _skip_gap(data, at)
+    if tensor.offset != start:
+        kind = "a hole" if tensor.offset > start else "an overlap"
+        raise LayoutError(f"{tensor.name}: got offset {tensor.offset}, expected {start}: {kind}.")
+    if start + tensor.bytes > len(data):
+        raise SizeError(
+            f"{tensor.name}: got {len(data)} bytes in all, too few for a constant up to {start + tensor.bytes}."
+        )
+    storage = np.dtype(schema.DTYPES[tensor.dtype].storage)
+    array = np.frombuffer(data, storage, tensor.bytes // storage.itemsize, start)
+    tensor.data = array.reshape(storage_shape(tensor.dtype, tensor.shape))
+    return start + tensor.bytes
+
+
+_DTYPE_NAMES = {dtype.code: name for name, dtype in schema.DTYPES.items()}
+_PLACE_NAMES = {code: name for name, code in schema.PLACES.items()}
+_OP_NAMES = {op.code: name for name, op in schema.OPS.items()}
+
+
+def _read_tensor(row: tuple, name: str) -> Tensor:
+    offset, size, shape, dtype, place, rank, *zeros = row
+    shape = tuple(int(side) for side in shape)
+    if dtype not in _DTYPE_NAMES or place not in _PLACE_NAMES or not 1 <= rank <= 4 or any(zeros):
+        raise TensorError(f"{name}: got dtype {dtype}, place {place}, rank {rank}, which are not all known.")
+    if any(side != 1 for side in shape[rank:]):
+        raise TensorError(f"{name}: got sizes {shape}, expected 1 beyond rank {rank}.")
+    if not all(1 <= side <= schema.MAX_SIDE for side in shape):
+        raise LimitError(f"{name}: got sizes {shape}, expected 1 to {schema.MAX_SIDE} each.")
+    tensor = Tensor(name, _DTYPE_NAMES[dtype], _PLACE_NAMES[place], shape[:rank], offset)
+    if size != tensor.bytes:
+        raise TensorError(f"{name}: got {size} bytes, expected {tensor.bytes} for {tensor.dtype} {tensor.shape}.")
+    return tensor
+
+
+def _read_op(row: np.void, number: int) -> Op:
+    code = int(row["code"])
+    if code not in _OP_NAMES:
+        raise OpError(f"op {number}: got code {code}, expected one of {', '.join(map(str, _OP_NAMES))}.")
+    fields = {f.name: int(row[f.name]) for f in schema.OP[1:]}
+    tensors = {name: None if fields[name] == NONE else fields[name] for name in schema.TENSOR_FIELDS}
+    return Op(_OP_NAMES[code], {**fields, **tensors})
+
+
+def _index(value, tensors: list[Tensor], what: str) -> int:
+    if value >= len(tensors):
+        raise TensorError(f"{what}: got tensor {value} of {len(tensors)}.")
+    return int(value)
+
+
+def _read_producer(header: np.void) -> str:
+    raw = bytes(header["producer"])
+    if not raw.isascii() or any(c < 32 for c in raw):
+        raise TextError(f"producer: got {raw!r}, expected printable ASCII.")
+    return raw.decode("ascii")
+
+
+def _split_lines(raw: bytes, what: str) -> list[str]:
+    try:
+        text = bytes(raw).decode()
+    except UnicodeDecodeError as error:
+        raise TextError(f"{what}: not UTF-8 ({error}).") from None
+    if text and not text.endswith("\n"):
+        raise TextError(f"{what}: the last line has no end.")
+    lines = text.split("\n")[:-1]
+    if any(not line or any(ord(c) < 32 for c in line) for line in lines):
+        raise TextError(f"{what}: got an empty line, or one with a control character.")
+    return lines
+
+
+def _read_metadata(raw: bytes) -> dict[str, Any]:
+    def unique(pairs):
+        if len(pairs) != len(dict(pairs)):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        metadata = json.loads(bytes(raw).decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"metadata: not JSON in UTF-8 ({error}).") from None
+    if not isinstance(metadata, dict):
+        raise TextError(f"metadata: got a {type(metadata).__name__}, expected a JSON object.")
+    return metadata

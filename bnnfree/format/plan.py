@@ -1,0 +1,87 @@
+"""Where each activation lives: lifetimes and arena offsets. Standard library and bnnfree.format only.
+
+An activation is alive from the op that writes it to the last op that reads it, both included; the output lives
+to the end. Two that are alive at one time share no byte. Offsets are for one image.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import TYPE_CHECKING
+
+from bnnfree.format.errors import PlanError
+from bnnfree.format.schema import ALIGN
+
+if TYPE_CHECKING:
+    from bnnfree.format.packed import PackedModel
+
+
+def lifetimes(model: PackedModel) -> dict[int, tuple[int, int]]:
+    """Activation -> (op that writes it, last op that reads it)."""
+    spans: dict[int, tuple[int, int]] = {}
+    for number, op in enumerate(model.ops):
+        for tensor in op.writes():
+            spans[tensor] = (number, number)
+        for tensor in op.reads():
+            if tensor in spans:
+                spans[tensor] = (spans[tensor][0], number)
+    if model.output in spans:
+        spans[model.output] = (spans[model.output][0], len(model.ops))
+    return spans
+
+
+def plan(model: PackedModel) -> None:
+    """Give every activation an offset and the model its arena: the largest first, each as low as it fits."""
+    spans = lifetimes(model)
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    for tensor in sorted(spans, key=lambda t: (-model.tensors[t].bytes, spans[t])):
+        size = _aligned(model.tensors[tensor].bytes)
+        first, last = spans[tensor]
+        at = 0
+        for offset, end, begin, finish in placed:  # by offset
+            if begin <= last and first <= finish:
+                if at + size <= offset:
+                    break
+                at = max(at, end)
+        model.tensors[tensor].offset = at
+        insort(placed, (at, at + size, first, last))
+    model.arena_bytes = max((end for _, end, _, _ in placed), default=0)
+
+
+def check_plan(model: PackedModel) -> None:
+    """PlanError where living activations overlap, lie outside the arena, are not aligned, or the arena is larger
+    than they need. Takes time in proportion to n log n."""
+    spans = lifetimes(model)
+    starts: dict[int, list[int]] = {}
+    ends: dict[int, list[int]] = {}
+    top = 0
+    for tensor, (first, last) in spans.items():
+        starts.setdefault(first, []).append(tensor)
+        ends.setdefault(last, []).append(tensor)
+    alive: list[tuple[int, int]] = []  # (offset, tensor), disjoint
+    for number in range(len(model.ops) + 1):
+        for tensor in starts.get(number, []):
+            record = model.tensors[tensor]
+            offset, end = record.offset, record.offset + _aligned(record.bytes)
+            if offset % ALIGN or end > model.arena_bytes:
+                raise PlanError(
+                    f"{record.name}: got offset {offset}, expected a multiple of {ALIGN} with {record.bytes} bytes "
+                    f"inside the arena of {model.arena_bytes}."
+                )
+            at = bisect_left(alive, (offset, -1))
+            below = alive[at - 1][1] if at else None
+            above = alive[at][1] if at < len(alive) else None
+            if above is not None and model.tensors[above].offset < end:
+                raise PlanError(f"{record.name} and {model.tensors[above].name} overlap in the arena.")
+            if below is not None and model.tensors[below].offset + _aligned(model.tensors[below].bytes) > offset:
+                raise PlanError(f"{record.name} and {model.tensors[below].name} overlap in the arena.")
+            alive.insert(at, (offset, tensor))
+            top = max(top, end)
+        for tensor in ends.get(number, []):
+            del alive[bisect_left(alive, (model.tensors[tensor].offset, tensor))]
+    if top != model.arena_bytes:
+        raise PlanError(f"got an arena of {model.arena_bytes} bytes, expected the {top} that are used.")
+
+
+def _aligned(size: int) -> int:
+    return size + -size % ALIGN

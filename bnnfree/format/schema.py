@@ -1,0 +1,231 @@
+"""THE table: every number, record and rule of the packed file format. Standard library and numpy only.
+
+The reader, the writer, the checks, native/format.h and the tables of FORMAT.md are all made from what stands
+here (`python tools/gen_format.py`). To add an op: an `Op` line in OPS, its shapes in check.py, its meaning in
+bnnfree.ops, its kernel in each engine backend; tests/test_format.py counts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MAGIC = b"bnnf\r\n\x1a\n"  # like PNG's: a transfer in text mode breaks it
+VERSION = 1
+ALIGN = 64  # bytes: a section, a constant and an activation each start at a multiple
+NONE = 0xFFFFFFFF  # "no tensor here" in a record
+
+MAX_RECORDS = 1 << 16  # tensors, and ops
+MAX_TEXT = 1 << 24  # bytes of names, of classes, of metadata
+MAX_SIDE = 1 << 20  # values along one dimension
+MAX_BYTES = 1 << 30  # of one activation, of a padded input, and of the arena, for one image
+MAX_TAPS = 1 << 18  # positions of one window
+MAX_SUM = 1 << 24  # products in a sum of signs: float32 holds all whole numbers up to here
+
+
+@dataclass(frozen=True)
+class Field:
+    """One value of a record: its name, its little-endian numpy type, what it means."""
+
+    name: str
+    type: str
+    meaning: str
+
+    @property
+    def c_type(self) -> str:
+        """The same as a member of a C struct: (type, suffix)."""
+        kind = np.dtype(self.type)
+        if kind.kind == "S":
+            return f"char {self.name}[{kind.itemsize}]"
+        shape = f"[{kind.shape[0]}]" if kind.shape else ""
+        return f"{'int' if kind.base.kind == 'i' else 'uint'}{8 * kind.base.itemsize}_t {self.name}{shape}"
+
+
+HEADER = (
+    Field("magic", "S8", '"bnnf", carriage return, line feed, 0x1a, line feed'),
+    Field("version", "<u4", "of the format; a reader refuses any other"),
+    Field("checksum", "<u4", "CRC-32 (IEEE 802.3, as zlib) of every byte from offset 16 to the end"),
+    Field("file_bytes", "<u8", "size of the whole file"),
+    Field("arena_bytes", "<u8", "memory that holds all activations of one image"),
+    Field("tensor_count", "<u4", "records in the tensor table"),
+    Field("op_count", "<u4", "records in the op table"),
+    Field("name_bytes", "<u4", "size of the names: one UTF-8 line per tensor"),
+    Field("class_bytes", "<u4", "size of the class names: one UTF-8 line per class"),
+    Field("metadata_bytes", "<u4", "size of the metadata: one JSON object in UTF-8"),
+    Field("input", "<u4", "tensor that takes the image"),
+    Field("output", "<u4", "tensor that holds the result"),
+    Field("zero", "<u4", "0"),
+    Field("producer", "S32", "what wrote the file, ASCII, filled up with zeros"),
+    Field("rest", "S32", "zeros"),
+)
+
+TENSOR = (
+    Field("offset", "<u8", "constant: from the start of the file; activation: from the start of the arena; image: 0"),
+    Field("bytes", "<u8", "size; follows from dtype and shape"),
+    Field("shape", "(4,)<u4", "sizes, the last varies fastest; 1 beyond the rank"),
+    Field("dtype", "u1", "a DTYPE"),
+    Field("place", "u1", "a PLACE"),
+    Field("rank", "u1", "number of sizes, 1 to 4"),
+    Field("zero", "u1", "0"),
+    Field("zeros", "<u4", "0"),
+)
+
+WINDOW_FIELDS = (
+    "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w",
+    "dilation_h", "dilation_w", "groups", "pad_value", "ceil",
+)  # fmt: skip
+EPILOGUE_FIELDS = ("scale", "bias", "slope", "low", "high", "threshold", "flip")
+
+OP = (
+    Field("code", "<u4", "which op"),
+    Field("input", "<u4", "activation it reads"),
+    Field("other", "<u4", "second activation: what the epilogue adds, or the second part of a concat"),
+    Field("real", "<u4", "activation it writes in float32"),
+    Field("bits", "<u4", "activation it writes in bits"),
+    Field("weights", "<u4", "constant [outputs, kernel_h, kernel_w, channels / groups]"),
+    Field("scale", "<u4", "constant f32 [channels]: factor of the epilogue"),
+    Field("bias", "<u4", "constant f32 [channels]; of pixel_conv2d [row classes, column classes, channels]"),
+    Field("slope", "<u4", "constant f32 [channels]: factor of negative values"),
+    Field("low", "<u4", "constant f32 [channels]: smallest value"),
+    Field("high", "<u4", "constant f32 [channels]: largest value"),
+    Field("threshold", "<u4", "constant [channels]: f32, of the value; or i32, of the sum of signs"),
+    Field("flip", "<u4", "constant bits [channels]: where the bit is inverted"),
+    Field("kernel_h", "<u4", "rows of the window"),
+    Field("kernel_w", "<u4", "columns of the window"),
+    Field("stride_h", "<u4", "rows from one position to the next"),
+    Field("stride_w", "<u4", "columns from one position to the next"),
+    Field("padding_h", "<u4", "rows added above, and below"),
+    Field("padding_w", "<u4", "columns added on the left, and on the right"),
+    Field("dilation_h", "<u4", "rows from one tap to the next"),
+    Field("dilation_w", "<u4", "columns from one tap to the next"),
+    Field("groups", "<u4", "channels are split into so many independent convolutions"),
+    Field("pad_value", "<i4", "what padding carries: 0, 1 or -1"),
+    Field("ceil", "<u4", "1: windows of a pooling may hang over the far edge"),
+)
+
+HEADER_TYPE, TENSOR_TYPE, OP_TYPE = (np.dtype([(f.name, f.type) for f in part]) for part in (HEADER, TENSOR, OP))
+CHECKED_FROM = 16  # the checksum covers the bytes from here on
+TENSOR_FIELDS = ("input", "other", "real", "bits", "weights", *EPILOGUE_FIELDS)
+
+
+@dataclass(frozen=True)
+class DType:
+    """A type of value: its code, the numpy type that stores it, and what a C programmer must know."""
+
+    code: int
+    storage: str
+    meaning: str
+
+
+DTYPES = {
+    "f32": DType(0, "<f4", "IEEE single precision"),
+    "bits": DType(1, "<u8", "signs: 1 is negative; value c of the last dimension is bit c % 64 of its word c // 64"),
+    "i8": DType(2, "i1", "two's complement"),
+    "u8": DType(3, "u1", "a pixel"),
+    "i32": DType(4, "<i4", "two's complement"),
+}
+
+PLACES = {"constant": 0, "activation": 1, "image": 2}
+PLACE_MEANINGS = {
+    "constant": "in this file",
+    "activation": "in the arena while the engine runs",
+    "image": "the caller's pixels, [height, width, channels]",
+}
+
+CONVOLUTIONS = ("binary_conv2d", "pixel_conv2d", "conv2d")
+POOLINGS = ("max_pool2d", "avg_pool2d")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its code and meaning, the dtypes its input may have, and the tensor fields of its record.
+
+    needs: must name a tensor; may: can name one; every other tensor field is NONE. window: the window fields
+    are meant (else all are 0).
+    """
+
+    code: int
+    meaning: str
+    inputs: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
+    window: bool = False
+    weights: tuple[str, ...] = ()
+
+
+_EPILOGUE = ("other", *EPILOGUE_FIELDS, "real", "bits")
+
+OPS: dict[str, Op] = {
+    "pointwise": Op(
+        1,
+        "the epilogue on its own: v is the input, bits as +1 and -1, pixels as 0 to 255",
+        ("f32", "bits", "u8"),
+        may=_EPILOGUE,
+    ),
+    "binary_conv2d": Op(
+        2,
+        "v is the exact sum of products of signs; taps on padding count pad_value",
+        ("bits",),
+        ("weights",),
+        _EPILOGUE,
+        True,
+        ("bits",),
+    ),
+    "pixel_conv2d": Op(
+        3,
+        "v is the exact sum of pixels times weights over the taps inside the image; the epilogue's bias depends "
+        "on which taps are inside, so that padding is zero after normalisation",
+        ("u8",),
+        ("weights", "scale", "bias"),
+        tuple(f for f in _EPILOGUE if f not in ("scale", "bias")),
+        True,
+        ("i8",),
+    ),
+    "conv2d": Op(
+        4,
+        "v is the float sum of inputs times weights, row by row, column by column, channel by channel, each product "
+        "and each sum rounded; taps on padding count pad_value",
+        ("f32",),
+        ("weights",),
+        _EPILOGUE,
+        True,
+        ("f32", "i8", "bits"),
+    ),
+    "max_pool2d": Op(5, "largest value of the window inside the image", ("f32",), ("real",), window=True),
+    "avg_pool2d": Op(
+        6,
+        "sum of the window's values inside the image, row by row, divided by their number",
+        ("f32",),
+        ("real",),
+        window=True,
+    ),
+    "concat": Op(7, "the channels of input, then those of other", ("f32",), ("other", "real")),
+    "softmax": Op(8, "e^(v - max v) over its sum, along the channels", ("f32",), ("real",)),
+}
+
+EPILOGUE = """\
+v <- fl(v * scale)              where there is a scale
+v <- fl(v + bias)               where there is a bias
+v <- fl(v + other)              where there is an other; its channel c % (its channels)
+v <- v if v >= 0 else fl(v * slope)     where there is a slope
+v <- v if v > low else low      where there is a low
+v <- v if v < high else high    where there is a high
+real = v                        where real is written
+bit = not (v >= threshold)      where bits are written (threshold 0 where there is none),
+bit <- bit xor flip             where there is a flip"""
+
+ERRORS = {
+    "MagicError": "the first 8 bytes are not the magic: another kind of file",
+    "VersionError": "a version of the format that this reader does not know",
+    "SizeError": "shorter or longer than its header says: cut off, or something appended",
+    "ChecksumError": "the bytes are not those that were written",
+    "LimitError": "a count, a size or a product of sizes above its limit",
+    "LayoutError": "a section or constant is not where the one before it ends: a hole, an overlap, or a gap not zero",
+    "TextError": "names, classes, metadata or producer are not the text they should be",
+    "TensorError": "a tensor record that contradicts itself: unknown dtype or place, shape and bytes that differ",
+    "ConstantError": "a constant that holds what it may not: no finite number, a bit above the last channel",
+    "OpError": "an op record with an unknown code, a field it must not have, or lacks, or out of range",
+    "GraphError": "ops that do not fit together: read before written, written twice, never read, a wrong shape",
+    "PlanError": "two activations that are alive at the same time share memory, or one lies outside the arena",
+}

@@ -1,0 +1,64 @@
+"""Turn a published checkpoint of ReActNet or of BNN_NoBN into one of ours.
+
+examples:
+  python tools/convert.py FILE.pth.tar -o reactnet_a.pt
+  python tools/convert.py FILE.pth.tar -o bf.pt --variant BNN_NoBN/Qaw_reactnet_A_bf --classes names.txt
+  python tools/summary.py reactnet_a.pt
+  python tools/evaluate.py bf.pt data.root=FOLDER
+
+Architecture, normaliser, width, stem and number of classes are found from keys and shapes. Where files of
+several networks look the same (real and 1-bit weights do), --variant says which it is; without it the error
+names them. evaluate.py compares the names of classes with the data's: for folders of images --classes holds
+their names in sorted order. The path of the file written is printed last.
+"""
+
+import argparse
+from pathlib import Path
+
+import _cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE.pth.tar", help="what their training wrote, or a state dict alone")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT.pt", help="the checkpoint to write")
+    parser.add_argument("--variant", metavar="NAME", help="which network it is, where keys cannot tell")
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: class0, ...)")
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="side in pixels (default: 224; 32 for 10 or 100 classes)"
+    )
+    args = parser.parse_args()
+
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.train.checkpoint import save_checkpoint
+    from bnnfree.train.published import convert_published
+    from models import MODELS
+
+    if Path(args.out).suffix != ".pt":
+        raise BnnfreeError(f"-o: got {args.out}, expected a name that ends in .pt.")
+    names = None
+    if args.classes:
+        try:
+            lines = Path(args.classes).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise BnnfreeError(f"--classes: {args.classes} cannot be read as text ({error}).") from None
+        names = [line.strip() for line in lines if line.strip()]
+    state = convert_published(args.file, MODELS, variant=args.variant, classes=names, image_size=args.image_size)
+    model, data = state["recipe"]["model"], state["data"]
+    about = {
+        "variant": state["published"]["variant"],
+        "model": model["name"],
+        "norm": model["norm"],
+        "binarize": model["binarize"],
+        "width": f"{model['width']:g}",
+        "stem": model["stem"],
+        "classes": len(data["classes"]),
+        "image size": data["image_size"][0],
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    save_checkpoint(args.out, state)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    _cli.run(main)
