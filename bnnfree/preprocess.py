@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -85,6 +86,30 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image | str:
         if isinstance(error, OSError) and error.strerror:
             return f"cannot be read ({error.strerror})"
         return f"is truncated or damaged ({error})"
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """File name endings that some Pillow decoder claims, such as `.jpg`."""
+    endings = Image.registered_extensions()
+    return frozenset(ending for ending, kind in endings.items() if kind in Image.OPEN)
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[str]:
+    """The image files in a folder and below it, by their endings, in a fixed order; hidden ones do not count.
+
+    Errors: DataError where there is no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise DataError(f"images: got {folder}, expected a folder of image files.")
+    endings, found = image_endings(), []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = sorted(name for name in files if not name.startswith("."))
+        found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in endings]
+    if not found:
+        raise DataError(f"images: the folder {folder} holds no image file.")
+    return found
 
 
 def load_image(path: str | os.PathLike[str], image_size: Size, channels: int, resize: str) -> np.ndarray:

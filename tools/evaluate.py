@@ -1,25 +1,28 @@
-"""Measure the accuracy of a network on the test (or validation) images.
+"""Measure the accuracy of a network, or of a packed file, on the test (or validation) images.
 
 examples:
   python tools/evaluate.py runs/reactnet_nobn
   python tools/evaluate.py runs/c10/best.pt data.root=FOLDER
   python tools/evaluate.py runs/reactnet_nobn --split val --json val.json
   python tools/evaluate.py recipes/reactnet_nobn.yaml
+  python tools/evaluate.py model.bnnf
 
 The network and its data come from the checkpoint's own recipe; overrides may move the data (data.*, precision,
 device). A recipe stands for its last stage's network with random weights, at chance, and overrides may change
-all of it. With --json the path of the file written is printed last.
+all of it. A packed file (.bnnf) runs in bnnfree.engine on the data of the recipe that it carries. With --json the
+path of the file written is printed last.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 import _cli
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a run folder (its best.pt), a checkpoint file, or a recipe")
+    parser.add_argument("source", help="a run folder (its best.pt), a checkpoint file, a recipe, or a packed file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to data.*, precision, device (a recipe: to any key)"
     )
@@ -36,22 +39,55 @@ def main() -> None:
 
     if args.batch_size < 1:
         raise BnnfreeError(f"--batch-size: got {args.batch_size}, expected a whole number above 0.")
-    network = open_source(args.source, MODELS, args.overrides)
-    recipe = network.recipe
-    dist = start(recipe.device)
+    if Path(args.source).suffix == ".bnnf":
+        model, recipe, known = open_packed(args.source, args.overrides)
+        trained, classes, device = True, known["classes"], "cpu"
+    else:
+        network = open_source(args.source, MODELS, args.overrides)
+        model, recipe, known, trained = network.model, network.recipe, network.data, network.trained
+        classes, device = known["classes"], recipe.device
+    dist = start(device)
     data = load_data(recipe.data, where="data")
-    if network.trained and data.classes != network.data["classes"]:
+    if trained and data.classes != classes:
         raise BnnfreeError(f"data: its classes are not those {args.source} was trained on.")
     split = getattr(data, args.split)
     if split is None:
         raise BnnfreeError("--split val: the recipe holds no validation images out (data.val_fraction is 0).")
-    split.mean, split.std = network.data["mean"], network.data["std"]  # those it was trained with
-    figures = evaluate(network.model.to(dist.device), split, dist, args.batch_size, recipe.precision)
-    figures = {"split": args.split, "images": len(split), "trained": network.trained, **figures}
+    split.mean, split.std = known["mean"], known["std"]  # those it was trained with
+    figures = evaluate(model.to(dist.device), split, dist, args.batch_size, recipe.precision)
+    figures = {"split": args.split, "images": len(split), "trained": trained, **figures}
     print(json.dumps(figures, indent=2))
     if args.json:
         write_json(args.json, figures)
         print(args.json)
+
+
+def open_packed(path: str, overrides: list[str]):
+    """(module that runs the packed file, its recipe, what is known of its data).
+
+    Its images come as pixels: mean 0 and deviation 1/255 undo the scaling to 0..1.
+    """
+    import torch
+    from torch import nn
+
+    from bnnfree.engine import load
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.train.recipes import parse_recipe
+    from models import MODELS
+
+    engine = load(path)
+    metadata, channels = engine.model.metadata, engine.model.image_shape[2]
+    if not isinstance(metadata.get("recipe"), dict):
+        raise BnnfreeError(f"{path}: carries no recipe, which would say what data it is for.")
+
+    class Packed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pixels = x.permute(0, 2, 3, 1).round().to(torch.uint8)
+            return torch.from_numpy(engine.run(pixels.contiguous().numpy()))
+
+    recipe = parse_recipe(metadata["recipe"], f"packed file {path}", MODELS, overrides)
+    known = {"classes": engine.model.classes, "mean": [0.0] * channels, "std": [1 / 255] * channels}
+    return Packed(), recipe, known
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ With --json the file's path is printed last.
 
 import argparse
 import json
+from dataclasses import replace
 
 import _cli
 
@@ -29,6 +30,7 @@ def main() -> None:
 
     from bnnfree.analysis import summarize
     from bnnfree.errors import BnnfreeError
+    from bnnfree.export import ExportError, pack_network, packed_bytes
     from bnnfree.files import replacing
     from bnnfree.train import open_source, source_kind
     from models import MODELS
@@ -52,9 +54,17 @@ def main() -> None:
         "classes": len(network.data["classes"]),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), summary.table(), sep="\n\n")
+    try:
+        packed = packed_bytes(pack_network(replace(network, data=network.data | {"image_size": image_size})).model)
+        parts = ", ".join(f"{name} {size:,}" for name, size in packed.items() if name != "total")
+        print(f"\npacked file  {packed['total']:,} bytes as tools/export.py writes it: {parts}")
+    except ExportError as error:
+        packed = None
+        print(f"\npacked file  none: {error}")
     if args.json:
+        figures = about | {"packed_bytes": packed} | summary.to_dict()
         with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(about | summary.to_dict(), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         print(args.json)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from bnnfree import ops
-from bnnfree.engine.kernels import Constants, Kernel
-from bnnfree.format import Op, PackedModel, lifetimes, window_of
+from bnnfree.engine.kernels import Constants, Kernel, border_bias
+from bnnfree.format import Op, PackedModel, lifetimes
 from bnnfree.format.schema import OPS
 
 Watch = Callable[[int, float], None]
+UNPACKED = 1 << 18  # words of bits that are made at a time
 
 
 def run_ops(
@@ -42,31 +43,59 @@ def run_ops(
     return values if keep else {model.output: values[model.output]}
 
 
-def run_op(
-    model: PackedModel, op: Op, kernels: Mapping[str, Kernel], values: Mapping[int, np.ndarray]
-) -> dict[int, np.ndarray]:
-    """What one op writes, given the activations it reads."""
-    x = values[op.input]
+def constants_of(model: PackedModel, op: Op, values: Mapping[int, np.ndarray]) -> Constants:
+    """What a kernel of `op` needs beside its input."""
     constants: Constants = {name: model.tensors[index].data for name, index in op.constants().items()}
     constants["channels"] = model.tensors[op.input].shape[2]
     if op.other is not None:
         constants["other"] = values[op.other]
-    v = kernels[op.name](op, x, constants)
+    return constants
+
+
+def first_values(
+    model: PackedModel, op: Op, kernels: Mapping[str, Kernel], values: Mapping[int, np.ndarray]
+) -> np.ndarray:
+    """What the epilogue of `op` starts from: for a binary or a pixel convolution its whole numbers."""
+    return kernels[op.name](op, values[op.input], constants_of(model, op, values))
+
+
+def run_op(
+    model: PackedModel, op: Op, kernels: Mapping[str, Kernel], values: Mapping[int, np.ndarray]
+) -> dict[int, np.ndarray]:
+    """What one op writes, given the activations it reads."""
+    x, constants = values[op.input], constants_of(model, op, values)
+    with np.errstate(all="ignore"):  # what an infinity or no number becomes is part of an op's meaning
+        return _finish(op, x, kernels[op.name](op, x, constants), constants)
+
+
+def _finish(op: Op, x: np.ndarray, v: np.ndarray, constants: Constants) -> dict[int, np.ndarray]:
+    """The epilogue: what an op writes, given its input and what its kernel returned."""
     if "scale" not in OPS[op.name].may + OPS[op.name].needs:
         return {op.real: v}
     if op.name == "pixel_conv2d":
-        constants["bias"] = ops.border_bias(constants["bias"], window_of(op), *x.shape[1:3])
+        constants["bias"] = border_bias(constants["bias"], op, *x.shape[1:3])
     threshold = constants.get("threshold")
     if threshold is None or threshold.dtype != np.int32:
+        if "other" in constants:  # as often as the epilogue repeats it, in one step
+            constants["other"] = np.tile(constants["other"], v.shape[-1] // constants["other"].shape[-1])
         parts = ("scale", "bias", "other", "slope", "low", "high")
         v = ops.epilogue(v, *(constants.get(name) for name in parts))
     written = {}
     if op.real is not None:
         written[op.real] = v
     if op.bits is not None:
-        bits = ops.sign_bits(v) if threshold is None else ops.threshold_bits(v, threshold)
-        flip = constants.get("flip")
-        if flip is not None:
-            bits = bits ^ ops.unpack_bits(flip, v.shape[-1])
-        written[op.bits] = ops.pack_bits(bits)
+        written[op.bits] = _bits(v, threshold, constants.get("flip"))
     return written
+
+
+def _bits(v: np.ndarray, threshold: np.ndarray | None, flip: np.ndarray | None) -> np.ndarray:
+    """Words of the signs of v, a block of positions at a time: unpacked, a word takes 64 bytes."""
+    flat = v.reshape(-1, v.shape[-1])
+    words = np.empty((len(flat), -(-v.shape[-1] // ops.WORD)), np.uint64)
+    flips = None if flip is None else ops.unpack_bits(flip, v.shape[-1])
+    step = max(1, UNPACKED // words.shape[1])
+    for at in range(0, len(flat), step):
+        part = flat[at : at + step]
+        bits = ops.sign_bits(part) if threshold is None else ops.threshold_bits(part, threshold)
+        words[at : at + step] = ops.pack_bits(bits if flips is None else bits ^ flips)
+    return words.reshape(*v.shape[:-1], words.shape[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
@@ -22,7 +22,7 @@ from bnnfree.export.quantize import quantize_ends
 from bnnfree.export.trace import ExportError, Traced, trace
 from bnnfree.format import PackedModel, to_bytes, write
 
-__all__ = ["ExportError", "Packed", "export", "pack"]
+__all__ = ["ExportError", "Packed", "export", "pack", "pack_network", "packed_bytes"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def pack(
         raise BnnfreeError(f"export: classes: got {len(classes)} names for {outputs} outputs of the network.")
     model.classes = [str(name) for name in classes]
     model.producer = f"bnnfree {bnnfree.__version__}"
-    model.metadata = {"mean": means.tolist(), "std": deviations.tolist()}
+    model.metadata = {"mean": means.tolist(), "std": deviations.tolist(), "stem": stem, "head": head}
     model.metadata |= {"resize": resize} if resize else {}
     model.metadata |= {"recipe": recipe} if recipe else {}
     number = lowering.builder.number
@@ -77,6 +77,35 @@ def pack(
         model.tensors[number[old]].name: found for old, found in lowering.meaning.items() if old in number and old
     }
     return Packed(model, traced, meaning)
+
+
+class Network(Protocol):
+    """What `pack_network` takes: a network with its data, as bnnfree.train.open_source gives it."""
+
+    model: nn.Module
+    recipe: Any  # has model_dump()
+    data: dict[str, Any]  # classes, channels, image_size, mean, std
+
+    @property
+    def resize(self) -> str: ...
+
+
+def pack_network(network: Network, *, stem: str = "int8", head: str = "int8") -> Packed:
+    """`pack` of a network that knows its own data and recipe."""
+    data = network.data
+    height, width = data["image_size"]
+    return pack(
+        network.model,
+        image_size=(height, width),
+        channels=data["channels"],
+        mean=data["mean"],
+        std=data["std"],
+        classes=data["classes"],
+        stem=stem,
+        head=head,
+        resize=network.resize,
+        recipe=network.recipe.model_dump(),
+    )
 
 
 def export(module: nn.Module, path: str | Path, **options: Any) -> Packed:
@@ -98,9 +127,14 @@ def export(module: nn.Module, path: str | Path, **options: Any) -> Packed:
     return packed
 
 
-def packed_bytes(packed: Packed) -> int:
-    """Size of the file that `export` would write."""
-    return len(to_bytes(packed.model))
+def packed_bytes(model: PackedModel) -> dict[str, int]:
+    """Bytes of the file that `write` makes: constants by dtype, the rest (tables, text, gaps) and the total."""
+    sizes = {"bits": 0, "i8": 0, "f32": 0, "i32": 0}
+    for tensor in model.tensors:
+        if tensor.place == "constant":
+            sizes[tensor.dtype] += tensor.bytes
+    total = len(to_bytes(model))
+    return {**sizes, "rest": total - sum(sizes.values()), "total": total}
 
 
 def _size(image_size: tuple[int, int]) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """Building the ops of a packed model, with everything affine deferred until an op can take it in.
 
+What is built depends on which parameters there are, never on their values: a trained network gives the same ops and
+the same file size as one that is not trained.
+
 A `Value` is what a node of the torch graph means: scale * tensor + shift, per channel. Scalings, biases, batch
 normalisation and thresholds only change scale and shift; a sign turns them into its threshold, a convolution takes
 them into its weights or bias, pooling lets them pass. So nothing of them is left to compute. An op just made is
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +41,8 @@ class Value:
     """scale * tensor + shift. kind: "image" (u8), "real" (f32) or "bits" (+1 and -1).
 
     open: nothing else reads the tensor, so its op may still change. repeat: the channels stand so many times one
-    after the other; the tensor holds them once.
+    after the other; the tensor holds them once. scaled: 0 by nothing, 1 by one number, 2 by one per channel;
+    signed: its scale may be negative; shifted: by anything. These say what there is, whatever its values.
     """
 
     kind: str
@@ -47,14 +52,31 @@ class Value:
     shift: np.ndarray
     open: bool = False
     repeat: int = 1
+    scaled: int = 0
+    signed: bool = False
+    shifted: bool = False
 
-    @property
-    def plain(self) -> bool:
-        return bool(np.all(self.scale == 1) and np.all(self.shift == 0))
+    def affine(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0, *, signed: bool = True) -> Value:
+        """scale * self + shift, which costs nothing. signed=False: an array of scales that are never negative."""
+        vector = isinstance(scale, np.ndarray)
+        return replace(
+            self,
+            scale=self.scale * scale,
+            shift=self.shift * scale + shift,
+            scaled=max(self.scaled, 2 if vector else int(scale != 1)),
+            signed=self.signed or (signed if vector else bool(scale < 0)),
+            shifted=self.shifted or isinstance(shift, np.ndarray) or shift != 0,
+        )
 
-    def affine(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0) -> Value:
-        """scale * self + shift, which costs nothing."""
-        return replace(self, scale=self.scale * scale, shift=self.shift * scale + shift)
+    def like(self, other: Value) -> Value:
+        """Self's tensor with the affine part of `other`."""
+        names = ("scale", "shift", "scaled", "signed", "shifted")
+        return replace(self, **{name: getattr(other, name) for name in names})
+
+    def bare(self) -> Value:
+        """The tensor itself."""
+        channels = self.shape[2]
+        return replace(self, scale=np.ones(channels), shift=np.zeros(channels), scaled=0, signed=False, shifted=False)
 
 
 class Builder:
@@ -65,12 +87,14 @@ class Builder:
         self.drafts: list[Draft] = []
         self.makers: dict[int, Draft] = {}  # activation -> the op that writes it
         self.number: dict[int, int] = {}  # old -> final index, once finished
-        self.settled: Value | None = None  # the output as it is at the end
+        self.on_settle: Callable[[Value], object] = lambda value: None  # told when a tensor takes its affine part in
 
     # -- values
 
     def image(self, scale: np.ndarray, shift: np.ndarray) -> Value:
-        return Value("image", 0, self.tensors[0].shape, scale, shift)  # type: ignore[arg-type]
+        height, width, channels = self.tensors[0].shape
+        value = Value("image", 0, (height, width, channels), np.ones(channels), np.zeros(channels))
+        return value.affine(scale, shift, signed=False)
 
     def emit(self, name: str, source: Value, shape: Shape, *, kind: str = "real", **fields) -> Value:
         """A new op that reads `source`'s tensor, and its result. Constants are given by `Draft`'s own methods."""
@@ -106,33 +130,34 @@ class Builder:
         """The same value with scale 1 and shift 0 (with scale_only the shift may stay), as one real tensor."""
         if value.repeat > 1:
             value = self._joined(value)
-        if value.kind == "real" and np.all(value.scale == 1) and (scale_only or np.all(value.shift == 0)):
+        if value.kind == "real" and not value.scaled and (scale_only or not value.shifted):
             return value
         draft = self._draft(value, SUM)
-        if draft is not None:
-            _bake(draft, value.scale, value.shift)
-        elif np.all(value.scale == 1) and (draft := self._draft(value, ADDED)) is not None:
-            _bake(draft, value.scale, value.shift)
-        else:
+        if draft is None and not value.scaled:
+            draft = self._draft(value, ADDED)
+        if draft is None:
             return self._own_op(value)
-        return replace(value, scale=np.ones(value.shape[2]), shift=np.zeros(value.shape[2]))
+        _bake(draft, value)
+        value = value.bare()
+        self.on_settle(value)
+        return value
 
     def _own_op(self, value: Value) -> Value:
         """A pointwise op that applies scale and shift."""
         made = self.emit("pointwise", value, value.shape)
-        _bake(self.makers[made.tensor], value.scale, value.shift)
+        _bake(self.makers[made.tensor], value)
         return made
 
     def _joined(self, value: Value) -> Value:
         """A repeated value as a tensor of its own."""
         rows, columns, channels = self.tensors[value.tensor].shape
         shape = (rows, columns, channels)
-        once = replace(value, repeat=1, shape=shape, open=False, scale=np.ones(shape[2]), shift=np.zeros(shape[2]))
+        once = replace(value, repeat=1, shape=shape, open=False).bare()
         whole = once
         for _ in range(value.repeat - 1):
             rows, columns, channels = whole.shape
             whole = self.emit("concat", whole, (rows, columns, channels + shape[2]), other=once.tensor)
-        return replace(whole, scale=value.scale, shift=value.shift)
+        return whole.like(value)
 
     def share(self, value: Value) -> Value:
         """What several nodes will read: made real at once where that is free."""
@@ -148,10 +173,28 @@ class Builder:
 
     # -- what ops do to values
 
+    def concat(self, values: list[Value]) -> Value:
+        """Channels one after the other; one value several times costs nothing until somebody needs it whole."""
+        first = values[0]
+        rows, columns, channels = first.shape
+        if all(v is first for v in values) and first.kind == "real" and first.repeat == 1:
+            count = len(values)
+            scale, shift = np.tile(first.scale, count), np.tile(first.shift, count)
+            shape = (rows, columns, channels * count)
+            return replace(first, shape=shape, scale=scale, shift=shift, open=False, repeat=count)
+        whole = self.as_tensor(first)
+        for value in map(self.as_tensor, values[1:]):
+            scale, shift = (np.concatenate([getattr(v, n) for v in (whole, value)]) for n in ("scale", "shift"))
+            flags = _flags(whole, value)
+            flags["scaled"] *= 2 if flags["scaled"] == 1 else 1  # numbers that may differ
+            joined = self.emit("concat", whole, (rows, columns, len(scale)), other=value.tensor)
+            whole = replace(joined, scale=scale, shift=shift, **flags)
+        return whole
+
     def add(self, a: Value, b: Value) -> Value:
         """a + b: into the epilogue of the op of one of them, or an op of its own."""
         if a.tensor == b.tensor and a.kind == b.kind and a.repeat == b.repeat:
-            return replace(a, scale=a.scale + b.scale, shift=a.shift + b.shift, open=False)
+            return replace(a, scale=a.scale + b.scale, shift=a.shift + b.shift, open=False, **_flags(a, b, least=1))
         # the one whose op is farther from done takes the other in
         for host, guest in ((a, b), (b, a)):
             if (draft := self._draft(host, SUM)) is not None and self._is_sum(draft):
@@ -163,17 +206,15 @@ class Builder:
         return draft.op.name != "pointwise"
 
     def _add_into(self, draft: Draft, host: Value, guest: Value) -> Value:
-        if guest.kind != "real" or not np.all(guest.scale == 1):
+        if guest.kind != "real" or guest.scaled:
             guest = self.settle(guest, scale_only=True)
-        period = self.tensors[guest.tensor].shape[2]
-        if guest.repeat > 1 and not np.array_equal(guest.shift, np.tile(guest.shift[:period], guest.repeat)):
-            guest = self.settle(guest, scale_only=True)
-        _bake(draft, host.scale, host.shift + guest.shift)
+        whole = host.affine(1.0, guest.shift) if guest.shifted else host
+        _bake(draft, whole)
         draft.op.fields["other"] = guest.tensor
         draft.stage = ADDED
         self.drafts.remove(draft)  # to the end: the guest may be younger
         self.drafts.append(draft)
-        return replace(host, scale=np.ones(host.shape[2]), shift=np.zeros(host.shape[2]), open=True)
+        return replace(host.bare(), open=True)
 
     def activate(self, value: Value, **constants: np.ndarray | float) -> Value:
         """slope, or low and high, per channel."""
@@ -217,9 +258,10 @@ class Builder:
             draft.dtypes["threshold"] = "i32"
         else:
             threshold, flip = real_threshold(value.scale, value.shift)
-        if whole or threshold.any():
+        flips = value.signed or bool(flip.any())
+        if whole or value.shifted or flips:
             draft.constants["threshold"] = threshold
-        if flip.any():
+        if flips:
             draft.constants["flip"], draft.dtypes["flip"] = flip, "bits"
         return Value("bits", bits, value.shape, np.ones(value.shape[2]), np.zeros(value.shape[2]))
 
@@ -230,7 +272,7 @@ class Builder:
 
         Ops whose results nobody reads are dropped, tensors are numbered anew in the order of their use.
         """
-        output = self.settled = self.settle(output)
+        output = self.settle(output)
         kept, needed = [], {output.tensor}
         for draft in reversed(self.drafts):
             op = draft.op
@@ -266,15 +308,24 @@ class Builder:
         return model
 
 
-def _bake(draft: Draft, scale: np.ndarray, shift: np.ndarray) -> None:
-    """Put scale and shift into the epilogue; after an addition the scale must be 1."""
+def _flags(*values: Value, least: int = 0) -> dict[str, Any]:
+    """What may be there when values are joined or added."""
+    return {
+        "scaled": max(least, *(v.scaled for v in values)),
+        "signed": any(v.signed or bool((v.scale < 0).any()) for v in values),
+        "shifted": any(v.shifted for v in values),
+    }
+
+
+def _bake(draft: Draft, value: Value) -> None:
+    """Put the affine part of `value` into the epilogue; after an addition there may be no scale."""
     constants = draft.constants
-    if draft.stage == SUM and not np.all(scale == 1):
-        constants["scale"] = constants.get("scale", 1.0) * scale
+    if draft.stage == SUM and value.scaled:
+        constants["scale"] = constants.get("scale", 1.0) * value.scale
         if "bias" in constants:
-            constants["bias"] = constants["bias"] * scale
-    if not np.all(shift == 0):
-        constants["bias"] = constants.get("bias", 0.0) + shift
+            constants["bias"] = constants["bias"] * value.scale
+    if value.shifted:
+        constants["bias"] = constants.get("bias", 0.0) + value.shift
 
 
 def _constant(name: str, array: np.ndarray, dtype: str) -> Tensor:

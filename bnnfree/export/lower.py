@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,13 @@ from torch import Tensor, fx, nn
 
 from bnnfree.errors import nearest
 from bnnfree.export.build import Builder, Value
-from bnnfree.export.quantize import Geometry, Int8Layer, LayerArrays, fits_pixels, layer_arrays
-from bnnfree.export.trace import PASSING, ExportError, Traced, constant, path_of
+from bnnfree.export.convolve import lower_linear
+from bnnfree.export.quantize import Int8Layer
+from bnnfree.export.trace import PASSING, ExportError, Traced, constant, is_passing, path_of
 from bnnfree.format import PackedModel
 from bnnfree.nn import BinaryConv2d, BinaryLinear, RPReLU, RSign, ScaledStdConv2d, Sign
 from bnnfree.nn.block import Clip
-from bnnfree.ops import Window, border_classes, pool_output
+from bnnfree.ops import Window, pool_output
 
 Rule = Callable[..., Any]
 
@@ -38,6 +38,7 @@ class Lowering:
         self.builder = Builder((height, width, channels))
         self.values: dict[fx.Node, Any] = {}
         self.meaning: dict[int, tuple[fx.Node, Value]] = {}  # activation -> the node it stands for
+        self.builder.on_settle = self._settled
         self.values[traced.image] = self.builder.image(1 / (255 * std), -mean / std)
 
     def model(self) -> PackedModel:
@@ -47,11 +48,11 @@ class Lowering:
                 continue
             value = self._lower(node)
             if isinstance(value, Value):
-                self.meaning[value.tensor] = (node, value)
+                if not is_passing(self.traced, node):  # flattened values have another order
+                    self.meaning[value.tensor] = (node, value)
                 value = self.builder.share(value) if len(node.users) > 1 else value
             self.values[node] = value
         output = self.values[self.traced.output]
-        self.meaning[output.tensor] = (self.traced.output, output)
         names: dict[str, int] = {}
 
         def name_of(index: int) -> str:
@@ -59,11 +60,11 @@ class Lowering:
             names[path] = names.get(path, 0) + 1
             return path if names[path] == 1 else f"{path}#{names[path]}"
 
-        model = self.builder.finish(output, name_of)
-        final = self.builder.settled
-        if final is not None:
-            self.meaning[final.tensor] = (self.traced.output, final)
-        return model
+        return self.builder.finish(output, name_of)
+
+    def _settled(self, value: Value) -> None:
+        if value.tensor in self.meaning:
+            self.meaning[value.tensor] = (self.meaning[value.tensor][0], value)
 
     def _lower(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -108,86 +109,6 @@ class Lowering:
 def _remedy(name: str) -> str:
     known = sorted({kind.__name__ for kind in LAYERS} - {"Int8Layer"})
     return f"Known layers: {', '.join(known)}.{nearest(name, known)} Or add a rule in bnnfree/export/lower.py."
-
-
-# -- convolutions and linear layers
-
-
-def _linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Value:
-    arrays = layer_arrays(layer, node.args[0].meta["shape"], path_of(node))  # type: ignore[union-attr]
-    if arrays.linear:
-        if len(node.args[0].meta["shape"]) != 2:  # type: ignore[union-attr]
-            raise low.refuse(node, "reads maps, not one vector per image", "Put a Flatten before it.")
-        arrays = _as_conv(arrays, x.shape)
-    build = low.builder
-    rows, columns, channels = low.shape(node)
-    w = arrays.weight.transpose(0, 2, 3, 1)  # [O, kh, kw, C / groups]
-    geometry = arrays.geometry
-    fields: dict[str, Any] = {"kernel_h": w.shape[1], "kernel_w": w.shape[2]}
-    for name in ("stride", "padding", "dilation"):
-        fields[f"{name}_h"], fields[f"{name}_w"] = getattr(geometry, name)
-    fields |= {"groups": geometry.groups, "pad_value": geometry.pad_value if any(geometry.padding) else 0}
-    shape = (rows, columns, channels)
-    if arrays.kind == "binary" and x.kind == "bits" and np.all(x.scale == x.scale[0]) and np.all(x.shift == 0):
-        y = build.emit("binary_conv2d", x, shape, **fields)
-        build.constant(y, "weights", w < 0, "bits")
-        return y.affine(arrays.factor * x.scale[0], arrays.bias)
-    if arrays.kind == "int8" and x.kind == "image" and fits_pixels(arrays):
-        return _pixel_conv(low, x, arrays, w, shape, fields)
-    return _real_conv(low, x, arrays, w, shape, fields)
-
-
-def _as_conv(arrays: LayerArrays, shape: tuple[int, int, int]) -> LayerArrays:
-    """A matrix on flattened maps as a convolution whose kernel is the whole map."""
-    rows, columns, channels = shape
-    weight = arrays.weight.reshape(len(arrays.weight), channels, rows, columns)
-    inputs = arrays.inputs
-    if inputs is not None:
-        inputs = inputs.reshape(channels, -1)[:, 0]
-    return replace(arrays, weight=weight, inputs=inputs, geometry=Geometry())
-
-
-def _pixel_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
-    """int8 weights on pixels. The image means scale * p + shift: shift goes into the bias, per border class."""
-    window, outputs = _window(fields), len(w)
-    sides = zip(x.shape[:2], window.size, window.stride, window.padding, window.dilation, strict=True)
-    (_, rows), (_, columns) = (border_classes(*side) for side in sides)
-    assert arrays.inputs is not None
-    per_tap = (w * (arrays.inputs * x.shift)).sum(3) * arrays.factor[:, None, None]  # [O, kh, kw]
-    table = np.einsum("ai,bj,oij->abo", rows.astype(float), columns.astype(float), per_tap) + arrays.bias
-    # what is stored leaves out inputs = 255 std, which undoes the pixel's scale
-    y = low.builder.emit("pixel_conv2d", x, shape, **{**fields, "groups": 1, "pad_value": 0})
-    low.builder.constant(y, "weights", w, "i8")
-    low.builder.constant(y, "scale", arrays.factor.copy())
-    low.builder.constant(y, "bias", table)
-    assert table.shape[2] == outputs
-    return y
-
-
-def _window(fields: dict[str, Any]) -> Window:
-    return Window(*((fields[f"{n}_h"], fields[f"{n}_w"]) for n in ("kernel", "stride", "padding", "dilation")))
-
-
-def _real_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
-    """Float inputs: their scale goes into the weights and their shift into the bias, where that is exact."""
-    build, groups, padded = low.builder, fields["groups"], any(arrays.geometry.padding)
-    x = build.as_tensor(x)
-    if (padded and np.any(x.shift != 0)) or fields["pad_value"]:
-        x = build.settle(x)
-    if arrays.kind != "real" and not np.all(x.scale == x.scale[0]):
-        x = build.settle(x)
-    inputs = np.ones(w.shape[3]) if arrays.inputs is None else arrays.inputs
-    per_group = len(w) // groups
-    shift = x.shift.reshape(groups, 1, 1, 1, -1)
-    grouped = w.reshape(groups, per_group, *w.shape[1:]) * inputs
-    bias = arrays.bias + (grouped * shift).sum((2, 3, 4)).reshape(-1) * arrays.factor
-    y = build.emit("conv2d", x, shape, **fields)
-    if arrays.kind == "real":
-        scaled = (grouped * x.scale.reshape(groups, 1, 1, 1, -1)).reshape(w.shape)
-        build.constant(y, "weights", scaled * arrays.factor[:, None, None, None])
-        return y.affine(1.0, bias)
-    build.constant(y, "weights", w < 0 if arrays.kind == "binary" else w, "bits" if arrays.kind == "binary" else "i8")
-    return y.affine(arrays.factor * inputs[0] * x.scale[0], bias)
 
 
 # -- affine layers, activations, signs
@@ -247,15 +168,14 @@ def _pool(low: Lowering, node: fx.Node, x: Value, name: str, kernel, stride, pad
     window = Window(*pairs)
     low_builder = low.builder
     x = low_builder.as_tensor(x)
-    if name == "max_pool2d" and not np.all(x.scale > 0):
+    if name == "max_pool2d" and (x.signed or not np.all(x.scale > 0)):
         x = low_builder.settle(x)
     names = ("kernel", "stride", "padding", "dilation")
     fields = {f"{n}_{axis}": pair[i] for n, pair in zip(names, pairs, strict=True) for i, axis in enumerate("hw")}
     rows, columns = pool_output(window, *x.shape[:2], bool(ceil_mode))
     if (rows, columns) != low.shape(node)[:2]:
         raise low.refuse(node, f"gives {low.shape(node)[:2]}, the engine's pooling {(rows, columns)}", "")
-    y = low_builder.emit(name, x, (rows, columns, x.shape[2]), ceil=int(bool(ceil_mode)), **fields)
-    return y.affine(x.scale, x.shift)
+    return low_builder.emit(name, x, (rows, columns, x.shape[2]), ceil=int(bool(ceil_mode)), **fields).like(x)
 
 
 def _max_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.MaxPool2d) -> Value:
@@ -295,19 +215,7 @@ def _concat(low: Lowering, node: fx.Node) -> Value:
     values = [low.value(node, part) for part in parts]
     if dim not in (1, 1 - len(node.meta["shape"])):
         raise low.refuse(node, f"joins along dimension {dim}, expected the channels (1)", "")
-    first, build = values[0], low.builder
-    if all(v is first for v in values) and first.kind == "real" and first.repeat == 1:
-        count = len(values)
-        shape = (*first.shape[:2], first.shape[2] * count)
-        tiles = (np.tile(first.scale, count), np.tile(first.shift, count))
-        return Value("real", first.tensor, shape, *tiles, repeat=count)
-    whole = build.as_tensor(first)
-    for value in map(build.as_tensor, values[1:]):
-        scale, shift = (np.concatenate([getattr(v, n) for v in (whole, value)]) for n in ("scale", "shift"))
-        shape = (*whole.shape[:2], len(scale))
-        joined = build.emit("concat", whole, shape, other=value.tensor)
-        whole = replace(joined, scale=scale, shift=shift)
-    return whole
+    return low.builder.concat(values)
 
 
 def _flatten(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
@@ -328,14 +236,14 @@ def _arguments(node: fx.Node, names: tuple[str, ...], defaults: tuple) -> list[A
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
 
-def _per_channel(low: Lowering, node: fx.Node, value: Any, x: Value) -> np.ndarray:
-    """A number, or a tensor that has one value or one per channel."""
+def _per_channel(low: Lowering, node: fx.Node, value: Any, x: Value) -> np.ndarray | float:
+    """A number, or an array of one per channel."""
     if not isinstance(value, Tensor):
-        return np.full(x.shape[2], float(value))
+        return float(value)
     array = value.detach().double().numpy()
     rank = len(node.meta["shape"])
     if array.size == 1:
-        return np.full(x.shape[2], float(array.reshape(-1)[0]))
+        return float(array.reshape(-1)[0])
     padded = (1,) * (rank - array.ndim) + array.shape
     if padded != (1, x.shape[2]) + (1,) * (rank - 2):
         raise low.refuse(
@@ -406,7 +314,7 @@ _mean_call = _on(_mean, ("dim", "keepdim"), (None, False))
 _softmax_call = _on(_softmax, ("dim",), (None,))
 
 LAYERS: dict[type, Rule] = {
-    **dict.fromkeys((BinaryConv2d, BinaryLinear, ScaledStdConv2d, Int8Layer, nn.Conv2d, nn.Linear), _linear),
+    **dict.fromkeys((BinaryConv2d, BinaryLinear, ScaledStdConv2d, Int8Layer, nn.Conv2d, nn.Linear), lower_linear),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), _batch_norm),
     Sign: _sign,
     Clip: _clip,

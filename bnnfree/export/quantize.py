@@ -1,13 +1,14 @@
 """Weights as int8 with one scale per output channel, and layers as arrays. Imports torch, numpy, bnnfree.nn.
 
 The first and the last layer keep real weights when everything else is binary; stored in 8 bits they cost little.
-`quantize_ends` puts the rounded weights into the torch module itself, so that what is verified is what is shipped.
+`quantize_ends` puts the rounded weights into the torch module itself, so that what is verified is what is shipped;
+and it has binary layers scale after their product, so that torch too sums signs to whole numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,16 +39,26 @@ class LayerArrays:
     """A convolution or linear layer: y = (weight * x) factor + bias, float64 [O, I, kh, kw] and [O].
 
     kind: "real"; "binary", whose weight is +1 and -1; "int8", whose weight is whole numbers, with the factor that
-    input channel c has beside (`inputs`). linear: a matrix, given as [O, I, 1, 1].
+    input channel c has beside (`inputs`). linear: a matrix, given as [O, I, 1, 1]. None: 1, and 0. signed: factors
+    may be negative.
     """
 
     kind: str
     weight: np.ndarray
-    factor: np.ndarray
-    bias: np.ndarray
+    factor: np.ndarray | None
+    bias: np.ndarray | None
     geometry: Geometry
     linear: bool
     inputs: np.ndarray | None = None
+    signed: bool = False
+
+    def affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """factor and bias, 1 and 0 where there are none."""
+        outputs = len(self.weight)
+        return (
+            np.ones(outputs) if self.factor is None else self.factor,
+            np.zeros(outputs) if self.bias is None else self.bias,
+        )
 
 
 def layer_arrays(layer: nn.Module, input_shape: Sequence[int], path: str) -> LayerArrays:
@@ -61,8 +72,11 @@ def layer_arrays(layer: nn.Module, input_shape: Sequence[int], path: str) -> Lay
         if isinstance(layer, ConvLayer):
             pads = (layer.groups, layer.pad_value)
             geometry = Geometry(layer.stride, layer.padding, layer.dilation, *pads)
-            return _arrays(kind, weight, factor, bias, geometry, False)
-        return _arrays(kind, weight, factor, bias, Geometry(), True)
+        else:
+            geometry = Geometry()
+        signed = layer.gain is not None or getattr(layer, "scale", None) is not None
+        arrays = _arrays(kind, weight, factor, bias, geometry, not isinstance(layer, ConvLayer))
+        return replace(arrays, signed=signed)
     if isinstance(layer, nn.Linear):
         return _arrays("real", layer.weight, None, layer.bias, Geometry(), True)
     assert isinstance(layer, nn.Conv2d)
@@ -102,8 +116,8 @@ def _arrays(kind, weight, factor, bias, geometry, linear, inputs=None) -> LayerA
     return LayerArrays(
         kind,
         _double(weight).reshape(outputs, weight.shape[1], *(weight.shape[2:] or (1, 1))),
-        np.ones(outputs) if factor is None else _double(factor),
-        np.zeros(outputs) if bias is None else _double(bias),
+        None if factor is None else _double(factor),
+        None if bias is None else _double(bias),
         geometry,
         linear,
         inputs,
@@ -125,7 +139,8 @@ class Int8Layer(nn.Module):
     def __init__(self, arrays: LayerArrays, inputs: np.ndarray):
         """`inputs`: the factor of each input channel that the stored numbers leave out."""
         super().__init__()
-        whole = arrays.weight * arrays.factor[:, None, None, None] / inputs[:, None, None]
+        factor, bias = arrays.affine()
+        whole = arrays.weight * factor[:, None, None, None] / inputs[:, None, None]
         scale = np.abs(whole).max(axis=(1, 2, 3)) / 127
         scale = np.where(scale > 0, scale, 1.0).astype(np.float32)  # a channel of zeros stays one
         q = np.clip(np.rint(whole / scale[:, None, None, None].astype(np.float64)), -127, 127)
@@ -134,7 +149,7 @@ class Int8Layer(nn.Module):
         self.register_buffer("weight", torch.from_numpy(q.astype(np.int8)))
         self.register_buffer("scale", torch.from_numpy(scale))
         self.register_buffer("inputs", torch.from_numpy(inputs.astype(np.float64)))
-        self.register_buffer("bias", torch.from_numpy(arrays.bias.astype(np.float32)))
+        self.register_buffer("bias", torch.from_numpy(bias.astype(np.float32)))
 
     def forward(self, x: Tensor) -> Tensor:
         rest = [1] * (self.weight.dim() - 2)
@@ -153,6 +168,9 @@ def quantize_ends(traced: Traced, std: Sequence[float], stem: str, head: str) ->
     """Replace the first and the last layer with real weights by Int8Layer, where asked to ("int8" or "float")."""
     pick(PRECISIONS, stem, "stem")
     pick(PRECISIONS, head, "head")
+    for module in traced.module.modules():
+        if isinstance(module, (BinaryConv2d, BinaryLinear)) and module.binary:
+            module.exact = True
     last = last_layer(traced)
     for node in first_layers(traced) if stem == "int8" else []:
         _replace(traced, node, 255 * np.asarray(std, np.float64))
@@ -171,7 +189,7 @@ def _replace(traced: Traced, node: fx.Node, inputs: np.ndarray | None) -> None:
     if not isinstance(layer, (WeightLayer, nn.Conv2d, nn.Linear)) or not isinstance(source, fx.Node):
         return
     arrays = layer_arrays(layer, source.meta["shape"], path_of(node))
-    if arrays.kind != "real":
+    if arrays.kind != "real" or (arrays.linear and len(source.meta["shape"]) != 2):
         return
     if inputs is None or not fits_pixels(arrays):
         inputs = np.ones(arrays.weight.shape[1])

@@ -17,15 +17,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError, nearest
 from bnnfree.files import replacing
-from bnnfree.preprocess import read_image, square
+from bnnfree.preprocess import image_endings, read_image, square
 
 SIDECARS = {"thumbs.db", "desktop.ini", "__macosx"}
 CACHE_FORMAT = 1  # part of every cache key: raise it when the same files would decode to other pixels
@@ -104,7 +102,7 @@ def _list_part(folder: Path, tree: Tree, where: str) -> tuple[list[str], list[in
     labels: list[int] = []
     for label, name in enumerate(names):
         inside = list(_walk(folder / name))
-        images = [path for path in inside if os.path.splitext(path)[1].lower() in _endings()]
+        images = [path for path in inside if os.path.splitext(path)[1].lower() in image_endings()]
         if not images:
             raise DataError(
                 f"{where}: class folder {folder / name} has no images: got {len(inside)} other files,"
@@ -138,13 +136,6 @@ def _counts(name: str) -> bool:
 def _shown(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(repr(name) for name in names[:5]) + more if names else "nothing"
-
-
-@cache
-def _endings() -> frozenset[str]:
-    """File name endings that some Pillow decoder claims, such as `.jpg`."""
-    endings = Image.registered_extensions()
-    return frozenset(ending for ending, kind in endings.items() if kind in Image.OPEN)
 
 
 def decode(files: list[str], size: int, on_bad: Callable[[str, str], None]) -> tuple[np.ndarray, list[int]]:

@@ -1,0 +1,108 @@
+"""How a convolution or a linear layer becomes ops. Imports numpy, torch, bnnfree.ops and its own room.
+
+A sign by a sign is a binary_conv2d, pixels by int8 weights a pixel_conv2d, anything else a conv2d; a linear layer
+is a convolution whose kernel is the whole map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx, nn
+
+from bnnfree.export.build import Value
+from bnnfree.export.quantize import Geometry, LayerArrays, fits_pixels, layer_arrays
+from bnnfree.export.trace import path_of
+from bnnfree.ops import Window, border_classes
+
+if TYPE_CHECKING:
+    from bnnfree.export.lower import Lowering
+
+
+def lower_linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Value:
+    """The rule of every layer with weights."""
+    arrays = layer_arrays(layer, node.args[0].meta["shape"], path_of(node))  # type: ignore[union-attr]
+    if arrays.linear:
+        if len(node.args[0].meta["shape"]) != 2:  # type: ignore[union-attr]
+            raise low.refuse(node, "reads maps, not one vector per image", "Put a Flatten before it.")
+        arrays = _as_conv(arrays, x.shape)
+    build = low.builder
+    rows, columns, channels = low.shape(node)
+    w = arrays.weight.transpose(0, 2, 3, 1)  # [O, kh, kw, C / groups]
+    geometry = arrays.geometry
+    fields: dict[str, Any] = {"kernel_h": w.shape[1], "kernel_w": w.shape[2]}
+    for name in ("stride", "padding", "dilation"):
+        fields[f"{name}_h"], fields[f"{name}_w"] = getattr(geometry, name)
+    fields |= {"groups": geometry.groups, "pad_value": geometry.pad_value if any(geometry.padding) else 0}
+    shape = (rows, columns, channels)
+    if arrays.kind == "binary" and x.kind == "bits" and x.scaled < 2 and not x.shifted:
+        y = build.emit("binary_conv2d", x, shape, **fields)
+        build.constant(y, "weights", w < 0, "bits")
+        return _finished(y, arrays, float(x.scale[0]))
+    if arrays.kind == "int8" and x.kind == "image" and fits_pixels(arrays):
+        return _pixel_conv(low, x, arrays, w, shape, fields)
+    return _real_conv(low, x, arrays, w, shape, fields)
+
+
+def _as_conv(arrays: LayerArrays, shape: tuple[int, int, int]) -> LayerArrays:
+    """A matrix on flattened maps as a convolution whose kernel is the whole map."""
+    rows, columns, channels = shape
+    weight = arrays.weight.reshape(len(arrays.weight), channels, rows, columns)
+    inputs = arrays.inputs
+    if inputs is not None:
+        inputs = inputs.reshape(channels, -1)[:, 0]
+    return replace(arrays, weight=weight, inputs=inputs, geometry=Geometry())
+
+
+def _pixel_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
+    """int8 weights on pixels. The image means scale * p + shift: shift goes into the bias, per border class."""
+    window, outputs = _window(fields), len(w)
+    sides = zip(x.shape[:2], window.size, window.stride, window.padding, window.dilation, strict=True)
+    (_, rows), (_, columns) = (border_classes(*side) for side in sides)
+    assert arrays.inputs is not None
+    factor, bias = arrays.affine()
+    per_tap = (w * (arrays.inputs * x.shift)).sum(3) * factor[:, None, None]  # [O, kh, kw]
+    table = np.einsum("ai,bj,oij->abo", rows.astype(float), columns.astype(float), per_tap) + bias
+    # what is stored leaves out inputs = 255 std, which undoes the pixel's scale
+    y = low.builder.emit("pixel_conv2d", x, shape, **{**fields, "groups": 1, "pad_value": 0})
+    low.builder.constant(y, "weights", w, "i8")
+    low.builder.constant(y, "scale", factor.copy())
+    low.builder.constant(y, "bias", table)
+    assert table.shape[2] == outputs
+    return y
+
+
+def _window(fields: dict[str, Any]) -> Window:
+    return Window(*((fields[f"{n}_h"], fields[f"{n}_w"]) for n in ("kernel", "stride", "padding", "dilation")))
+
+
+def _real_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
+    """Float inputs: their scale goes into the weights and their shift into the bias, where that is exact."""
+    build, groups, padded = low.builder, fields["groups"], any(arrays.geometry.padding)
+    x = build.as_tensor(x)
+    if (padded and x.shifted) or fields["pad_value"] or (arrays.kind != "real" and x.scaled == 2):
+        x = build.settle(x)
+    inputs = np.ones(w.shape[3]) if arrays.inputs is None else arrays.inputs
+    per_group = len(w) // groups
+    grouped = w.reshape(groups, per_group, *w.shape[1:]) * inputs
+    if x.shifted:
+        factor, bias = arrays.affine()
+        seen = (grouped * x.shift.reshape(groups, 1, 1, 1, -1)).sum((2, 3, 4)).reshape(-1)
+        arrays = replace(arrays, bias=bias + seen * factor)
+    y = build.emit("conv2d", x, shape, **fields)
+    if arrays.kind == "real":
+        scaled = (grouped * x.scale.reshape(groups, 1, 1, 1, -1)).reshape(w.shape)
+        build.constant(y, "weights", scaled * arrays.affine()[0][:, None, None, None])
+        return _finished(y, replace(arrays, factor=None))
+    build.constant(y, "weights", w < 0 if arrays.kind == "binary" else w, "bits" if arrays.kind == "binary" else "i8")
+    return _finished(y, arrays, float(inputs[0] * x.scale[0]))
+
+
+def _finished(y: Value, arrays: LayerArrays, more: float = 1.0) -> Value:
+    """The factor (times `more`) and the bias of a layer, deferred."""
+    if arrays.factor is not None:
+        y = y.affine(arrays.factor, signed=arrays.signed)
+    y = y.affine(more)
+    return y if arrays.bias is None else y.affine(1.0, arrays.bias)
