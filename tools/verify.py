@@ -37,7 +37,7 @@ def main() -> None:
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.export import pack_network
-    from bnnfree.export.verify import sample_images, verify
+    from bnnfree.export.verify import check_same_activations, sample_images, verify
     from bnnfree.files import replacing
     from bnnfree.format import read
     from bnnfree.preprocess import find_images, load_image
@@ -54,6 +54,7 @@ def main() -> None:
     network = open_source(args.source, MODELS, args.overrides)
     ends = {name: model.metadata.get(name, "int8") for name in ("stem", "head")}
     packed = pack_network(network, **ends)
+    check_same_activations(packed, model)
     height, width, channels = model.image_shape
     if args.images:
         files = find_images(args.images)

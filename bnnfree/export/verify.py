@@ -141,12 +141,7 @@ def verify(
     `progress` is told how many images each step has done.
     Errors: BnnfreeError where the file is that of another network.
     """
-    expected = {t.name: t.shape for t in packed.model.tensors if t.place != "constant"}
-    if expected != {t.name: t.shape for t in model.tensors if t.place != "constant"}:
-        raise BnnfreeError(
-            "verify: the file's activations are not those of the network: it was exported from another one, or by "
-            "another version. Export it again."
-        )
+    check_same_activations(packed, model)
     if not len(images):
         raise BnnfreeError("verify: got no images, expected at least one.")
     engine = Engine(model, "numpy")
@@ -173,6 +168,16 @@ def verify(
         progress(len(part))
     report.agreement, report.logit_error = same / len(images), error / scale if scale else error
     return report
+
+
+def check_same_activations(packed: Packed, model: PackedModel) -> None:
+    """BnnfreeError where the file cannot be that of the network, whatever its weights."""
+    expected = {t.name: t.shape for t in packed.model.tensors if t.place != "constant"}
+    if expected != {t.name: t.shape for t in model.tensors if t.place != "constant"}:
+        raise BnnfreeError(
+            "verify: the file's activations are not those of the network: it was exported from another one, or by "
+            "another version. Export it again."
+        )
 
 
 def sample_images(shape: tuple[int, int, int], count: int, seed: int = 0) -> np.ndarray:
