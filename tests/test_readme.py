@@ -4,19 +4,33 @@ import configparser
 import re
 import shlex
 
+import numpy as np
 import pytest
 from helpers import ROOT
+from test_published import THEIRS, make_file, save
 from test_tools import images, tool  # noqa: F401
+
+from bnnfree.export import pack
+from bnnfree.export.verify import sample_images, verify
+from bnnfree.format import read
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
 SHRUNK = ("model.width=0.1", "stages=[{epochs: 1}]", "data.augment=[]", "free.calibration=8")
 
 
-def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    """In order, as scripts in one folder; what each leaves is what its text says."""
+    monkeypatch.chdir(tmp_path)
+    use, own, train = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     names: dict = {}
-    exec(code, names)
+    exec(own, names)
+    packed = pack(names["net"], image_size=(24, 32), mean=0.5, std=0.25)
+    assert verify(packed, read(tmp_path / "small.bnnf"), sample_images((24, 32, 3), 20)).equal
+    (tmp_path / "small.bnnf").rename("model.bnnf")
+    exec(use, names)
+    assert names["logits"].shape == (1, 2) and names["logits"].dtype == np.float32
+    exec(train, names)
     assert names["loss"].isfinite()
 
 
@@ -34,9 +48,11 @@ def test_every_tool_command_runs(tool, tmp_path, images, monkeypatch):  # noqa: 
     """In the README's order, each in one folder, so that --resume and evaluate find what was trained before."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    save(tmp_path / "file.pth.tar", make_file(THEIRS["ReActNet/resnet/2_step2"], 8, seed=0))
     lines = [re.sub(r"^.*(python|torchrun [^/]*?) (?=tools/)", "", line) for line in COMMANDS if "tools/" in line]
     assert len(lines) >= 6
     for line in lines:
+        line = line.replace("FILE.pth.tar", "file.pth.tar").replace("IMAGE", str(next(images.rglob("*.png"))))
         name, *arguments = shlex.split(line.replace("FOLDER", str(images)))
         name = name.removeprefix("tools/").removesuffix(".py")
         if name == "train":

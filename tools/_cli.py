@@ -6,6 +6,7 @@ standard library; that entry is replaced by the repository root, so that `models
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ def run(main: Callable[[], object]) -> None:
     except BnnfreeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr)
         raise SystemExit(130) from None

@@ -100,6 +100,17 @@ class Lowering:
         height, width = rest or (1, 1)
         return height, width, channels
 
+    def vector(self, node: fx.Node, values: Tensor | np.ndarray, x: Value) -> np.ndarray:
+        """Numbers per channel, or one for all, as float64 [C]."""
+        array = values.detach().double().numpy() if isinstance(values, Tensor) else values
+        if array.size not in (1, x.shape[2]):
+            raise self.refuse(
+                node,
+                f"has {array.size} numbers for maps of {x.shape[2]} channels that were flattened",
+                "Put it before the Flatten, or pool to 1x1 first.",
+            )
+        return np.broadcast_to(array.reshape(-1), (x.shape[2],)).copy()
+
     def refuse(self, node: fx.Node, why: str, remedy: str) -> ExportError:
         layer = self.traced.layer(node)
         what = f"layer {path_of(node)} ({type(layer).__name__})" if layer is not None else f"node {node.name}"
@@ -122,24 +133,25 @@ def _batch_norm(low: Lowering, node: fx.Node, x: Value, layer: nn.BatchNorm2d) -
     mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
     scale = 1 / np.sqrt(var + layer.eps)
     scale = scale if layer.weight is None else scale * layer.weight.double().numpy()
-    return x.affine(scale, -mean * scale + (0 if layer.bias is None else layer.bias.double().numpy()))
+    shift = -mean * scale + (0 if layer.bias is None else layer.bias.double().numpy())
+    return x.affine(low.vector(node, scale, x), low.vector(node, shift, x))
 
 
 def _sign(low: Lowering, node: fx.Node, x: Value, layer: Sign) -> Value:
-    shift = layer.bias.double().numpy() if isinstance(layer, RSign) else 0.0
+    shift = low.vector(node, layer.bias, x) if isinstance(layer, RSign) else 0.0
     return low.builder.sign(x.affine(1.0, shift))
 
 
 def _clip(low: Lowering, node: fx.Node, x: Value, layer: Clip) -> Value:
-    shift = 0.0 if layer.bias is None else layer.bias.double().numpy()
+    shift = 0.0 if layer.bias is None else low.vector(node, layer.bias, x)
     return low.builder.activate(x.affine(1.0, shift), low=-1.0, high=1.0)
 
 
 def _rprelu(low: Lowering, node: fx.Node, x: Value, layer: RPReLU) -> Value:
     if layer.input_shift is not None:
-        x = x.affine(1.0, layer.input_shift.double().numpy())
-    y = low.builder.activate(x, slope=layer.slope.double().numpy())
-    return y.affine(1.0, layer.output_shift.double().numpy())
+        x = x.affine(1.0, low.vector(node, layer.input_shift, x))
+    y = low.builder.activate(x, slope=low.vector(node, layer.slope, x))
+    return y.affine(1.0, low.vector(node, layer.output_shift, x))
 
 
 def _clamp(low: Lowering, x: Value, least: float | None, most: float | None) -> Value:
@@ -148,8 +160,7 @@ def _clamp(low: Lowering, x: Value, least: float | None, most: float | None) -> 
 
 
 def _prelu(low: Lowering, node: fx.Node, x: Value, slope: Tensor | float) -> Value:
-    values = slope.detach().double().numpy() if isinstance(slope, Tensor) else float(slope)
-    return low.builder.activate(x, slope=values)
+    return low.builder.activate(x, slope=low.vector(node, slope, x) if isinstance(slope, Tensor) else float(slope))
 
 
 def _softmax(low: Lowering, node: fx.Node, x: Value, dim: int | None) -> Value:

@@ -214,9 +214,10 @@ def _first_unequal(model: PackedModel, a: dict[str, np.ndarray], b: dict[str, np
     return None
 
 
-def _nhwc(x: Tensor) -> np.ndarray:
-    """torch's [N, C, H, W] or [N, C] as [N, H, W, C]."""
-    x = x if x.dim() == 4 else x[:, :, None, None]
+def _nhwc(x: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """torch's [N, C, H, W], or what was flattened from it, as [N, H, W, C]; shape: (H, W, C)."""
+    if shape is not None:
+        x = x.reshape(len(x), shape[2], *shape[:2])
     return x.permute(0, 2, 3, 1).numpy()
 
 
@@ -251,11 +252,11 @@ def _against_torch(
     def watch(node: fx.Node, source: Any, result: Any) -> Any:
         for name in by_node.get(node, []):
             value = packed.meaning[name][1]
-            ours, theirs = traced[name], _nhwc(result)
+            ours, theirs = traced[name], _nhwc(result, value.shape)
             if value.kind == "bits":
                 layer = layers.setdefault(name, LayerReport(name, "bits"))
                 signs = _signed(ours, value.shape[2])
-                before = _before_sign(modules.get(str(node.target)), _nhwc(source))
+                before = _before_sign(modules.get(str(node.target)), _nhwc(source, value.shape))
                 _compare_bits(layer, signs < 0, theirs < 0, before)
                 shape = result.shape
                 result = torch.from_numpy(signs).permute(0, 3, 1, 2).to(result.dtype).reshape(shape).contiguous()

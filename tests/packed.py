@@ -1,0 +1,200 @@
+"""Packed models built by hand, op by op, for the tests of the engines and of what reads the format."""
+
+import numpy as np
+
+from bnnfree import ops
+from bnnfree.format import PackedModel, Tensor, from_bytes, make_op, plan, to_bytes
+from bnnfree.format.schema import CONVOLUTIONS, OPS, POOLINGS
+
+F32 = np.float32
+PARTS = ("scale", "bias", "other", "slope", "low", "high")
+WILD = np.array([0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -3e-39, 3e38, -3e38, 1e30, -1e20, 1.0, -1.0, 1 / 3], F32)
+
+GEOMETRIES = [  # height, width, kernel, stride, padding, dilation
+    (1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (5, 4, (1, 1), (2, 2), (0, 0), (1, 1)),
+    (4, 3, (1, 1), (3, 1), (1, 1), (1, 1)),
+    (5, 7, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (6, 5, (3, 3), (2, 2), (1, 1), (1, 1)),
+    (7, 6, (2, 2), (1, 1), (1, 1), (1, 1)),
+    (9, 8, (5, 5), (3, 3), (2, 2), (1, 1)),
+    (9, 10, (7, 7), (2, 2), (3, 3), (1, 1)),
+    (8, 9, (3, 3), (1, 1), (2, 2), (2, 2)),
+    (6, 9, (3, 2), (2, 1), (0, 1), (1, 2)),
+    (4, 7, (1, 5), (1, 3), (0, 2), (1, 1)),
+    (3, 3, (3, 3), (1, 1), (2, 2), (1, 1)),
+]
+
+
+def fields_of(kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), **more) -> dict[str, int]:
+    """The window fields of an op."""
+    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")} | more
+
+
+class Net:
+    """A model in the making; activations are indices. Constants are random: `tame` (about 1), `whole` (small whole
+    numbers and powers of two, so that every float sum is exact) or `wild` (denormal, huge, zeros of both signs)."""
+
+    def __init__(self, height, width, channels, seed=0, numbers="tame"):
+        self.random = np.random.default_rng(seed)
+        self.numbers = numbers
+        self.tensors = [Tensor("image", "u8", "image", (height, width, channels))]
+        self.ops = []
+
+    def values(self, shape) -> np.ndarray:
+        random = self.random
+        if self.numbers == "whole":
+            return (random.integers(1, 4, shape) * random.choice([-1, 1], shape)).astype(F32)
+        tame = random.standard_normal(shape).astype(F32)
+        return (
+            tame if self.numbers == "tame" else np.where(random.random(shape) < 0.5, random.choice(WILD, shape), tame)
+        )
+
+    def constant(self, array, dtype="f32") -> int:
+        """Arrays of bool become bits."""
+        array = np.asarray(array)
+        data = ops.pack_bits(array) if dtype == "bits" else array
+        self.tensors.append(Tensor(f"constant {len(self.tensors)}", dtype, "constant", array.shape, data=data))
+        return len(self.tensors) - 1
+
+    def activation(self, dtype, shape) -> int:
+        self.tensors.append(Tensor(f"t{len(self.tensors)}", dtype, "activation", tuple(shape)))
+        return len(self.tensors) - 1
+
+    def shape(self, index) -> tuple[int, ...]:
+        return self.tensors[index].shape
+
+    def add(self, name, source, *, outputs=None, parts=(), other=None, writes="real", weights=None, threshold=None,
+            flip=False, **window) -> int:  # fmt: skip
+        """One more op; returns what it writes: the real of "both". threshold: None, "f32" or "i32"."""
+        height, width, channels = self.shape(source)
+        spatial = window and ops.Window(*[(window[f"{n}_h"], window[f"{n}_w"])
+                                          for n in ("kernel", "stride", "padding", "dilation")])  # fmt: skip
+        fields = {"input": source, **window}
+        if name in CONVOLUTIONS:
+            kind = weights or {"binary_conv2d": "bits", "pixel_conv2d": "i8", "conv2d": "f32"}[name]
+            fields["weights"] = self._weights(kind, (outputs, *spatial.size, channels // window.get("groups", 1)))
+            if name == "pixel_conv2d":
+                parts = {"scale", "bias", *parts}
+                sides = zip((height, width), *(getattr(spatial, n) for n in ("size", "stride", "padding", "dilation")),
+                            strict=True)  # fmt: skip
+                bias_shape = tuple(len(ops.border_classes(*side)[1]) for side in sides)
+            height, width = spatial.output(height, width)
+            channels = outputs
+        elif name in POOLINGS:
+            height, width = ops.pool_output(spatial, height, width, bool(window.get("ceil")))
+        elif name == "concat":
+            fields["other"] = other
+            channels += self.shape(other)[2]
+        for part in PARTS:
+            if part == "other" and part in parts:
+                fields["other"] = other
+            elif part in parts:
+                whole = (*bias_shape, channels) if part == "bias" and name == "pixel_conv2d" else (channels,)
+                fields[part] = self.constant(self._part(part, whole))
+        if writes != "real":
+            if threshold == "i32":
+                terms = int(np.prod(self.shape(fields["weights"])[1:]))
+                fields["threshold"] = self.constant(self._whole_thresholds(terms, channels), "i32")
+            elif threshold:
+                fields["threshold"] = self.constant(self.values((channels,)))
+            if flip:
+                fields["flip"] = self.constant(self.random.random(channels) < 0.5, "bits")
+        results = {}
+        for kind, dtype in (("real", "f32"), ("bits", "bits")):
+            if writes in (kind, "both"):
+                results[kind] = fields[kind] = self.activation(dtype, (height, width, channels))
+        self.ops.append(make_op(name, **fields))
+        return results.get("real", results.get("bits"))
+
+    def _weights(self, kind, shape) -> int:
+        if kind == "bits":
+            return self.constant(self.random.random(shape) < 0.5, "bits")
+        if kind == "i8":
+            extremes = self.random.choice(np.array([-128, -127, 127, 0], np.int8), shape)
+            plain = self.random.integers(-128, 128, shape).astype(np.int8)
+            return self.constant(np.where(self.random.random(shape) < 0.2, extremes, plain), "i8")
+        return self.constant(self.values(shape))
+
+    def _part(self, part, shape) -> np.ndarray:
+        values = self.values(shape)
+        if self.numbers == "whole" and part in ("scale", "slope"):
+            return np.copysign(F32(0.5), values)
+        return values if part not in ("low", "high") or self.numbers == "wild" else values * F32(9)
+
+    def _whole_thresholds(self, terms, channels) -> np.ndarray:
+        near = self.random.integers(-terms - 1, terms + 2, channels)
+        ends = self.random.choice(np.array([-(2**31), 2**31 - 1, terms, -terms]), channels)
+        return np.where(self.random.random(channels) < 0.2, ends, near).astype(np.int32)
+
+    def real(self, channels) -> int:
+        """A float activation of the image's height and width."""
+        return self.add("pixel_conv2d", 0, outputs=channels, **fields_of((1, 1)))
+
+    def bits(self, channels) -> int:
+        """A bits activation of the image's height and width."""
+        return self.add("pixel_conv2d", 0, outputs=channels, writes="bits", threshold="f32", flip=True,
+                        **fields_of((1, 1)))  # fmt: skip
+
+    def model(self, output=None, **more) -> PackedModel:
+        """The model, through its file. Without an `output` all that nothing reads is averaged and joined to one."""
+        if output is None:
+            read = {index for op in self.ops for index in op.reads()}
+            ends = [i for i, t in enumerate(self.tensors) if t.place == "activation" and i not in read]
+            ends = [i if self.tensors[i].dtype == "f32" else self.add("pointwise", i) for i in ends]
+            ends = [self.add("avg_pool2d", i, **fields_of(self.shape(i)[:2])) for i in ends]
+            output = ends[0]
+            for end in ends[1:]:
+                output = self.add("concat", output, other=end)
+        model = PackedModel(self.tensors, self.ops, 0, output, **more)
+        plan(model)
+        return from_bytes(to_bytes(model))
+
+
+def images(model, count, seed=0) -> np.ndarray:
+    """Random pixels for a model or a Net, some rows all 0 or all 255."""
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (count, *model.tensors[0].shape), np.uint8)
+    pixels[random.random(pixels.shape[:2]) < 0.1] = 255
+    pixels[random.random(pixels.shape[:2]) < 0.1] = 0
+    return pixels
+
+
+def random_net(seed, numbers="tame") -> PackedModel:
+    """A small net of random ops and geometries, every value of the schema's tables within reach."""
+    random = np.random.default_rng(seed)
+    net = Net(int(random.integers(3, 9)), int(random.integers(3, 9)), int(random.choice([1, 2, 3, 5])), seed, numbers)
+    live = [net.real(int(random.choice([1, 3, 33]))), net.bits(int(random.choice([2, 6, 64, 65, 66])))]
+    for _ in range(int(random.integers(2, 6))):
+        source = int(random.choice(live))
+        dtype, (height, width, channels) = net.tensors[source].dtype, net.shape(source)
+        name = str(random.choice([n for n, rule in OPS.items() if dtype in rule.inputs]))
+        kernel = [int(random.integers(1, min(n, 4) + 1)) for n in (height, width)]
+        stride, dilation = random.integers(1, 4, 2).tolist(), [1, 1]
+        if random.random() < 0.3:
+            dilation = [2 if 2 * (k - 1) < n else 1 for k, n in zip(kernel, (height, width), strict=True)]
+        window = fields_of(kernel, stride, [int(random.integers(0, k // 2 + 1)) for k in kernel], dilation)
+        options = {}
+        if name in POOLINGS:
+            options = {**window, "ceil": int(random.integers(2))}
+        elif name == "concat":
+            options["other"] = source
+        if "scale" in OPS[name].may:
+            parts = {p for p in PARTS if p != "other" and random.random() < 0.4}
+            options |= {"parts": parts, "writes": str(random.choice(["real", "bits", "both"]))}
+            options |= {"threshold": random.choice([None, "f32"]), "flip": bool(random.integers(2))}
+            if name in CONVOLUTIONS:
+                groups = int(random.choice([g for g in (1, 2, 3) if channels % g == 0]))
+                pad_value = int(random.integers(-1, 2))
+                options |= {**window, "groups": groups, "pad_value": pad_value, "outputs": groups * 3}
+                if name == "conv2d":
+                    options["weights"] = str(random.choice(OPS[name].weights))
+                elif options["writes"] == "bits" and random.random() < 0.5:
+                    options |= {"threshold": "i32", "parts": ()}
+            elif dtype == "f32":
+                options |= {"parts": {*parts, "other"}, "other": source}
+        before = len(net.tensors)
+        net.add(name, source, **options)
+        live += [i for i in range(before, len(net.tensors)) if net.tensors[i].place == "activation"]
+    return net.model()
