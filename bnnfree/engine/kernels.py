@@ -7,18 +7,22 @@ nothing else; FAST replaces what is worth it, and tests/test_engine.py holds the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from bnnfree import ops
 from bnnfree.format import Op, window_of
+from bnnfree.format.check import Side, inside_taps, sides_of
 
 F32 = np.float32
 Constants = dict[str, Any]  # arrays by field; "channels" of the input; "other", an activation
 Kernel = Callable[[Op, np.ndarray, Constants], np.ndarray]
 CACHED = 1 << 16  # values of a block that the fast kernels keep in the processor's cache
+COLUMNS = 1 << 20  # values of the matrix that a pixel convolution makes of a block
+PADDED = 1 << 28  # bytes of padded images that one call of a kernel makes
 
 
 def _as_float(x: np.ndarray, channels: int) -> np.ndarray:
@@ -70,13 +74,60 @@ REFERENCE: dict[str, Kernel] = {
 }
 
 
-# -- fast
+# -- fast: nothing takes more memory than the padded input and the result do
 
 
-def _columns(padded: np.ndarray, op: Op, height: int, width: int) -> np.ndarray:
-    """What each output position sees, tap by tap. Shapes: [N, H + 2p, W + 2p, K] -> [N H' W', taps K]."""
-    taps = [values for _, _, values in window_of(op).taps(padded, height, width)]
-    return np.stack(taps, axis=3).reshape(-1, len(taps) * padded.shape[3])
+def _seen(padded: np.ndarray, op: Op) -> np.ndarray:
+    """What each output position sees, as a view. Shapes: [N, H + 2p, W + 2p, K] -> [N, H', W', kh, kw, K]."""
+    window = window_of(op)
+    (rows, columns), (down, across) = window.stride, window.dilation
+    span = [d * (k - 1) + 1 for d, k in zip(window.dilation, window.size, strict=True)]
+    view = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(1, 2))  # type: ignore[call-overload]
+    return view[:, ::rows, ::columns, :, ::down, ::across].transpose(0, 1, 2, 4, 5, 3)
+
+
+def _tiles(shape: tuple[int, int, int], positions: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cuts [N, H', W'] into parts of up to `positions`, whole rows and images where they fit."""
+    n, height, width = shape
+    across = min(width, positions)
+    down = min(height, max(1, positions // width))
+    deep = min(n, max(1, positions // (width * height)))
+    for image in range(0, n, deep):
+        for top in range(0, height, down):
+            for left in range(0, width, across):
+                yield slice(image, image + deep), slice(top, top + down), slice(left, left + across)
+
+
+def _images_in_parts(kernel: Kernel) -> Kernel:
+    """The kernel on so many images at a time that what padding adds stays within bounds."""
+
+    def run(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
+        height, width = (n + 2 * p for n, p in zip(x.shape[1:3], window_of(op).padding, strict=True))
+        together = max(1, PADDED // (height * width * x.shape[3] * x.itemsize))
+        if len(x) <= together:
+            return kernel(op, x, constants)
+        return np.concatenate([kernel(op, x[i : i + together], constants) for i in range(0, len(x), together)])
+
+    return run
+
+
+def border_index(side: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`ops.border_classes` in time and memory of the positions: the class of each position along one axis, and of
+    each class the first tap inside and the first behind. Shapes: [H'], [classes], [classes]."""
+    size, kernel, stride, padding, dilation = side
+    count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    first, behind = inside_taps(side, np.arange(count))
+    keys, at, index = np.unique(first * (kernel + 1) + behind, return_index=True, return_inverse=True)
+    order = np.argsort(at)  # classes are numbered as they first occur
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank[index], keys[order] // (kernel + 1), keys[order] % (kernel + 1)
+
+
+def border_bias(bias: np.ndarray, op: Op, height: int, width: int) -> np.ndarray:
+    """The bias of every output position. Shapes: [row classes, column classes, O] -> [H', W', O]."""
+    (rows, *_), (columns, *_) = (border_index(side) for side in sides_of(window_of(op), height, width))
+    return bias[rows[:, None], columns]
 
 
 def _fast_binary_conv2d(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
@@ -103,38 +154,56 @@ def _binary_sums(op: Op, x: np.ndarray, weights: np.ndarray, channels: int) -> n
     if op.pad_value < 0:
         inside = window.pad(np.ones((1, height, width), bool), False)[0]
         padded[:, ~inside] = ops.pack_bits(np.ones(channels, bool))
-    columns = _columns(padded, op, height, width)
-    taps, outputs = op.kernel_h * op.kernel_w, len(weights)
-    table = np.ascontiguousarray(weights.reshape(outputs, -1).T)
-    terms = taps * channels
-    differing = np.zeros((len(columns), outputs), np.uint16 if terms < 1 << 16 else np.uint32)
+    seen, outputs = _seen(padded, op), len(weights)
+    table = np.ascontiguousarray(weights.transpose(1, 2, 3, 0))  # [kh, kw, K, O]
+    terms = op.kernel_h * op.kernel_w * channels
+    shape = (n, *window.output(height, width))
+    sums = np.empty((*shape, outputs), np.int32)
     block = max(1, CACHED // outputs)
     xor, count = np.empty((block, outputs), np.uint64), np.empty((block, outputs), np.uint8)
-    for first in range(0, len(columns), block):
-        part = columns[first : first + block]
-        for k in range(taps * words):
-            np.bitwise_xor(part[:, k, None], table[k], out=xor[: len(part)])
-            np.bitwise_count(xor[: len(part)], out=count[: len(part)])
-            differing[first : first + block] += count[: len(part)]
-    sums = (terms - 2 * differing.astype(np.int32)).reshape(n, *window.output(height, width), outputs)
+    for tile in _tiles(shape, block):
+        part = seen[tile]
+        positions = math.prod(part.shape[:3])
+        differing = np.zeros((positions, outputs), np.uint16 if terms < 1 << 16 else np.uint32)
+        for i, j in np.ndindex(op.kernel_h, op.kernel_w):
+            here = part[:, :, :, i, j].reshape(positions, words)
+            for k in range(words):
+                np.bitwise_xor(here[:, k, None], table[i, j, k], out=xor[:positions])
+                np.bitwise_count(xor[:positions], out=count[:positions])
+                differing += count[:positions]
+        sums[tile] = (terms - 2 * differing.astype(np.int32)).reshape(*part.shape[:3], outputs)
     if op.pad_value == 0 and any(window.padding):
-        signs = channels - 2 * np.bitwise_count(weights).sum(3, dtype=np.int32)  # [O, kh, kw]: a tap on words of 0
-        sides = zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
-        (rows, in_row), (cols, in_col) = (ops.border_classes(*side) for side in sides)
-        outside = ~(in_row[:, None, :, None] & in_col[None, :, None, :])  # [row classes, column classes, kh, kw]
-        sums -= np.einsum("abij,oij->abo", outside.astype(np.int32), signs)[rows[:, None], cols]
+        sums -= _padding_sums(op, weights, channels, height, width)
     return sums
+
+
+def _padding_sums(op: Op, weights: np.ndarray, channels: int, height: int, width: int) -> np.ndarray:
+    """What words of 0 on the padding have added: the weights' sums over the taps outside, from running sums over
+    rows and columns of the kernel. Shapes: weights [O, kh, kw, K] -> [H', W', O]."""
+    signs = channels - 2 * np.bitwise_count(weights).sum(3, dtype=np.int32)  # [O, kh, kw]: a tap on a word of 0
+    running = np.zeros((op.kernel_h + 1, op.kernel_w + 1, len(weights)), np.int32)
+    running[1:, 1:] = signs.cumsum(1, dtype=np.int32).cumsum(2, dtype=np.int32).transpose(1, 2, 0)
+    (rows, top, bottom), (columns, left, right) = (
+        border_index(side) for side in sides_of(window_of(op), height, width)
+    )
+    top, bottom = top[:, None], bottom[:, None]
+    inside = running[bottom, right] - running[top, right] - running[bottom, left] + running[top, left]
+    return (running[-1, -1] - inside)[rows[:, None], columns]
 
 
 def _fast_pixel_conv2d(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
     """A float matrix product, exact: every partial sum is a whole number that the type holds."""
     weights = constants["weights"]
-    terms = weights[0].size
+    terms, outputs = weights[0].size, len(weights)
     exact = F32 if terms * 255 * 128 <= 1 << 24 else np.float64
     window, (n, height, width, _) = window_of(op), x.shape
-    columns = _columns(window.pad(x, 0), op, height, width).astype(exact)
-    sums = columns @ weights.reshape(len(weights), -1).T.astype(exact)
-    return sums.astype(np.int32).reshape(n, *window.output(height, width), -1)
+    seen, table = _seen(window.pad(x, 0), op), weights.reshape(outputs, terms).T.astype(exact)
+    shape = (n, *window.output(height, width))
+    sums = np.empty((*shape, outputs), np.int32)
+    for tile in _tiles(shape, max(1, COLUMNS // terms)):
+        part = seen[tile]
+        sums[tile] = (part.reshape(-1, terms).astype(exact) @ table).reshape(*part.shape[:3], outputs)
+    return sums
 
 
 def _fast_conv2d(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
@@ -143,26 +212,39 @@ def _fast_conv2d(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
     w = _real_weights(op, constants, channels)
     groups, outputs = op.groups, len(w)
     size, part = channels // groups, outputs // groups
-    columns = _columns(window.pad(x, op.pad_value), op, height, width).reshape(
-        -1, w.shape[1] * w.shape[2], groups, size
-    )
-    table = np.ascontiguousarray(w.reshape(groups, part, -1, size).transpose(2, 3, 0, 1))  # [taps, size, groups, part]
-    acc = np.zeros((len(columns), groups, part), F32)
+    seen = _seen(window.pad(x, op.pad_value), op)
+    table = np.ascontiguousarray(
+        w.reshape(groups, part, op.kernel_h, op.kernel_w, size).transpose(2, 3, 4, 0, 1)
+    )  # [kh, kw, size, groups, part]
+    shape = (n, *window.output(height, width))
+    acc = np.empty((*shape, outputs), F32)
     block = max(1, CACHED // outputs)
     product = np.empty((block, groups, part), F32)
-    for first in range(0, len(columns), block):
-        sums, values = acc[first : first + block], columns[first : first + block]
-        term = product[: len(values)]
-        for tap in range(columns.shape[1]):
+    for tile in _tiles(shape, block):
+        values = seen[tile]
+        positions = math.prod(values.shape[:3])
+        sums, term = np.zeros((positions, groups, part), F32), product[:positions]
+        for i, j in np.ndindex(op.kernel_h, op.kernel_w):
+            here = values[:, :, :, i, j].reshape(positions, groups, size)
             for c in range(size):
-                np.multiply(values[:, tap, :, c, None], table[tap, c], out=term)
+                np.multiply(here[:, :, c, None], table[i, j, c], out=term)
                 sums += term
-    return acc.reshape(n, *window.output(height, width), outputs)
+        acc[tile] = sums.reshape(*values.shape[:3], outputs)
+    return acc
+
+
+def _fast_softmax(_: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
+    """The sum in order, by running sums."""
+    e = ops.exp(x - x.max(axis=-1, keepdims=True))
+    return e / np.add.accumulate(e, axis=-1)[..., -1:]
 
 
 FAST: dict[str, Kernel] = {
     **REFERENCE,
-    "binary_conv2d": _fast_binary_conv2d,
-    "pixel_conv2d": _fast_pixel_conv2d,
-    "conv2d": _fast_conv2d,
+    "binary_conv2d": _images_in_parts(_fast_binary_conv2d),
+    "pixel_conv2d": _images_in_parts(_fast_pixel_conv2d),
+    "conv2d": _images_in_parts(_fast_conv2d),
+    "max_pool2d": _images_in_parts(REFERENCE["max_pool2d"]),
+    "avg_pool2d": _images_in_parts(REFERENCE["avg_pool2d"]),
+    "softmax": _fast_softmax,
 }

@@ -1,28 +1,33 @@
 """What must hold of a packed model beyond its layout. Imports numpy, bnnfree.ops (geometry) and bnnfree.format.
 
 `check_model` is what a reader trusts a file by: after it, an engine may run the ops without a look at their
-numbers. Each rule has one named error.
+numbers. Each rule has one named error. Its time and memory are in proportion to the file's size, whatever that says.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.format import schema
 from bnnfree.format.errors import ConstantError, GraphError, LimitError, OpError, TensorError
-from bnnfree.format.packed import Op, PackedModel, Tensor
+from bnnfree.format.packed import Op, PackedModel, Tensor, storage_bytes
 from bnnfree.format.plan import check_plan
-from bnnfree.ops import Window, border_classes, pool_output
+from bnnfree.ops import Window, pool_output
 
 Shape = tuple[int, ...]
+Side = tuple[int, int, int, int, int]  # size, kernel, stride, padding, dilation along one axis
 
 
 def check_model(model: PackedModel) -> None:
     """Raise the FormatError of the first rule that `model` breaks."""
     _check_tensors(model)
+    special = _check_constants(model)
     uses = [0] * len(model.tensors)
     written = {model.input}
+    work = 0
     for number, op in enumerate(model.ops):
         where = f"op {number} ({op.name})"
         _check_fields(model, op, where)
@@ -32,6 +37,10 @@ def check_model(model: PackedModel) -> None:
         for tensor in (*op.reads(), *op.constants().values()):
             uses[tensor] += 1
         shape = _check_shapes(model, op, where)
+        _check_values(op, where, special)
+        work += _work(model, op, shape)
+        if work > schema.MAX_WORK:
+            raise LimitError(f"{where}: up to here one image takes {work} products, expected up to {schema.MAX_WORK}.")
         for tensor in op.writes():
             if tensor in written:
                 raise GraphError(f"{where}: writes {model.tensors[tensor].name}, which is written already.")
@@ -64,20 +73,32 @@ def _check_tensors(model: PackedModel) -> None:
         raise LimitError(f"got an arena of {model.arena_bytes} bytes, expected up to {schema.MAX_BYTES}.")
     for tensor in model.tensors:
         if tensor.place != "constant":
-            if tensor.bytes > schema.MAX_BYTES:
-                raise LimitError(f"{tensor.name}: got {tensor.bytes} bytes, expected up to {schema.MAX_BYTES}.")
+            if math.prod(tensor.shape) > schema.MAX_VALUES:
+                raise LimitError(f"{tensor.name}: got {tensor.shape}, expected up to {schema.MAX_VALUES} values.")
             if tensor.place == "activation" and (tensor.dtype not in ("f32", "bits") or len(tensor.shape) != 3):
                 raise TensorError(f"{tensor.name}: got {tensor.dtype} {tensor.shape} for an activation.")
-        elif tensor.dtype == "bits":
-            _check_tail(tensor)
 
 
-def _check_tail(tensor: Tensor) -> None:
-    """Bits above the last channel must be 0: a product of signs would count them."""
-    assert tensor.data is not None
-    if spare := tensor.shape[-1] % 64:
-        if np.any(tensor.data[..., -1] >> np.uint64(spare)):
-            raise ConstantError(f"{tensor.name}: has bits set above its last channel.")
+def _check_constants(model: PackedModel) -> dict[int, float]:
+    """Constant -> NaN or an infinity that it holds. Bits above the last channel must be 0: a product of signs
+    would count them."""
+    special = {}
+    for index, tensor in enumerate(model.tensors):
+        if tensor.data is None:
+            continue
+        if tensor.dtype == "bits" and (spare := tensor.shape[-1] % 64):
+            if np.any(tensor.data[..., -1] >> np.uint64(spare)):
+                raise ConstantError(f"{tensor.name}: has bits set above its last channel.")
+        if tensor.dtype == "f32" and not np.isfinite(tensor.data).all():
+            special[index] = math.nan if np.isnan(tensor.data).any() else math.inf
+    return special
+
+
+def _check_values(op: Op, where: str, special: dict[int, float]) -> None:
+    """Constants are finite; a threshold, low or high may be infinite."""
+    for name, index in op.constants().items():
+        if (value := special.get(index)) is not None and (math.isnan(value) or name not in schema.MAY_BE_INFINITE):
+            raise ConstantError(f"{where}: its {name} holds {value}.")
 
 
 def _check_fields(model: PackedModel, op: Op, where: str) -> None:
@@ -163,7 +184,7 @@ def _check_shapes(model: PackedModel, op: Op, where: str) -> Shape:
     outputs = channels
     if schema.OPS[op.name].window:
         window = window_of(op)
-        _check_padded(window, op, (height, width, channels), where)
+        _check_padded(op, tensors[op.input], where)
         try:
             rows, columns = (
                 pool_output(window, height, width, bool(op.ceil))
@@ -176,14 +197,17 @@ def _check_shapes(model: PackedModel, op: Op, where: str) -> Shape:
             return rows, columns, channels
         outputs = _check_weights(model, op, where, channels)
         if op.name == "pixel_conv2d":
-            bias_shape = (*_count_classes(window, height, width, where), outputs)
+            try:
+                rows_columns = [count_classes(side) for side in sides_of(window, height, width)]
+            except LimitError as error:
+                raise LimitError(f"{where}: {error}") from None
+            bias_shape = (*rows_columns, outputs)
         height, width = rows, columns
     shapes = {name: (outputs,) for name in schema.EPILOGUE_FIELDS} | ({"bias": bias_shape} if bias_shape else {})
     for name, index in op.constants().items():
         if name != "weights":
             if tensors[index].shape != shapes[name]:
                 raise GraphError(f"{where}: its {name} has shape {tensors[index].shape}, expected {shapes[name]}.")
-            _check_finite(tensors[index], where, infinite=name in ("threshold", "low", "high"))
     if op.other is not None:
         other = tensors[op.other].shape
         if other[:2] != (height, width) or outputs % other[2]:
@@ -191,22 +215,63 @@ def _check_shapes(model: PackedModel, op: Op, where: str) -> Shape:
     return height, width, outputs
 
 
-def _check_padded(window: Window, op: Op, shape: Shape, where: str) -> None:
-    height, width, channels = (n + 2 * p for n, p in zip(shape, (*window.padding, 0), strict=True))
-    # a window that hangs over the far edge needs up to one stride more
-    height, width = (n + (s if op.ceil else 0) for n, s in zip((height, width), window.stride, strict=True))
-    if height * width * channels * 4 > 2 * schema.MAX_BYTES:
-        raise LimitError(f"{where}: its padded input of {height}x{width}x{channels} is above the limit.")
+def _padded(op: Op, shape: Shape) -> tuple[int, int]:
+    """Rows and columns of the input with its padding; a window that hangs over the far edge needs one stride more."""
+    window = window_of(op)
+    height, width = (
+        n + 2 * p + (s if op.ceil else 0) for n, p, s in zip(shape[:2], window.padding, window.stride, strict=True)
+    )
+    return height, width
 
 
-def _count_classes(window: Window, height: int, width: int, where: str) -> tuple[int, int]:
-    counts = []
-    for side in zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True):
-        size, kernel, stride, padding, _ = side
-        if ((size + 2 * padding) // stride + 1) * kernel > schema.MAX_SUM:
-            raise LimitError(f"{where}: its rows times its kernel are above {schema.MAX_SUM}.")
-        counts.append(len(border_classes(*side)[1]))
-    return counts[0], counts[1]
+def _check_padded(op: Op, record: Tensor, where: str) -> None:
+    size = (*_padded(op, record.shape), record.shape[2])
+    if storage_bytes(record.dtype, size) > schema.MAX_BYTES:
+        raise LimitError(f"{where}: its padded input of {size} takes more than {schema.MAX_BYTES} bytes.")
+    if op.name in schema.POOLINGS:
+        for axis, side in zip("hw", record.shape, strict=False):
+            if getattr(op, f"padding_{axis}") and getattr(op, f"dilation_{axis}") > side:
+                raise GraphError(f"{where}: a window may see nothing of the image: its dilation is above {side}.")
+
+
+def _work(model: PackedModel, op: Op, shape: Shape) -> int:
+    """Values that the op takes in plus products that it sums up, for one image."""
+    taken, terms = model.tensors[op.input].shape, 1
+    if schema.OPS[op.name].window:
+        taken = (*_padded(op, taken), taken[2])
+        terms = op.kernel_h * op.kernel_w * (1 if op.weights is None else model.tensors[op.weights].shape[3])
+    return math.prod(taken) + max(math.prod(shape), schema.LEAST_WORK) * terms
+
+
+def inside_taps(side: Side, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which taps of a window lie inside the image, along one axis: at each of `positions` those from the first
+    result up to, without, the second; 0 and 0 where there is none. Shapes: [R] -> [R], [R]."""
+    size, kernel, stride, padding, dilation = side
+    start = positions * stride - padding
+    first = np.clip(-(start // dilation), 0, kernel)
+    behind = np.clip(-((start - size) // dilation), 0, kernel)
+    some = first < behind
+    return first * some, behind * some
+
+
+def sides_of(window: Window, height: int, width: int) -> list[Side]:
+    """(size, kernel, stride, padding, dilation) of rows and of columns."""
+    sides = zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
+    return list(sides)
+
+
+def count_classes(side: Side) -> int:
+    """How many different sets of taps inside there are, along one axis. Error: LimitError."""
+    size, kernel, stride, padding, dilation = side
+    span = dilation * (kernel - 1) + 1
+    count = (size + 2 * padding - span) // stride + 1
+    near = min(count, -(-padding // stride))  # positions that begin before the image
+    far = min(count, max(near, (size + padding - span) // stride + 1))  # the first that ends behind it
+    if near + count - far > schema.MAX_BORDER:
+        raise LimitError(f"got {near + count - far} positions at the border, expected up to {schema.MAX_BORDER}.")
+    border = np.concatenate([np.arange(min(near + 1, far)), np.arange(far, count)])
+    first, behind = inside_taps(side, border)
+    return len(np.unique(first * (kernel + 1) + behind))
 
 
 def _check_weights(model: PackedModel, op: Op, where: str, channels: int) -> int:
@@ -223,14 +288,4 @@ def _check_weights(model: PackedModel, op: Op, where: str, channels: int) -> int
         raise LimitError(f"{where}: got {terms} products in a sum, expected up to {schema.MAX_SUM}.")
     if op.name == "pixel_conv2d" and terms * 255 * 128 >= 2**31:
         raise LimitError(f"{where}: got {terms} products in a sum, which could leave 32 bits.")
-    _check_finite(weights, where)
     return weights.shape[0]
-
-
-def _check_finite(tensor: Tensor, where: str, infinite: bool = False) -> None:
-    if tensor.dtype != "f32":
-        return
-    assert tensor.data is not None
-    bad = np.isnan(tensor.data) if infinite else ~np.isfinite(tensor.data)
-    if bad.any():
-        raise ConstantError(f"{where}: {tensor.name} holds {tensor.data[bad][0]}.")

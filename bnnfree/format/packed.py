@@ -6,7 +6,6 @@ what the file says: every array is a view of the bytes read or mapped. Must not 
 
 from __future__ import annotations
 
-import json
 import mmap
 import zlib
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from bnnfree.format.errors import (
     VersionError,
 )
 from bnnfree.format.schema import ALIGN, NONE
+from bnnfree.format.text import has_control, join_lines, metadata_bytes, read_metadata, split_lines
 
 
 def storage_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,9 +124,9 @@ def to_bytes(model: PackedModel) -> bytes:
     """The file of `model`, after the same checks that a reader makes."""
     from bnnfree.format.check import check_model
 
-    names = _lines([t.name for t in model.tensors], "tensor name")
-    classes = _lines(model.classes, "class name")
-    metadata = json.dumps(model.metadata, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    names = join_lines([t.name for t in model.tensors], "tensor name")
+    classes = join_lines(model.classes, "class name")
+    metadata = metadata_bytes(model.metadata)
     producer = model.producer.encode("ascii", "replace")[: schema.HEADER_TYPE["producer"].itemsize]
     parts = [np.zeros((), schema.HEADER_TYPE), np.zeros(len(model.tensors), schema.TENSOR_TYPE)]
     parts += [np.zeros(len(model.ops), schema.OP_TYPE)]
@@ -178,13 +178,6 @@ def write(model: PackedModel, path: str | Path) -> int:
     return len(blob)
 
 
-def _lines(texts: list[str], what: str) -> bytes:
-    for text in texts:
-        if any(ord(c) < 32 for c in text) or not text:
-            raise TextError(f"{what}: got {text!r}, expected a text without control characters, not empty.")
-    return "".join(f"{text}\n" for text in texts).encode()
-
-
 # -- reading
 
 
@@ -201,8 +194,8 @@ def read(path: str | Path) -> PackedModel:
             # Why not map an empty file: the operating system refuses to
             size = file.seek(0, 2)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-    except OSError as error:
-        raise BnnfreeError(f"packed model {path}: cannot be read ({error.strerror or error}).") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero in the path
+        raise BnnfreeError(f"packed model {path}: cannot be read ({getattr(error, 'strerror', error)}).") from None
     try:
         model = from_bytes(data)
         check_model(model)
@@ -233,7 +226,7 @@ def from_bytes(data: bytes | mmap.mmap) -> PackedModel:
         at += size
     tensor_rows = np.frombuffer(data, schema.TENSOR_TYPE, counts["tensors"], sections[1].start)
     op_rows = np.frombuffer(data, schema.OP_TYPE, counts["ops"], sections[2].start)
-    names = _split_lines(data[sections[3]], "names")
+    names = split_lines(data[sections[3]], "names")
     if len(names) != counts["tensors"]:
         raise TextError(f"got {len(names)} names for {counts['tensors']} tensors.")
     tensors = [_read_tensor(row, name) for row, name in zip(tensor_rows.tolist(), names, strict=True)]
@@ -244,12 +237,12 @@ def from_bytes(data: bytes | mmap.mmap) -> PackedModel:
         raise LayoutError(f"got {len(data) - at} bytes after the last constant, expected none.")
     return PackedModel(
         tensors=tensors,
-        ops=[_read_op(row, i) for i, row in enumerate(op_rows)],
+        ops=[_read_op(row, i) for i, row in enumerate(op_rows.tolist())],
         input=_index(header["input"], tensors, "input"),
         output=_index(header["output"], tensors, "output"),
         arena_bytes=int(header["arena_bytes"]),
-        classes=_split_lines(data[sections[4]], "classes"),
-        metadata=_read_metadata(data[sections[5]]),
+        classes=split_lines(data[sections[4]], "classes"),
+        metadata=read_metadata(data[sections[5]]),
         producer=_read_producer(header),
     )
 
@@ -269,7 +262,8 @@ def _read_header(data) -> np.void:
         raise SizeError(f"got {len(data)} bytes, expected the {header['file_bytes']} that its header counts.")
     if zlib.crc32(memoryview(data)[schema.CHECKED_FROM :]) != header["checksum"]:
         raise ChecksumError("its checksum is not that of its bytes. Copy or export it again.")
-    if header["zero"] or header["rest"]:
+    at = schema.HEADER_TYPE.fields["rest"][1]  # type: ignore[index]
+    if header["zero"] or any(data[at : schema.HEADER_TYPE.itemsize]):
         raise LayoutError("got values in the header where zeros belong.")
     return header
 
@@ -318,11 +312,11 @@ def _read_tensor(row: tuple, name: str) -> Tensor:
     return tensor
 
 
-def _read_op(row: np.void, number: int) -> Op:
-    code = int(row["code"])
+def _read_op(row: tuple, number: int) -> Op:
+    code = row[0]
     if code not in _OP_NAMES:
         raise OpError(f"op {number}: got code {code}, expected one of {', '.join(map(str, _OP_NAMES))}.")
-    fields = {f.name: int(row[f.name]) for f in schema.OP[1:]}
+    fields = {f.name: value for f, value in zip(schema.OP[1:], row[1:], strict=True)}
     tensors = {name: None if fields[name] == NONE else fields[name] for name in schema.TENSOR_FIELDS}
     return Op(_OP_NAMES[code], {**fields, **tensors})
 
@@ -335,37 +329,6 @@ def _index(value, tensors: list[Tensor], what: str) -> int:
 
 def _read_producer(header: np.void) -> str:
     raw = bytes(header["producer"])
-    if not raw.isascii() or any(c < 32 for c in raw):
+    if not raw.isascii() or has_control(raw.decode("ascii")):
         raise TextError(f"producer: got {raw!r}, expected printable ASCII.")
     return raw.decode("ascii")
-
-
-def _split_lines(raw: bytes, what: str) -> list[str]:
-    try:
-        text = bytes(raw).decode()
-    except UnicodeDecodeError as error:
-        raise TextError(f"{what}: not UTF-8 ({error}).") from None
-    if text and not text.endswith("\n"):
-        raise TextError(f"{what}: the last line has no end.")
-    lines = text.split("\n")[:-1]
-    if any(not line or any(ord(c) < 32 for c in line) for line in lines):
-        raise TextError(f"{what}: got an empty line, or one with a control character.")
-    return lines
-
-
-def _read_metadata(raw: bytes) -> dict[str, Any]:
-    def unique(pairs):
-        if len(pairs) != len(dict(pairs)):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    def refuse(name):
-        raise ValueError(f"{name} is no JSON number")
-
-    try:
-        metadata = json.loads(bytes(raw).decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise TextError(f"metadata: not JSON in UTF-8 ({error}).") from None
-    if not isinstance(metadata, dict):
-        raise TextError(f"metadata: got a {type(metadata).__name__}, expected a JSON object.")
-    return metadata

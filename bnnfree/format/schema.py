@@ -16,12 +16,35 @@ VERSION = 1
 ALIGN = 64  # bytes: a section, a constant and an activation each start at a multiple
 NONE = 0xFFFFFFFF  # "no tensor here" in a record
 
-MAX_RECORDS = 1 << 16  # tensors, and ops
-MAX_TEXT = 1 << 24  # bytes of names, of classes, of metadata
-MAX_SIDE = 1 << 20  # values along one dimension
-MAX_BYTES = 1 << 30  # of one activation, of a padded input, and of the arena, for one image
-MAX_TAPS = 1 << 18  # positions of one window
-MAX_SUM = 1 << 24  # products in a sum of signs: float32 holds all whole numbers up to here
+MAX_RECORDS = 1 << 16
+MAX_TEXT = 1 << 22
+MAX_LINE = 1 << 10
+MAX_DEPTH = 64
+MAX_DIGITS = 64
+MAX_SIDE = 1 << 20
+MAX_VALUES = 1 << 27
+MAX_BYTES = 1 << 30
+MAX_TAPS = 1 << 18
+MAX_SUM = 1 << 24
+MAX_BORDER = 1 << 16
+MAX_WORK = 1 << 40
+LEAST_WORK = 1 << 10
+
+LIMITS = {
+    "MAX_RECORDS": "tensors, and ops; there is one of each at least",
+    "MAX_TEXT": "bytes of names, of class names, of metadata",
+    "MAX_LINE": "bytes of one name",
+    "MAX_DEPTH": "JSON values inside each other, the whole included",
+    "MAX_DIGITS": "characters of a whole number in JSON",
+    "MAX_SIDE": "values along one dimension; each field of a window",
+    "MAX_VALUES": "values of the image and of an activation, bits counted one by one",
+    "MAX_BYTES": "of the arena, and of what a window reads, with padding and with one stride more where ceil is 1",
+    "MAX_TAPS": "positions of one window",
+    "MAX_SUM": "products in a sum of signs: float32 holds all whole numbers up to here",
+    "MAX_BORDER": "positions along an axis at which a window of pixel_conv2d hangs over an edge",
+    "MAX_WORK": "values and products of one image over all ops, about 90 times a ResNet-152: see Limits",
+    "LEAST_WORK": "results that a sum counts for at least in that: each step costs an engine something",
+}
 
 
 @dataclass(frozen=True)
@@ -61,11 +84,11 @@ HEADER = (
 )
 
 TENSOR = (
-    Field("offset", "<u8", "constant: from the start of the file; activation: from the start of the arena; image: 0"),
+    Field("offset", "<u8", "constant: from the start of the file; activation: of the arena; image: 0"),
     Field("bytes", "<u8", "size; follows from dtype and shape"),
     Field("shape", "(4,)<u4", "sizes, the last varies fastest; 1 beyond the rank"),
-    Field("dtype", "u1", "a DTYPE"),
-    Field("place", "u1", "a PLACE"),
+    Field("dtype", "u1", "code of its dtype"),
+    Field("place", "u1", "code of its place"),
     Field("rank", "u1", "number of sizes, 1 to 4"),
     Field("zero", "u1", "0"),
     Field("zeros", "<u4", "0"),
@@ -76,16 +99,17 @@ WINDOW_FIELDS = (
     "dilation_h", "dilation_w", "groups", "pad_value", "ceil",
 )  # fmt: skip
 EPILOGUE_FIELDS = ("scale", "bias", "slope", "low", "high", "threshold", "flip")
+MAY_BE_INFINITE = ("low", "high", "threshold")  # every other float constant is a finite number
 
 OP = (
     Field("code", "<u4", "which op"),
-    Field("input", "<u4", "activation it reads"),
+    Field("input", "<u4", "activation that it reads, or the image"),
     Field("other", "<u4", "second activation: what the epilogue adds, or the second part of a concat"),
     Field("real", "<u4", "activation it writes in float32"),
     Field("bits", "<u4", "activation it writes in bits"),
     Field("weights", "<u4", "constant [outputs, kernel_h, kernel_w, channels / groups]"),
     Field("scale", "<u4", "constant f32 [channels]: factor of the epilogue"),
-    Field("bias", "<u4", "constant f32 [channels]; of pixel_conv2d [row classes, column classes, channels]"),
+    Field("bias", "<u4", "constant f32 [channels]; of pixel_conv2d [row, column classes, channels]"),
     Field("slope", "<u4", "constant f32 [channels]: factor of negative values"),
     Field("low", "<u4", "constant f32 [channels]: smallest value"),
     Field("high", "<u4", "constant f32 [channels]: largest value"),
