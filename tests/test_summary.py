@@ -343,6 +343,7 @@ def test_tool_takes_a_run_folder_and_refuses_to_change_it(tool, tmp_path, capsys
     options = resolved.model.model_dump(exclude={"name", "stem", "binarize"})
     model = MODELS["reactnet20"](10, **options)
     data = {"classes": [str(i) for i in range(10)], "channels": 3, "image_size": [32, 32]}
+    data |= {"mean": [0.5] * 3, "std": [0.2] * 3}
     state = {"recipe": resolved.model_dump(), "data": data, "binarize": "both", "ema": None}
     save_checkpoint(tmp_path / "run" / "best.pt", {**state, "model": model.state_dict()})
     expected = f"{summarize(model, (32, 32)).total.ops:,.0f}"
