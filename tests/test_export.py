@@ -129,6 +129,14 @@ class Call(nn.Module):
         return self.function(x)
 
 
+class Twice(ScaledStdConv2d):
+    """A layer of ours with its forward and another weight: what it computes is what is exported."""
+
+    def unit_weight(self):
+        weight, scale = super().unit_weight()
+        return 2 * weight, scale
+
+
 class Net(nn.Module):
     """A stem, `body`, and a head; `body(self, x)` is what a test is about."""
 
@@ -171,6 +179,7 @@ BODIES = {
     "conv of plus minus": lambda n, x: n.conv(x),
     "sign of a scaled sum": lambda n, x: n.conv(n.sign(n.norm(n.conv(n.sign(x))))),
     "sum read twice": lambda n, x: (lambda y: n.conv(n.sign(y)) + F.prelu(y, n.slope))(n.conv(n.sign(x))),
+    "by keyword": lambda n, x: n.more(input=F.prelu(input=x, weight=n.slope)),
     "guest settles": lambda n, x: n.conv(n.sign(x)) + n.norm(n.more(x)),
 }
 
@@ -187,6 +196,8 @@ def test_what_a_users_forward_may_hold(name, stem):
     "net",
     [
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 5 * 7, 4)),
+        nn.Sequential(Twice(3, 4, 3), Twice(4, 4, 1), nn.Flatten()),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU6(), nn.Flatten()),
         nn.Sequential(Call(lambda x: F.relu(x).view(x.size(0), -1)), nn.Linear(3 * 5 * 7, 4)),
         nn.Sequential(Call(lambda x: torch.flatten(x, 1)), BinaryLinear(3 * 5 * 7, 4), nn.BatchNorm1d(4), nn.PReLU()),
         nn.Sequential(nn.Conv2d(3, 4, (5, 7)), nn.Flatten(), nn.Softmax(1)),
@@ -295,6 +306,18 @@ class TwoInputs(nn.Module):
         return x + y
 
 
+class Odd(BinaryConv2d):
+    """A layer of ours with another forward: the rule for BinaryConv2d must not be taken for it."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    return layer
+
+
 class Nested(nn.Module):
     def __init__(self, layer):
         super().__init__()
@@ -330,6 +353,8 @@ REFUSED = {
         nn.Sequential(nn.Flatten(), nn.BatchNorm1d(105)),
         ["105 numbers", "3 channels"],
     ),
+    "custom subclass": (Nested(Odd(4, 4, 3, padding=1)), ["blocks.1.0", "cannot be traced"]),
+    "hooks": (Nested(hooked(nn.Conv2d(4, 4, 1))), ["blocks.1.0 (Conv2d)", "forward hooks"]),
     "linear on maps": (nn.Sequential(nn.Linear(7, 3)), ["Flatten"]),
     "fails": (nn.Sequential(nn.Conv2d(4, 2, 1)), ["3x5x7", "fails"]),
     "tuple": (Call(lambda x: (x, F.relu(x))), ["one tensor"]),

@@ -26,7 +26,7 @@ Shape = tuple[int, int, int]  # rows, columns, channels
 SUM, ADDED, SLOPED, CLAMPED = range(4)  # how far an op's epilogue has come
 
 
-@dataclass
+@dataclass(eq=False)
 class Draft:
     """An op being made: activations by index, constants as float64 (or packed) arrays."""
 
@@ -97,7 +97,7 @@ class Builder:
         return value.affine(scale, shift, signed=False)
 
     def emit(self, name: str, source: Value, shape: Shape, *, kind: str = "real", **fields) -> Value:
-        """A new op that reads `source`'s tensor, and its result. Constants are given by `Draft`'s own methods."""
+        """A new op that reads `source`'s tensor, and its result. Its constants follow by `constant`."""
         index = self._activation("f32" if kind == "real" else "bits", shape)
         op = make_op(name, input=source.tensor, **{"real" if kind == "real" else "bits": index}, **fields)
         draft = Draft(op)
@@ -197,13 +197,10 @@ class Builder:
             return replace(a, scale=a.scale + b.scale, shift=a.shift + b.shift, open=False, **_flags(a, b, least=1))
         # the one whose op is farther from done takes the other in
         for host, guest in ((a, b), (b, a)):
-            if (draft := self._draft(host, SUM)) is not None and self._is_sum(draft):
+            if (draft := self._draft(host, SUM)) is not None and draft.op.name != "pointwise":
                 return self._add_into(draft, host, guest)
         host = self._own_op(self._joined(a) if a.repeat > 1 else a) if self._draft(a, SUM) is None else a
         return self._add_into(self.makers[host.tensor], host, b)
-
-    def _is_sum(self, draft: Draft) -> bool:
-        return draft.op.name != "pointwise"
 
     def _add_into(self, draft: Draft, host: Value, guest: Value) -> Value:
         if guest.kind != "real" or guest.scaled:

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 def lower_linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Value:
     """The rule of every layer with weights."""
-    arrays = layer_arrays(layer, node.args[0].meta["shape"], path_of(node))  # type: ignore[union-attr]
+    source = node.all_input_nodes[0].meta["shape"]
+    arrays = layer_arrays(layer, source, path_of(node))
     if arrays.linear:
-        if len(node.args[0].meta["shape"]) != 2:  # type: ignore[union-attr]
+        if len(source) != 2:
             raise low.refuse(node, "reads maps, not one vector per image", "Put a Flatten before it.")
         arrays = _as_conv(arrays, x.shape)
     build = low.builder

@@ -20,7 +20,7 @@ from bnnfree.errors import nearest
 from bnnfree.export.build import Builder, Value
 from bnnfree.export.convolve import lower_linear
 from bnnfree.export.quantize import Int8Layer
-from bnnfree.export.trace import PASSING, ExportError, Traced, constant, is_passing, path_of
+from bnnfree.export.trace import PASSING, ExportError, Traced, constant, is_ours, is_passing, path_of
 from bnnfree.format import PackedModel
 from bnnfree.nn import BinaryConv2d, BinaryLinear, RPReLU, RSign, ScaledStdConv2d, Sign
 from bnnfree.nn.block import Clip
@@ -53,7 +53,7 @@ class Lowering:
                 value = self.builder.share(value) if len(node.users) > 1 else value
             self.values[node] = value
         output = self.values[self.traced.output]
-        names: dict[str, int] = {}
+        names = {"image": 1}
 
         def name_of(index: int) -> str:
             path = path_of(self.meaning[index][0]) if index in self.meaning else "inner"
@@ -71,10 +71,15 @@ class Lowering:
             return constant(self.traced, node)
         if node.op == "call_module":
             layer = self.traced.layer(node)
-            rule = next((LAYERS[kind] for kind in type(layer).__mro__ if kind in LAYERS), None)
-            if rule is None or (isinstance(layer, nn.Sequential)):
+            assert layer is not None
+            # Why not any base class: a subclass of torch's may compute something else
+            kinds = type(layer).__mro__ if is_ours(layer) else (type(layer),)
+            rule = next((LAYERS[kind] for kind in kinds if kind in LAYERS), None)
+            if rule is None:
                 raise self.refuse(node, "has no engine op", _remedy(type(layer).__name__))
-            return rule(self, node, self.take(node.args[0]), layer)
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                raise self.refuse(node, "has forward hooks, which a packed file cannot hold", "Remove them.")
+            return rule(self, node, self.value(node, node.all_input_nodes[0]), layer)
         table: dict[Any, Rule] = FUNCTIONS if node.op == "call_function" else METHODS  # type: ignore[assignment]
         if node.target not in table:
             name = getattr(node.target, "__name__", str(node.target))
@@ -326,13 +331,14 @@ _softmax_call = _on(_softmax, ("dim",), (None,))
 
 LAYERS: dict[type, Rule] = {
     **dict.fromkeys((BinaryConv2d, BinaryLinear, ScaledStdConv2d, Int8Layer, nn.Conv2d, nn.Linear), lower_linear),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), _batch_norm),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), _batch_norm),
     Sign: _sign,
     Clip: _clip,
     RPReLU: _rprelu,
     nn.PReLU: lambda low, node, x, layer: _prelu(low, node, x, layer.weight),
     nn.LeakyReLU: lambda low, node, x, layer: _prelu(low, node, x, layer.negative_slope),
     nn.ReLU: lambda low, node, x, layer: _clamp(low, x, 0.0, None),
+    nn.ReLU6: lambda low, node, x, layer: _clamp(low, x, 0.0, 6.0),
     nn.Hardtanh: lambda low, node, x, layer: _clamp(low, x, layer.min_val, layer.max_val),
     nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _avg_pool,

@@ -130,7 +130,6 @@ class Int8Layer(nn.Module):
     Shapes: weight int8 [O, I, kh, kw] or [O, I]; scale, bias [O]; inputs [I].
     """
 
-    is_export_leaf = True
     weight: Tensor
     scale: Tensor
     inputs: Tensor
@@ -185,9 +184,10 @@ def fits_pixels(arrays: LayerArrays) -> bool:
 
 
 def _replace(traced: Traced, node: fx.Node, inputs: np.ndarray | None) -> None:
-    layer, source = traced.layer(node), node.args[0]
-    if not isinstance(layer, (WeightLayer, nn.Conv2d, nn.Linear)) or not isinstance(source, fx.Node):
+    layer, source = traced.layer(node), node.all_input_nodes[0]
+    if not (type(layer) in (nn.Conv2d, nn.Linear) or isinstance(layer, WeightLayer)):
         return
+    assert layer is not None
     arrays = layer_arrays(layer, source.meta["shape"], path_of(node))
     if arrays.kind != "real" or (arrays.linear and len(source.meta["shape"]) != 2):
         return

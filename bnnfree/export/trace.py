@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,12 +29,30 @@ class ExportError(BnnfreeError):
 PASSING = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")  # in eval mode: nothing
 
 
+OURS = (WeightLayer, Sign, RPReLU, Clip)
+
+
+def is_ours(layer: nn.Module) -> bool:
+    """A layer of bnnfree whose forward is its own; a subclass that has another is traced through."""
+    owner = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
+    return isinstance(layer, OURS) and owner.__module__.startswith("bnnfree.nn.")
+
+
 class _Tracer(fx.Tracer):
-    """Our layers are leaves, like torch's own."""
+    """Our layers are leaves, like torch's own. `inside` are the modules being traced, for an error to name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = []
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.inside.append(f"{self.path_of_module(m)} ({type(m).__name__})")
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()  # Why not in a finally: after an error it says where
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, (WeightLayer, Sign, RPReLU, Clip)) or getattr(m, "is_export_leaf", False)
-        return ours or super().is_leaf_module(m, module_qualified_name)
+        return is_ours(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass(frozen=True)
@@ -51,17 +70,18 @@ class Traced:
 
 def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Traced:
     """The graph of a copy of `module` in eval mode and float32, for images [N, channels, *image_size]."""
-    name = type(module).__name__
+    name, tracer = type(module).__name__, _Tracer()
     try:
         twin = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
-        graph = _Tracer().trace(twin)
+        graph = tracer.trace(twin)
     except BnnfreeError:
         raise
     except Exception as error:  # Why: tracing runs the module's own code, which may raise anything
         reason = " ".join(str(error).split())[:200]
+        where = f", layer {tracer.inside[-1]}," if tracer.inside else ""
         raise ExportError(
-            f"export: {name} cannot be traced ({reason}). Its forward must be a fixed sequence of layers: no branches "
-            "or loops that look at values."
+            f"export: {name}{where} cannot be traced ({reason}). Its forward must be a fixed sequence of layers: no "
+            "branches or loops that look at values."
         ) from error
     traced = fx.GraphModule(twin, graph, name)
     traced.graph.eliminate_dead_code()
