@@ -136,7 +136,7 @@ def count(f, name, value):
     f.header[name] = value
 
 
-@edit("LimitError", *[(n, axis, v) for n in (0, 1, -1) for axis in (0, 2) for v in (0, (1 << 20) + 1, 1 << 31, BIG)])
+@edit("LimitError", *[(n, axis, v) for n in (0, 1, -1) for axis in (0, 2) for v in ((1 << 20) + 1, 1 << 31, BIG)])
 def side(f, index, axis, value):
     f.tensors["shape"][index, axis] = value
 
@@ -166,9 +166,27 @@ def stride_of_a_pooling_with_ceil(f, value):
     f.op("max_pool2d")["stride_h"] = f.op("max_pool2d")["stride_w"] = value
 
 
-@edit("LimitError", 65, 900)
-def deep_metadata(f, depth):
-    return f.retext(metadata=b'{"a":' * (depth - 1) + b"[]" + b"}" * (depth - 1))
+@edit("LimitError", *[(depth, inner) for depth in (64, 100, 900, 1_000, 100_000) for inner in (b"[ ]", b"1", b'"["')],
+      (50_000, b"{"), (63, b"[1]"))  # fmt: skip
+def deep_metadata(f, depth, inner):
+    return f.retext(metadata=b'{"a":' * depth + inner + b"}" * depth)
+
+
+@edit("LimitError", b'{"a":' * 100000, b"[" * 500000, b"[" * 65, b'{"a":"\\"[",' + b'"b":[' * 100)
+def deep_metadata_that_is_no_json_either(f, text):
+    return f.retext(metadata=text)
+
+
+@edit("LimitError", b"1" * 65, b"-" + b"1" * 64, b"-" + b"1" * 5000)
+def long_whole_number(f, digits):
+    return f.retext(metadata=b'{"a":' + digits + b"}")
+
+
+@edit("LimitError", *[(op, field, value) for op in ("conv2d", "avg_pool2d", "pixel_conv2d", "binary_conv2d")
+                      for field in schema.WINDOW_FIELDS if field not in ("pad_value", "ceil")
+                      for value in ((1 << 20) + 1, 1 << 31, BIG)])  # fmt: skip
+def large_window_field(f, op, field, value):
+    f.op(op)[field] = value
 
 
 @edit("LimitError", "names", "classes")
@@ -203,9 +221,8 @@ def classes_appended(f, more):
 
 @edit("TextError", b"", b"{", b"[]", b"null", b'"text"', b"1", b"{}x", b"{} {}", b"\xef\xbb\xbf{}", b"\xff",
       b'{"a":NaN}', b'{"a":-Infinity}', b'{"a":1e999}', b'{"a":-1e999}', b'{"a":1,"a":1}', b'{"b":[{"a":1,"a":2}]}',
-      b'{"a":1,"\\u0061":2}', b'{"a":"\\ud800"}', b'{"\\udc00":1}', b'{"a":' + b"1" * 65 + b"}",
-      b'{"a":-' + b"1" * 5000 + b"}", b'{"a":' * 100000, b"[" * 500000, b'{"a":"\n"}', b"{'a':1}", b'{"a":01}',
-      b"{}\0")  # fmt: skip
+      b'{"a":1,"\\u0061":2}', b'{"a":"\\ud800"}', b'{"\\udc00":1}', b'{"a":"\n"}', b"{'a':1}", b'{"a":01}', b"{}\0",
+      b'{"a":"' + b"[" * 100, b"[" * 63 + b"]" * 63, b"{}\xc2\xa0")  # fmt: skip
 def metadata(f, text):
     return f.retext(metadata=text)
 
@@ -227,6 +244,11 @@ def tensor_field(f, name, value):
 @edit("TensorError", (0, -1), (0, 1), (1, 1), (-1, -1))
 def tensor_bytes(f, index, by):
     f.tensors["bytes"][index] = int(f.tensors["bytes"][index]) + by
+
+
+@edit("TensorError", *[(n, axis) for n in (0, 1, -1) for axis in (0, 2)])
+def size_of_zero(f, index, axis):
+    f.tensors["shape"][index, axis] = 0
 
 
 @edit("TensorError", *range(3))
@@ -253,6 +275,19 @@ def image_shape(f, *shape):
 @edit("TensorError", 1, 64, 2**63)
 def image_offset(f, value):
     f.tensors["offset"][0] = value
+
+
+@edit("TensorError", 0, 2)
+def number_of_images(f, count):
+    index = 0 if count == 0 else f.activations()[0]
+    f.tensors["place"][index], f.tensors["offset"][index] = (1 if count == 0 else 2), 0
+    f.tensors["dtype"][index] = 3
+    f.reshape(index, 5, 4, 4 if count else 3)
+
+
+@edit("TensorError")
+def input_is_another_tensor(f):
+    f.header["input"] = f.activations()[0]
 
 
 @edit("TensorError", *[(n, v) for n in ("input", "output") for v in (45, BIG)])
@@ -290,6 +325,12 @@ def activation_rank(f, *shape):
       ("pixel_conv2d", "threshold", np.nan), ("pixel_conv2d", "threshold", -np.nan))  # fmt: skip
 def no_finite_number(f, op, field, value):
     f.data(f.op(op)[field], "<f4")[-1] = value
+
+
+@edit("ConstantError", "low", "high")
+def infinite_limit_that_is_a_scale_too(f, field):
+    op = f.op("binary_conv2d")
+    f.data(op[field], "<f4")[0], op["scale"] = np.inf, op[field]
 
 
 @edit("ConstantError", ("pixel_conv2d", "flip", 4), ("pixel_conv2d", "flip", 63), ("binary_conv2d", "weights", 4),

@@ -165,7 +165,7 @@ def random_net(seed, numbers="tame") -> PackedModel:
     """A small net of random ops and geometries, every value of the schema's tables within reach."""
     random = np.random.default_rng(seed)
     net = Net(int(random.integers(3, 9)), int(random.integers(3, 9)), int(random.choice([1, 2, 3, 5])), seed, numbers)
-    live = [net.real(int(random.choice([1, 3, 33]))), net.bits(int(random.choice([2, 6, 64, 65, 66])))]
+    live = [0, net.real(int(random.choice([1, 3, 33]))), net.bits(int(random.choice([2, 6, 64, 65, 66])))]
     for _ in range(int(random.integers(2, 6))):
         source = int(random.choice(live))
         dtype, (height, width, channels) = net.tensors[source].dtype, net.shape(source)
@@ -174,17 +174,20 @@ def random_net(seed, numbers="tame") -> PackedModel:
         stride, dilation = random.integers(1, 4, 2).tolist(), [1, 1]
         if random.random() < 0.3:
             dilation = [2 if 2 * (k - 1) < n else 1 for k, n in zip(kernel, (height, width), strict=True)]
-        window = fields_of(kernel, stride, [int(random.integers(0, k // 2 + 1)) for k in kernel], dilation)
+        most = [k if name in CONVOLUTIONS else k // 2 for k in kernel]
+        window = fields_of(kernel, stride, [int(random.integers(0, p + 1)) for p in most], dilation)
         options = {}
         if name in POOLINGS:
             options = {**window, "ceil": int(random.integers(2))}
         elif name == "concat":
             options["other"] = source
-        if "scale" in OPS[name].may:
+        if "slope" in OPS[name].may:
             parts = {p for p in PARTS if p != "other" and random.random() < 0.4}
             options |= {"parts": parts, "writes": str(random.choice(["real", "bits", "both"]))}
             options |= {"threshold": random.choice([None, "f32"]), "flip": bool(random.integers(2))}
-            if name in CONVOLUTIONS:
+            if name == "pixel_conv2d":
+                options |= {**window, "outputs": 3}
+            elif name in CONVOLUTIONS:
                 groups = int(random.choice([g for g in (1, 2, 3) if channels % g == 0]))
                 pad_value = int(random.integers(-1, 2))
                 options |= {**window, "groups": groups, "pad_value": pad_value, "outputs": groups * 3}

@@ -1,5 +1,6 @@
 """The packed file: its two generated companions, round trips, the plan of its memory, and writing it."""
 
+import json
 import mmap
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import run_op
 from bnnfree.errors import BnnfreeError
 from bnnfree.format import (
+    LimitError,
     PackedModel,
     Tensor,
     TextError,
@@ -32,6 +34,7 @@ from bnnfree.format import (
 from bnnfree.format.packed import storage_shape
 from bnnfree.format.plan import check_plan
 from bnnfree.format.schema import ALIGN, DTYPES, HEADER_TYPE, OP_TYPE, OPS, TENSOR_TYPE
+from bnnfree.format.text import read_metadata
 
 NATIVE = ROOT / "bnnfree" / "engine" / "native"
 TYPES = {"header": HEADER_TYPE, "tensor": TENSOR_TYPE, "op": OP_TYPE}
@@ -179,13 +182,44 @@ def test_a_name_that_could_not_be_read_is_not_written(text, where):
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}}, {"a": "\ud800"}, {"a": np.float32(1)}, {"a": 10**70},
+    [{"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}}, {"a": "\ud800"}, {"a": np.float32(1)},
      {1: 2, "1": 3}, [1]],
 )  # fmt: skip
 def test_metadata_that_could_not_be_read_is_not_written(metadata):
     model = every_op()
     model.metadata = metadata
     with pytest.raises(TextError):
+        to_bytes(model)
+
+
+@pytest.mark.parametrize("depth", [64, 65, 100, 900, 1_000, 100_000])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_metadata_may_be_64_values_deep_and_no_more(depth, opening):
+    """The same error at every depth, whatever the limit of Python's own parser."""
+    closing = b"]" if opening == "[" else b"}"
+    raw = b'{"a":' + opening.encode() * (depth - 2) + b'"[[\\"["' + closing * (depth - 2) + b"}"
+    model = every_op()
+    value = "x"
+    for _ in range(depth - 2):
+        value = [value] if opening == "[" else {"a": value}
+    model.metadata = {"a": value}
+    if depth <= schema.MAX_DEPTH:
+        assert json.dumps(read_metadata(raw), separators=(",", ":")).encode() == raw
+        to_bytes(model)
+        return
+    with pytest.raises(LimitError, match="64 deep"):
+        read_metadata(raw)
+    with pytest.raises(LimitError, match="64 deep"):
+        to_bytes(model)
+
+
+def test_metadata_may_hold_whole_numbers_of_64_characters_and_stand_between_white_space():
+    for number in (10**63, 1 - 10**63):
+        raw = b'\n\t {"a":%d, "b":1e70,\r\n"c":[ ]} ' % number
+        assert read_metadata(raw) == {"a": number, "b": 1e70, "c": []}
+    model = every_op()
+    model.metadata = {"a": 10**64}
+    with pytest.raises(LimitError, match="65 characters"):
         to_bytes(model)
 
 

@@ -10,6 +10,7 @@ from packed import Net, fields_of
 
 from bnnfree.engine import Engine
 from bnnfree.engine.kernels import border_index
+from bnnfree.errors import BnnfreeError
 from bnnfree.format import FormatError, LimitError, check_model, errors, from_bytes, make_op, read, schema
 from bnnfree.format.check import count_classes, sides_of
 from bnnfree.ops import Window, border_classes
@@ -161,6 +162,19 @@ def test_border_classes_are_counted_and_numbered_as_the_reference_does(side):
     taps = np.arange(side[1])
     assert np.array_equal(numbers, index)
     assert np.array_equal((first[:, None] <= taps) & (taps < behind[:, None]), patterns)
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+@pytest.mark.parametrize("side", [(3, 3), (3, 9), (1, 3)])
+def test_a_pooling_with_ceil_may_be_larger_than_the_image(name, side):
+    """Its count of positions is 0 before the one more."""
+    net = Net(*side, 3)
+    net.add(name, net.real(2), ceil=1, **fields_of((4 if side[0] > 1 else 1, 5), (2, 3)))
+    model = net.model()
+    pixels = np.random.default_rng(1).integers(0, 256, (2, *side, 3), np.uint8)
+    assert np.array_equal(Engine(model, "numpy").run(pixels), Engine(model, "reference").run(pixels))
+    with pytest.raises(BnnfreeError, match="smaller than a kernel"):
+        net.add(name, 0, ceil=0, **fields_of((4, 5), (2, 3)))
 
 
 EXTREMES = [  # height, width; kernel, stride, padding, dilation

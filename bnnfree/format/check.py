@@ -61,7 +61,7 @@ def check_model(model: PackedModel) -> None:
 def _check_tensors(model: PackedModel) -> None:
     images = [i for i, t in enumerate(model.tensors) if t.place == "image"]
     if images != [model.input]:
-        raise GraphError(f"got images {images} and input {model.input}, expected the input alone to be an image.")
+        raise TensorError(f"got images {images} and input {model.input}, expected the input alone to be an image.")
     image, output = model.tensors[model.input], model.tensors[model.output]
     if image.dtype != "u8" or len(image.shape) != 3 or image.offset:
         raise TensorError(f"{image.name}: got {image.dtype} {image.shape}, expected u8 [height, width, channels].")
@@ -148,7 +148,8 @@ def _check_window(op: Op, where: str, used: bool) -> None:
         least = {"padding_h": 0, "padding_w": 0, "ceil": 0, "pad_value": -1}.get(name, 1)
         most = 1 if name in ("ceil", "pad_value") else schema.MAX_SIDE
         if not least <= value <= most:
-            raise OpError(f"{where}: got {name} {value}, expected {least} to {most}.")
+            kind = LimitError if value > schema.MAX_SIDE == most else OpError
+            raise kind(f"{where}: got {name} {value}, expected {least} to {most}.")
     if values["kernel_h"] * values["kernel_w"] > schema.MAX_TAPS:
         raise LimitError(f"{where}: got a window of more than {schema.MAX_TAPS} taps.")
     pooling = op.name in schema.POOLINGS

@@ -186,6 +186,11 @@ def read(path: str | Path) -> PackedModel:
 
     Errors: FormatError, one subclass per rule; BnnfreeError where there is no such file.
     """
+    return read_mapped(path)[0]
+
+
+def read_mapped(path: str | Path) -> tuple[PackedModel, bytes | mmap.mmap]:
+    """As `read`; and the mapped file itself, for an engine that takes the bytes as they are."""
     from bnnfree.format.check import check_model
 
     path = Path(path)
@@ -201,7 +206,7 @@ def read(path: str | Path) -> PackedModel:
         check_model(model)
     except BnnfreeError as error:
         raise type(error)(f"packed model {path}: {error}") from None
-    return model
+    return model, data
 
 
 def from_bytes(data: bytes | mmap.mmap) -> PackedModel:
@@ -304,8 +309,10 @@ def _read_tensor(row: tuple, name: str) -> Tensor:
         raise TensorError(f"{name}: got dtype {dtype}, place {place}, rank {rank}, which are not all known.")
     if any(side != 1 for side in shape[rank:]):
         raise TensorError(f"{name}: got sizes {shape}, expected 1 beyond rank {rank}.")
-    if not all(1 <= side <= schema.MAX_SIDE for side in shape):
-        raise LimitError(f"{name}: got sizes {shape}, expected 1 to {schema.MAX_SIDE} each.")
+    if not all(shape):
+        raise TensorError(f"{name}: got sizes {shape}, expected 1 or more each.")
+    if max(shape) > schema.MAX_SIDE:
+        raise LimitError(f"{name}: got sizes {shape}, expected up to {schema.MAX_SIDE} each.")
     tensor = Tensor(name, _DTYPE_NAMES[dtype], _PLACE_NAMES[place], shape[:rank], offset)
     if size != tensor.bytes:
         raise TensorError(f"{name}: got {size} bytes, expected {tensor.bytes} for {tensor.dtype} {tensor.shape}.")

@@ -33,15 +33,17 @@ LEAST_WORK = 1 << 10
 LIMITS = {
     "MAX_RECORDS": "tensors, and ops; there is one of each at least",
     "MAX_TEXT": "bytes of names, of class names, of metadata",
-    "MAX_LINE": "bytes of one name",
-    "MAX_DEPTH": "JSON values inside each other, the whole included",
-    "MAX_DIGITS": "characters of a whole number in JSON",
+    "MAX_LINE": "bytes of one name or class name, without its line feed",
+    "MAX_DEPTH": "JSON values inside each other, the whole and the innermost numbers and texts included",
+    "MAX_DIGITS": "characters of a whole number (one without fraction and exponent) in JSON, its sign included",
     "MAX_SIDE": "values along one dimension; each field of a window",
     "MAX_VALUES": "values of the image and of an activation, bits counted one by one",
-    "MAX_BYTES": "of the arena, and of what a window reads, with padding and with one stride more where ceil is 1",
+    "MAX_BYTES": "of the arena, and of the input of an op with a window as stored in its dtype (bits in whole words), "
+    "with the padding on both sides and, where ceil is 1, one stride more along each axis",
     "MAX_TAPS": "positions of one window",
-    "MAX_SUM": "products in a sum of signs: float32 holds all whole numbers up to here",
-    "MAX_BORDER": "positions along an axis at which a window of pixel_conv2d hangs over an edge",
+    "MAX_SUM": "products in a sum of binary_conv2d: float32 holds all whole numbers up to here (a conv2d with weights "
+    "of bits is not limited)",
+    "MAX_BORDER": "positions along an axis at which a window of pixel_conv2d has its first or its last tap outside",
     "MAX_WORK": "values and products of one image over all ops, about 90 times a ResNet-152: see Limits",
     "LEAST_WORK": "results that a sum counts for at least in that: each step costs an engine something",
 }
@@ -79,14 +81,14 @@ HEADER = (
     Field("input", "<u4", "tensor that takes the image"),
     Field("output", "<u4", "tensor that holds the result"),
     Field("zero", "<u4", "0"),
-    Field("producer", "S32", "what wrote the file, ASCII, filled up with zeros"),
+    Field("producer", "S32", "what wrote the file: 0 to 32 bytes of 0x20 to 0x7E, then zeros"),
     Field("rest", "S32", "zeros"),
 )
 
 TENSOR = (
     Field("offset", "<u8", "constant: from the start of the file; activation: of the arena; image: 0"),
     Field("bytes", "<u8", "size; follows from dtype and shape"),
-    Field("shape", "(4,)<u4", "sizes, the last varies fastest; 1 beyond the rank"),
+    Field("shape", "(4,)<u4", "sizes, each 1 or more, the last varies fastest; 1 beyond the rank"),
     Field("dtype", "u1", "code of its dtype"),
     Field("place", "u1", "code of its place"),
     Field("rank", "u1", "number of sizes, 1 to 4"),
@@ -219,7 +221,7 @@ OPS: dict[str, Op] = {
     "max_pool2d": Op(5, "largest value of the window inside the image", ("f32",), ("real",), window=True),
     "avg_pool2d": Op(
         6,
-        "sum of the window's values inside the image, row by row, divided by their number",
+        "sum of the window's values inside the image, row by row, then column by column, divided by their number",
         ("f32",),
         ("real",),
         window=True,
@@ -240,16 +242,21 @@ bit = not (v >= threshold)      where bits are written (threshold 0 where there 
 bit <- bit xor flip             where there is a flip"""
 
 ERRORS = {
-    "MagicError": "the first 8 bytes are not the magic: another kind of file",
+    "MagicError": "the first 8 bytes are not the magic, or there are fewer: another kind of file",
     "VersionError": "a version of the format that this reader does not know",
-    "SizeError": "shorter or longer than its header says: cut off, or something appended",
+    "SizeError": "shorter or longer than its header says, or too short for what it counts",
     "ChecksumError": "the bytes are not those that were written",
-    "LimitError": "a count, a size or a product of sizes above its limit",
-    "LayoutError": "a section or constant is not where the one before it ends: a hole, an overlap, or a gap not zero",
+    "LimitError": "a count, a size or a product of sizes above its limit; no tensor, or no op",
+    "LayoutError": "a section or constant is not where the one before it ends: a hole, an overlap; or a gap, or zero "
+    "or rest of the header, is not zero",
     "TextError": "names, classes, metadata or producer are not the text they should be",
-    "TensorError": "a tensor record that contradicts itself: unknown dtype or place, shape and bytes that differ",
+    "TensorError": "a tensor record that contradicts itself, or a header that points at the wrong one: unknown dtype "
+    "or place, a size of 0, other bytes than the shape takes; input not the one image of u8, output no activation of "
+    "f32, not one class name for each of its channels; an activation of another dtype or rank",
     "ConstantError": "a constant that holds what it may not: no finite number, a bit above the last channel",
-    "OpError": "an op record with an unknown code, a field it must not have, or lacks, or out of range",
+    "OpError": "an op record with an unknown code, a field it must not have, or lacks, or out of range, or a tensor "
+    "of another place or dtype in it",
     "GraphError": "ops that do not fit together: read before written, written twice, never read, a wrong shape",
-    "PlanError": "two activations that are alive at the same time share memory, or one lies outside the arena",
+    "PlanError": "activations that are alive at the same time share memory, or one is not at a multiple of 64, or the "
+    "arena is smaller or larger than they take",
 }

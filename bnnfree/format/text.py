@@ -10,6 +10,7 @@ from bnnfree.format import schema
 from bnnfree.format.errors import LimitError, TextError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_NESTING = re.compile(r'\\.|"|[\[{][ \t\n\r]*[\]}]|[\[{\]}]', re.DOTALL)  # an empty array or object is one token
 
 
 def has_control(text: str) -> bool:
@@ -51,8 +52,34 @@ def metadata_bytes(metadata: dict[str, Any]) -> bytes:
     """A JSON object in UTF-8, without spaces."""
     try:
         return json.dumps(metadata, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise _too_deep() from None
+    except (TypeError, ValueError) as error:
         raise TextError(f"metadata: not JSON in UTF-8 ({error}).") from None
+
+
+def _too_deep() -> LimitError:
+    return LimitError(f"metadata: got values more than {schema.MAX_DEPTH} deep in each other.")
+
+
+def _check_depth(text: str) -> None:
+    """LimitError where more than MAX_DEPTH values of a JSON text stand in each other, before it is parsed.
+
+    Why not by the parser: how deep that goes depends on Python and on the caller's stack.
+    """
+    depth, quoted = 0, False  # depth: of what is open here; what is open and not empty holds one more
+    for match in _NESTING.finditer(text):
+        token = match[0]
+        if token == '"':
+            quoted = not quoted
+        elif quoted or token[0] == "\\":
+            continue
+        elif token in ("]", "}"):
+            depth -= 1
+        elif depth + (2 if len(token) == 1 else 1) > schema.MAX_DEPTH:
+            raise _too_deep()
+        elif len(token) == 1:
+            depth += 1
 
 
 def read_metadata(raw: bytes) -> dict[str, Any]:
@@ -68,23 +95,16 @@ def read_metadata(raw: bytes) -> dict[str, Any]:
 
     def whole(digits):
         if len(digits) > schema.MAX_DIGITS:
-            raise ValueError(f"a whole number of {len(digits)} characters")
+            raise LimitError(f"metadata: got {len(digits)} characters of a number, expected up to {schema.MAX_DIGITS}.")
         return int(digits)
 
     try:
-        metadata = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_int=whole)
-    except (ValueError, RecursionError) as error:
+        text = raw.decode()
+        _check_depth(text)
+        metadata = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=whole)
+    except ValueError as error:
         raise TextError(f"metadata: not JSON in UTF-8 ({error}).") from None
     if not isinstance(metadata, dict):
         raise TextError(f"metadata: got a {type(metadata).__name__}, expected a JSON object.")
-    level: list[Any] = [metadata]
-    for _ in range(schema.MAX_DEPTH):
-        level = [
-            part
-            for value in level
-            for part in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-        ]
-    if level:
-        raise LimitError(f"metadata: got values more than {schema.MAX_DEPTH} deep in each other.")
     metadata_bytes(metadata)  # refuses what could not be written again: 1e999, half a surrogate pair
     return metadata

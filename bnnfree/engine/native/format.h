@@ -16,23 +16,25 @@
 #define BNNF_MAX_RECORDS UINT64_C(65536)
 /* bytes of names, of class names, of metadata */
 #define BNNF_MAX_TEXT UINT64_C(4194304)
-/* bytes of one name */
+/* bytes of one name or class name, without its line feed */
 #define BNNF_MAX_LINE UINT64_C(1024)
-/* JSON values inside each other, the whole included */
+/* JSON values inside each other, the whole and the innermost numbers and texts included */
 #define BNNF_MAX_DEPTH UINT64_C(64)
-/* characters of a whole number in JSON */
+/* characters of a whole number (one without fraction and exponent) in JSON, its sign included */
 #define BNNF_MAX_DIGITS UINT64_C(64)
 /* values along one dimension; each field of a window */
 #define BNNF_MAX_SIDE UINT64_C(1048576)
 /* values of the image and of an activation, bits counted one by one */
 #define BNNF_MAX_VALUES UINT64_C(134217728)
-/* of the arena, and of what a window reads, with padding and with one stride more where ceil is 1 */
+/* of the arena, and of the input of an op with a window as stored in its dtype (bits in whole words), with the
+   padding on both sides and, where ceil is 1, one stride more along each axis */
 #define BNNF_MAX_BYTES UINT64_C(1073741824)
 /* positions of one window */
 #define BNNF_MAX_TAPS UINT64_C(262144)
-/* products in a sum of signs: float32 holds all whole numbers up to here */
+/* products in a sum of binary_conv2d: float32 holds all whole numbers up to here (a conv2d with weights of bits is
+   not limited) */
 #define BNNF_MAX_SUM UINT64_C(16777216)
-/* positions along an axis at which a window of pixel_conv2d hangs over an edge */
+/* positions along an axis at which a window of pixel_conv2d has its first or its last tap outside */
 #define BNNF_MAX_BORDER UINT64_C(65536)
 /* values and products of one image over all ops, about 90 times a ResNet-152: see Limits */
 #define BNNF_MAX_WORK UINT64_C(1099511627776)
@@ -84,7 +86,7 @@ enum bnnf_op {
     /* largest value of the window inside the image */
     /* input: f32; needs: real; window */
     BNNF_OP_MAX_POOL2D = 5,
-    /* sum of the window's values inside the image, row by row, divided by their number */
+    /* sum of the window's values inside the image, row by row, then column by column, divided by their number */
     /* input: f32; needs: real; window */
     BNNF_OP_AVG_POOL2D = 6,
     /* the channels of input, then those of other */
@@ -111,7 +113,7 @@ struct bnnf_header_record {
     uint32_t input;          /*  52: tensor that takes the image */
     uint32_t output;         /*  56: tensor that holds the result */
     uint32_t zero;           /*  60: 0 */
-    char producer[32];       /*  64: what wrote the file, ASCII, filled up with zeros */
+    char producer[32];       /*  64: what wrote the file: 0 to 32 bytes of 0x20 to 0x7E, then zeros */
     char rest[32];           /*  96: zeros */
 };
 _Static_assert(sizeof(struct bnnf_header_record) == 128, "no gaps");
@@ -120,7 +122,7 @@ _Static_assert(offsetof(struct bnnf_header_record, rest) == 96, "no gaps");
 struct bnnf_tensor_record {
     uint64_t offset;   /*   0: constant: from the start of the file; activation: of the arena; image: 0 */
     uint64_t bytes;    /*   8: size; follows from dtype and shape */
-    uint32_t shape[4]; /*  16: sizes, the last varies fastest; 1 beyond the rank */
+    uint32_t shape[4]; /*  16: sizes, each 1 or more, the last varies fastest; 1 beyond the rank */
     uint8_t dtype;     /*  32: code of its dtype */
     uint8_t place;     /*  33: code of its place */
     uint8_t rank;      /*  34: number of sizes, 1 to 4 */
