@@ -11,14 +11,13 @@ import pytest
 from helpers import ROOT
 from packed import F32, GEOMETRIES, PARTS, Net, fields_of, images, random_net
 
-import bnnfree.engine as engine_module
 from bnnfree import ops
-from bnnfree.engine import Engine, EngineError, backends, kernels, load, run
+from bnnfree.engine import Engine, EngineError, backends, kernels, load, run, runners
 from bnnfree.errors import BnnfreeError, UnknownNameError
 from bnnfree.format import FormatError, write
 
 CHANNELS = [1, 3, 31, 32, 33, 63, 64, 65, 130]
-OTHERS = [name for name in backends() if name != "reference"]
+OTHERS = [name for name in backends() if name not in ("reference", "native")]
 
 
 def words(array):
@@ -236,7 +235,7 @@ def test_results_do_not_depend_on_the_batch_or_the_threads(net, backend, monkeyp
     one_by_one = np.concatenate([Engine(net, backend).run(pixels[i : i + 1]) for i in range(7)])
     np.testing.assert_array_equal(words(one_by_one), words(whole))
     for images_together in (0, 1, 2, 3):
-        monkeypatch.setattr(engine_module, "WORKING_SET", images_together * net.arena_bytes)
+        monkeypatch.setattr(runners, "WORKING_SET", images_together * net.arena_bytes)
         for threads in (1, 2):
             np.testing.assert_array_equal(words(Engine(net, backend, threads).run(pixels)), words(whole))
 
@@ -255,20 +254,22 @@ def test_maps_come_out_as_maps(backend):
         assert Engine(model, backend).run(images(model, count)).shape == (count, 5, 4, 2)
 
 
-def test_the_images_are_left_as_they_were_and_need_not_be_contiguous(net):
-    pixels = images(net, 4)
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_the_images_are_left_as_they_were_and_need_not_be_contiguous(net, backend):
+    pixels, engine = images(net, 4), Engine(net, backend)
     before = pixels.copy()
-    expected = Engine(net).run(pixels)
+    expected = engine.run(pixels)
     np.testing.assert_array_equal(pixels, before)
     pixels.setflags(write=False)
-    np.testing.assert_array_equal(Engine(net).run(pixels), expected)
-    np.testing.assert_array_equal(Engine(net).run(np.asfortranarray(pixels)), expected)
-    np.testing.assert_array_equal(Engine(net).run(np.repeat(pixels, 2, 0)[::2]), expected)
-    np.testing.assert_array_equal(Engine(net).run(pixels[::-1]), expected[::-1])
+    np.testing.assert_array_equal(engine.run(pixels), expected)
+    np.testing.assert_array_equal(engine.run(np.asfortranarray(pixels)), expected)
+    np.testing.assert_array_equal(engine.run(np.repeat(pixels, 2, 0)[::2]), expected)
+    np.testing.assert_array_equal(engine.run(pixels[::-1]), expected[::-1])
 
 
-def test_threads_may_share_an_engine(net):
-    engine = Engine(net, threads=2)
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_threads_may_share_an_engine(net, backend):
+    engine = Engine(net, backend, threads=2)
     batches = [images(net, count, count) for count in (1, 4, 2, 5, 3)] * 3
     expected = [Engine(net).run(batch) for batch in batches]
     with ThreadPoolExecutor(2) as pool:
@@ -321,8 +322,9 @@ def test_info_counts_what_the_model_holds(net):
     assert info["backend"] == backends()[0] and info["threads"] == 2 and info["arena_bytes"] == net.arena_bytes
 
 
-def test_profile_has_a_row_per_op_with_its_products(net):
-    rows = Engine(net).profile(images(net, 2), repeat=3)
+@pytest.mark.parametrize("backend", backends())
+def test_profile_has_a_row_per_op_with_its_products(net, backend):
+    rows = Engine(net, backend).profile(images(net, 2), repeat=3)
     assert [row["op"] for row in rows] == [op.name for op in net.ops]
     assert all(row["ms"] > 0 for row in rows)
     by_op = {row["op"]: row for row in rows}
@@ -330,7 +332,7 @@ def test_profile_has_a_row_per_op_with_its_products(net):
     assert by_op["pixel_conv2d"]["macs"] == 7 * 6 * 66 * 9 * 3
     assert by_op["softmax"]["macs"] == 0 and by_op["conv2d"]["shape"] == (1, 1, 5)
     names = {tensor.name for tensor in net.tensors}
-    assert {row["name"] for row in rows} <= names
+    assert {row["name"] for row in rows} <= names and all(row["kernel"] for row in rows)
 
 
 # -- how much it does
@@ -338,7 +340,7 @@ def test_profile_has_a_row_per_op_with_its_products(net):
 
 def counted(engine, before=lambda x: None):
     """The kernels of `engine`, each call counted; `before` is given its input."""
-    calls, table = [], engine._kernels
+    calls, table = [], engine._runner.table
 
     def counting(name):
         def kernel(op, x, constants):
@@ -348,13 +350,13 @@ def counted(engine, before=lambda x: None):
 
         return kernel
 
-    engine._kernels = {name: counting(name) for name in table}
+    engine._runner.table = {name: counting(name) for name in table}
     return calls
 
 
 def test_a_batch_runs_each_op_once_per_part_not_per_image(net):
     for threads, together in ((1, 8), (2, 4), (3, 3)):
-        engine = Engine(net, threads=threads)
+        engine = Engine(net, "numpy", threads)
         calls = counted(engine)
         engine.run(images(net, 8))
         parts = -(-8 // together)
@@ -367,7 +369,7 @@ def test_activations_are_dropped_after_their_last_reader():
     at = net.real(16)
     for _ in range(30):
         at = net.add("pointwise", at, parts=("scale",))
-    engine = Engine(net.model(at))
+    engine = Engine(net.model(at), "numpy")
     seen, most = [], [0]
 
     def note(x):

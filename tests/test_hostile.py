@@ -132,7 +132,7 @@ def test_reading_takes_memory_in_proportion_to_the_file_whatever_it_claims(tmp_p
 @pytest.mark.parametrize(("name", "dtype"), [("binary_conv2d", "bits"), ("pixel_conv2d", "i8"), ("conv2d", "i8")])
 def test_a_large_kernel_takes_no_memory_for_each_of_its_taps(name, dtype):
     """4,096 taps at 37,249 positions: 1.2 GB if every position's taps were copied."""
-    engine = Engine(one_op(name, (256, 256), 1, (1, 64, 64, 1), dtype, ((64, 64), *ONE[1:])).model())
+    engine = Engine(one_op(name, (256, 256), 1, (1, 64, 64, 1), dtype, ((64, 64), *ONE[1:])).model(), "numpy")
     tracemalloc.start()
     engine.run(np.zeros((1, 256, 256, 1), np.uint8))
     peak = tracemalloc.get_traced_memory()[1]
@@ -142,7 +142,7 @@ def test_a_large_kernel_takes_no_memory_for_each_of_its_taps(name, dtype):
 
 def test_large_padding_of_a_small_image_takes_memory_of_a_few_images_only():
     window = ((1, 1), (500, 500), (1000, 1000), (1, 1))
-    engine = Engine(one_op("conv2d", (1, 1), 1, (1, 1, 1, 1), "f32", window).model())
+    engine = Engine(one_op("conv2d", (1, 1), 1, (1, 1, 1, 1), "f32", window).model(), "numpy")
     tracemalloc.start()
     engine.run(np.zeros((50, 1, 1, 1), np.uint8))
     peak = tracemalloc.get_traced_memory()[1]

@@ -34,6 +34,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "onnx"},
         {"bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format"},
     ),
+    "bnnfree.bench": (
+        {"numpy", "openvino", "onnxruntime"},
+        {"bnnfree.errors", "bnnfree.ops", "bnnfree.format", "bnnfree.engine", "bnnfree.export.onnx"},
+    ),
     "bnnfree.optim": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.train": (
@@ -46,7 +50,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
         | {"bnnfree.preprocess", "bnnfree.train", "models", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
-        | {"bnnfree.export", "bnnfree.export.verify", "bnnfree.export.onnx"},
+        | {"bnnfree.export", "bnnfree.export.verify", "bnnfree.export.onnx", "bnnfree.bench"},
     ),
 }
 

@@ -3,78 +3,94 @@
     engine = load("model.bnnf")
     logits = engine.run(pixels)          # uint8 [N, H, W, C] -> float32 [N, classes]
 
-All backends give the same bits: integers are exact, and the order of every float sum is part of what an op means.
-To add a backend: a line in BACKENDS.
+What runs it is the native library (native/bnnfree.h, with the best instruction set of the CPU), or where there is no
+C compiler to make it, numpy. All backends give the same bits: integers are exact, and the order of every float sum is
+part of what an op means. To add a backend in Python: a line in BACKENDS; native kernels: native/kernels.h.
 """
 
 from __future__ import annotations
 
+import mmap
+import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
+from bnnfree.engine.binding import ISAS, isa_names, load_library
+from bnnfree.engine.errors import EngineError
 from bnnfree.engine.kernels import FAST, REFERENCE, Kernel
-from bnnfree.engine.run import run_ops
-from bnnfree.errors import BnnfreeError, pick
-from bnnfree.format import PackedModel, read
+from bnnfree.engine.runners import NativeRunner, NumpyRunner, Runner
+from bnnfree.errors import BnnfreeWarning, unknown_name
+from bnnfree.format import PackedModel
+from bnnfree.format.packed import read_mapped
 from bnnfree.format.schema import CONVOLUTIONS
 
-# name -> kernels; the first is what "auto" takes
+__all__ = ["BACKENDS", "Engine", "EngineError", "backends", "load"]
+
+# name -> kernels; the first is what "auto" takes where the native library is not
 BACKENDS: dict[str, Mapping[str, Kernel]] = {"numpy": FAST, "reference": REFERENCE}
-WORKING_SET = 1 << 28  # bytes of activations that images run together may take
-
-
-class EngineError(BnnfreeError):
-    """Images that do not fit the model, or a backend or thread count that cannot be."""
+NATIVE = "native"
+_told: list[str] = []  # the warning, once it was given
 
 
 def backends() -> list[str]:
-    """The names that `load` takes as backend on this machine, the preferred one first."""
-    return list(BACKENDS)
+    """The names that `load` takes as backend on this machine, the preferred one first.
+
+    The instruction sets of the native library that this CPU runs, "native" for the best of them, "numpy", "reference".
+    """
+    return [*isa_names(), *([NATIVE] if isa_names() else []), *BACKENDS]
 
 
 def load(path: str | Path, backend: str = "auto", threads: int = 1) -> Engine:
-    """The model in a packed file, ready to run.
+    """The model in a packed file, ready to run; a native backend works on the mapped file itself.
 
-    backend: one of backends(), or "auto". threads: how many work on a batch; the results do not depend on it.
+    backend: one of backends(), or "auto", the first of them; that numpy must do is one warning. threads: how many work
+    on an image (native) or on a batch (numpy); the results do not depend on it.
     Errors: FormatError for a file that is damaged or no packed model, EngineError, UnknownNameError.
     """
-    return Engine(read(path), backend, threads)
+    _check_threads(threads)
+    name = _resolve(backend)
+    model, data = read_mapped(path)
+    return Engine(model, name, threads, data=data)
 
 
 class Engine:
-    """A packed model and the backend that runs it. It keeps no state between calls: threads may share it."""
+    """A packed model and the backend that runs it; `data` is the model's file, where it is at hand.
 
-    def __init__(self, model: PackedModel, backend: str = "auto", threads: int = 1):
-        if not isinstance(threads, int) or threads < 1:
-            raise EngineError(f"threads: got {threads!r}, expected a whole number of 1 or more.")
-        self.model, self.threads = model, threads
-        self.backend = backends()[0] if backend == "auto" else backend
-        self._kernels = pick(BACKENDS, self.backend, "backend")
+    A run leaves no trace in it: threads may share it. A native backend keeps, for each run that there ever was at
+    one time, the memory and the threads that it works with.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        backend: str = "auto",
+        threads: int = 1,
+        *,
+        data: bytes | mmap.mmap | None = None,
+    ):
+        _check_threads(threads)
+        self.model, self.threads, self.backend = model, threads, _resolve(backend)
+        self._runner: Runner
+        if self.backend in BACKENDS:
+            self._runner = NumpyRunner(model, BACKENDS[self.backend], threads, self.backend)
+        else:
+            self._runner = NativeRunner(model, self.backend, threads, data)
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Logits of images: uint8 [N, H, W, C] -> float32 [N, classes] ([N, H', W', C'] where maps come out)."""
         images = self._checked(images)
         height, width, channels = self.model.tensors[self.model.output].shape
         shape = (channels,) if (height, width) == (1, 1) else (height, width, channels)
-        together = max(1, min(WORKING_SET // max(1, self.model.arena_bytes), -(-len(images) // self.threads)))
-        parts = [images[i : i + together] for i in range(0, len(images), together)]
-        if not parts:
+        if not len(images):
             return np.empty((0, *shape), np.float32)
-        if self.threads == 1 or len(parts) == 1:
-            results = list(map(self._run, parts))
-        else:
-            with ThreadPoolExecutor(self.threads) as pool:
-                results = list(pool.map(self._run, parts))
-        return np.concatenate(results).reshape(len(images), *shape)
+        return self._runner.run(images).reshape(len(images), *shape)
 
     def trace(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Every activation by its name: float32 [N, H, W, C], or uint64 words of bits [N, H, W, ceil(C / 64)]."""
-        values = run_ops(self.model, self._kernels, self._checked(images), keep=True)
+        values = self._runner.trace(self._checked(images))
         return {self.model.tensors[index].name: value for index, value in values.items()}
 
     def info(self) -> dict[str, Any]:
@@ -106,28 +122,22 @@ class Engine:
         }
 
     def profile(self, images: np.ndarray, repeat: int = 5) -> list[dict[str, Any]]:
-        """Per op, in order: name of what it writes, op, shape, macs per image, ms (median of `repeat` runs of all
-        `images`, one thread)."""
+        """Per op, in order: name of what it writes, op, shape, macs per image, kernel (its name, or that of the
+        backend), ms (median of `repeat` runs of all `images`; a native backend uses its threads, numpy one)."""
         images = self._checked(images)
         if repeat < 1:
             raise EngineError(f"repeat: got {repeat}, expected 1 or more.")
-        seconds: list[list[float]] = [[] for _ in self.model.ops]
-        for _ in range(repeat):
-            run_ops(self.model, self._kernels, images, watch=lambda number, taken: seconds[number].append(taken))
+        milliseconds = 1e3 * np.median(self._runner.seconds(images, repeat), axis=0)
         rows = []
-        for op, taken in zip(self.model.ops, seconds, strict=True):
+        for op, kernel, taken in zip(self.model.ops, self._runner.kernels(), milliseconds.tolist(), strict=True):
             written = self.model.tensors[op.writes()[0]]
             macs = 0
             if op.name in CONVOLUTIONS:
                 weights = self.model.tensors[op.weights].shape
                 macs = written.shape[0] * written.shape[1] * int(np.prod(weights, dtype=np.int64))
-            rows.append(
-                {"name": written.name, "op": op.name, "shape": written.shape, "macs": macs, "ms": 1e3 * median(taken)}
-            )
+            about = {"name": written.name, "op": op.name, "shape": written.shape, "macs": macs}
+            rows.append({**about, "kernel": kernel, "ms": taken})
         return rows
-
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        return run_ops(self.model, self._kernels, images)[self.model.output]
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         images = np.asarray(images)
@@ -139,3 +149,28 @@ class Engine:
                 "height, width and channels as the model was exported. tools/predict.py resizes image files."
             )
         return images
+
+
+def _check_threads(threads: Any) -> None:
+    if not isinstance(threads, int) or threads < 1:
+        raise EngineError(f"threads: got {threads!r}, expected a whole number of 1 or more.")
+
+
+def _resolve(backend: str) -> str:
+    """The backend that a name stands for. Errors: EngineError for one that does not run here, UnknownNameError."""
+    names = backends()
+    if backend == "auto":
+        if names[0] in BACKENDS and not _told:
+            _told.append(
+                f"native engine: {load_library()[1]} {names[0]} runs the models: the same results, many times slower. "
+                f"Once that is mended, python -m bnnfree.engine.build compiles it."
+            )
+            warnings.warn(_told[0], BnnfreeWarning, stacklevel=3)
+        return names[0]
+    if backend in names:
+        return names[0] if backend == NATIVE else backend
+    if backend in (NATIVE, *ISAS):
+        lib, why = load_library()
+        why = why if lib is None else f"this CPU does not run it, expected one of {', '.join(names)}."
+        raise EngineError(f"backend: got {backend!r}, but {why}")
+    raise unknown_name("backend", backend, ["auto", *names])

@@ -1,0 +1,152 @@
+"""Single ops of the shapes that usual networks have, as packed models with random weights: what a kernel takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
+from bnnfree.format.check import count_classes, sides_of
+from bnnfree.ops import Window, pack_bits, pool_output
+
+
+@dataclass
+class Shape:
+    """One op. side: of its square input; epilogue: "sign" (a threshold on the sum, bits out) or "block" (scale, bias,
+    the shortcut, slope, thresholds; floats and bits out), for ops that have one."""
+
+    op: str
+    side: int
+    channels: int
+    outputs: int
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    weights: str = "bits"
+    epilogue: str = ""
+
+    @property
+    def text(self) -> str:
+        window = f"{self.kernel}x{self.kernel}" + (f"/{self.stride}" if self.stride > 1 else "")
+        return f"{window} {self.channels}->{self.outputs}@{self.side} {self.epilogue}".rstrip()
+
+
+STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a ResNet-18
+SHAPES = [
+    *(Shape("binary_conv2d", side, c, c, 3, 1, 1, epilogue=end) for end in ("sign", "block") for side, c in STAGES),
+    Shape("binary_conv2d", 56, 64, 128, 3, 2, 1, epilogue="block"),
+    Shape("binary_conv2d", 14, 512, 512, 1, epilogue="block"),
+    Shape("binary_conv2d", 7, 1024, 1024, 1, epilogue="block"),
+    Shape("pixel_conv2d", 224, 3, 64, 7, 2, 3, "i8"),
+    Shape("pixel_conv2d", 224, 3, 32, 3, 2, 1, "i8"),
+    Shape("conv2d", 28, 64, 128),
+    Shape("conv2d", 7, 256, 512),
+    Shape("conv2d", 1, 512, 1000, weights="i8"),
+    Shape("max_pool2d", 112, 64, 64, 3, 2, 1),
+    Shape("avg_pool2d", 56, 64, 64, 2, 2),
+    Shape("avg_pool2d", 7, 512, 512, 7),
+    Shape("pointwise", 56, 64, 64, epilogue="sign"),
+]
+
+
+@dataclass
+class _Maker:
+    """A packed model in the making, of random constants."""
+
+    random: np.random.Generator
+    tensors: list[Tensor]
+    ops: list[Op] = field(default_factory=list)
+
+    def constant(self, data: np.ndarray) -> int:
+        """Arrays of bool become bits."""
+        dtype = {"b": "bits", "f": "f32"}.get(data.dtype.kind, f"i{8 * data.itemsize}")
+        words = pack_bits(data) if dtype == "bits" else data
+        self.tensors.append(Tensor(f"constant{len(self.tensors)}", dtype, "constant", data.shape, data=words))
+        return len(self.tensors) - 1
+
+    def activation(self, dtype: str, shape: tuple[int, ...]) -> int:
+        self.tensors.append(Tensor(f"activation{len(self.tensors)}", dtype, "activation", shape))
+        return len(self.tensors) - 1
+
+    def floats(self, *shape: int) -> int:
+        return self.constant(self.random.standard_normal(shape).astype(np.float32))
+
+    def source(self, dtype: str, shape: tuple[int, ...]) -> int:
+        """The image as signs or as floats."""
+        written = self.activation(dtype, shape)
+        fields = {"real": written}
+        if dtype == "bits":
+            fields = {"bits": written, "threshold": self.constant(np.full(shape[2], 128, np.float32))}
+        self.ops.append(make_op("pointwise", input=0, **fields))
+        return written
+
+
+def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
+    """The packed model, and the number of the op that is meant: its input and output need ops of their own."""
+    square = (shape.side, shape.side, shape.channels)
+    make = _Maker(np.random.default_rng(seed), [Tensor("image", "u8", "image", square)])
+    bits, pixels = shape.op == "binary_conv2d", shape.op == "pixel_conv2d"
+    source = 0 if pixels else make.source("bits" if bits else "f32", square)
+    window = Window(*[(n, n) for n in (shape.kernel, shape.stride, shape.padding)])
+    fields = {"input": source}
+    if shape.op != "pointwise":
+        numbers = {"kernel": shape.kernel, "stride": shape.stride, "padding": shape.padding}
+        fields |= {f"{name}_{axis}": value for name, value in numbers.items() for axis in "hw"}
+    pooling = shape.op.endswith("pool2d")
+    rows, columns = pool_output(window, *square[:2], False) if pooling else window.output(*square[:2])
+    written = (rows, columns, shape.outputs)
+    if shape.op.endswith("conv2d"):
+        fields["weights"] = _weights(make, shape)
+    fields |= _epilogue(make, shape, written, window)
+    if shape.epilogue != "sign":
+        fields["real"] = make.activation("f32", written)
+    if shape.epilogue:
+        fields["bits"] = make.activation("bits", written)
+    make.ops.append(make_op(shape.op, **fields))
+    number = len(make.ops) - 1
+    output = fields.get("real", len(make.tensors) - 1)
+    if shape.epilogue:  # an output is made of floats, and nothing may be left unread
+        output = make.activation("f32", written)
+        more = {"other": fields["real"]} if "real" in fields else {}
+        make.ops.append(make_op("pointwise", input=fields["bits"], real=output, **more))
+    model = PackedModel(make.tensors, make.ops, 0, output)
+    plan(model)
+    return model, number
+
+
+def _weights(make: _Maker, shape: Shape) -> int:
+    sizes = (shape.outputs, shape.kernel, shape.kernel, shape.channels)
+    if shape.weights == "bits":
+        return make.constant(make.random.random(sizes) < 0.5)
+    return make.constant(make.random.integers(-127, 128, sizes).astype(np.int8))
+
+
+def _epilogue(make: _Maker, shape: Shape, written: tuple[int, int, int], window: Window) -> dict[str, int]:
+    outputs = shape.outputs
+    if shape.op == "pixel_conv2d":
+        classes = [count_classes(side) for side in sides_of(window, shape.side, shape.side)]
+        return {"scale": make.floats(outputs), "bias": make.floats(*classes, outputs)}
+    if shape.epilogue == "sign":
+        whole = shape.op == "binary_conv2d"
+        near = make.random.integers(-9, 10, outputs)
+        return {"threshold": make.constant(near.astype(np.int32 if whole else np.float32))}
+    if shape.epilogue == "block":
+        shortcut = make.activation("f32", written)
+        _shortcut(make, shape, shortcut, written)
+        fields = {name: make.floats(outputs) for name in ("scale", "bias", "slope", "threshold")}
+        return {**fields, "other": shortcut}
+    return {"scale": make.floats(outputs), "bias": make.floats(outputs)} if shape.op == "conv2d" else {}
+
+
+def _shortcut(make: _Maker, shape: Shape, shortcut: int, written: tuple[int, int, int]) -> None:
+    """Floats of the output's shape: the image, through a 1x1 convolution where its shape is another."""
+    if written == (shape.side, shape.side, shape.channels):
+        make.ops.append(make_op("pointwise", input=0, real=shortcut))
+        return
+    weights = make.constant(np.ones((written[2], 1, 1, shape.channels), np.int8))
+    window = Window((1, 1), (shape.stride, shape.stride))
+    classes = [count_classes(side) for side in sides_of(window, shape.side, shape.side)]
+    fields = {"weights": weights, "scale": make.floats(written[2]), "bias": make.floats(*classes, written[2])}
+    kernel = {"kernel_h": 1, "kernel_w": 1, "stride_h": shape.stride, "stride_w": shape.stride}
+    make.ops.append(make_op("pixel_conv2d", input=0, real=shortcut, **fields, **kernel))

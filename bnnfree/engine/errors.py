@@ -1,0 +1,7 @@
+"""What the engine says when something cannot be."""
+
+from bnnfree.errors import BnnfreeError
+
+
+class EngineError(BnnfreeError):
+    """Images that do not fit the model, or a backend or thread count that cannot be."""

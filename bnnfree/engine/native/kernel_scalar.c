@@ -1,0 +1,523 @@
+/* Kernels in plain C for every op and every shape: what runs where no other kernel fits, and what the others are
+   compared with. A kernel's values go to an array of all outputs of a pixel, which `finish` takes through the
+   epilogue. */
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "internal.h"
+
+#if FLT_EVAL_METHOD != 0
+#error "floats must be computed as floats: on 32-bit x86 compile with -msse2 -mfpmath=sse"
+#endif
+#ifdef __FAST_MATH__
+#error "-ffast-math changes results"
+#endif
+
+#define SPAN 8u /* pixels of a row worked on together, so that weights are read once for all of them */
+
+#define FITS(name)                                \
+    int bnnf_##name##_fits(const bnnf__op *op);   \
+    int bnnf_##name##_fits(const bnnf__op *op) {  \
+        (void)op;                                 \
+        return 1;                                 \
+    }
+#define PACKS(name) size_t bnnf_##name##_pack(bnnf__op *op, void *memory)
+#define RUNS(name) void bnnf_##name##_run(const bnnf__op *op, const bnnf__io *io)
+#define PACKS_NOTHING(name, scratch)       \
+    PACKS(name);                           \
+    PACKS(name) {                          \
+        (void)memory;                      \
+        op->scratch_bytes = (scratch);     \
+        return 0;                          \
+    }
+
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+/* A size that malloc refuses where size_t does not hold it. */
+static size_t bytes_of(uint64_t bytes) { return bytes > SIZE_MAX / 2 ? SIZE_MAX / 2 : (size_t)bytes; }
+
+static uint32_t popcount(uint64_t x) {
+#if defined(__POPCNT__) || defined(__aarch64__)
+    return (uint32_t)__builtin_popcountll(x);
+#else /* a call of the builtin is slower */
+    x -= x >> 1 & UINT64_C(0x5555555555555555);
+    x = (x & UINT64_C(0x3333333333333333)) + (x >> 2 & UINT64_C(0x3333333333333333));
+    x = (x + (x >> 4)) & UINT64_C(0x0F0F0F0F0F0F0F0F);
+    return (uint32_t)(x * UINT64_C(0x0101010101010101) >> 56);
+#endif
+}
+
+/* -- shares and spans */
+
+/* What a part works on: pixels of the output in order, and of each the outputs from, to. Many pixels are shared out as
+   they are; few are worked on by all, each with its own words of channels. */
+typedef struct share {
+    size_t pixel, last;
+    uint32_t from, to;
+} share;
+
+static share share_of(const bnnf__op *op, const bnnf__io *io) {
+    size_t pixels = (size_t)op->out_height * op->out_width, from = 0, to = op->out_words;
+    share s = {0, pixels, 0, 0};
+    if (pixels < 4 * (size_t)io->parts && op->out_words > 1)
+        bnnf__share(op->out_words, io->part, io->parts, &from, &to);
+    else
+        bnnf__share(pixels, io->part, io->parts, &s.pixel, &s.last);
+    s.from = (uint32_t)least(64 * from, op->outputs);
+    s.to = (uint32_t)least(64 * to, op->outputs);
+    return s;
+}
+
+/* Neighbours within a row of the output that see the same taps. */
+typedef struct span {
+    size_t pixel;             /* the first */
+    uint32_t row, column, count;
+    const bnnf__band *rows, *columns;
+} span;
+
+/* Moves on to the next span of the share, of up to `most` pixels; start with all zero. */
+static int next_span(const bnnf__op *op, share *s, span *at, uint32_t most) {
+    if (s->from == s->to || s->pixel == s->last) return 0;
+    at->pixel = s->pixel;
+    at->row = (uint32_t)(s->pixel / op->out_width);
+    at->column = (uint32_t)(s->pixel % op->out_width);
+    if (!at->rows) at->rows = op->row_bands;
+    if (!at->columns || at->columns->from > at->column) at->columns = op->column_bands;
+    while (at->rows->to <= at->row) at->rows++;
+    while (at->columns->to <= at->column) at->columns++;
+    at->count = (uint32_t)least(least(at->columns->to - at->column, most), s->last - s->pixel);
+    s->pixel += at->count;
+    return 1;
+}
+
+/* The input pixel that tap (i, j) of the span's first window sees, which must lie inside. */
+static size_t seen(const bnnf__op *op, const span *at, uint32_t i, uint32_t j) {
+    const struct bnnf_op_record *r = &op->record;
+    size_t row = (size_t)at->row * r->stride_h + (size_t)i * r->dilation_h - r->padding_h;
+    size_t column = (size_t)at->column * r->stride_w + (size_t)j * r->dilation_w - r->padding_w;
+    return row * op->width + column;
+}
+
+/* -- the epilogue */
+
+/* The values of outputs from..to of a pixel: v[0] is that of output `from`, a multiple of 64. */
+static void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, uint32_t from, uint32_t to, float *v,
+                   const float *bias) {
+    const bnnf__epilogue *e = &op->epilogue;
+    const uint32_t n = to - from;
+    if (e->scale)
+        for (uint32_t c = 0; c < n; c++) v[c] = v[c] * e->scale[from + c];
+    if (bias)
+        for (uint32_t c = 0; c < n; c++) v[c] = v[c] + bias[from + c];
+    if (io->other) {
+        const float *other = io->other + pixel * e->other_channels;
+        uint32_t k = from % e->other_channels;
+        for (uint32_t c = 0; c < n; c++) {
+            v[c] = v[c] + other[k];
+            if (++k == e->other_channels) k = 0;
+        }
+    }
+    if (e->slope)
+        for (uint32_t c = 0; c < n; c++) v[c] = v[c] >= 0 ? v[c] : v[c] * e->slope[from + c];
+    if (e->low)
+        for (uint32_t c = 0; c < n; c++) v[c] = v[c] > e->low[from + c] ? v[c] : e->low[from + c];
+    if (e->high)
+        for (uint32_t c = 0; c < n; c++) v[c] = v[c] < e->high[from + c] ? v[c] : e->high[from + c];
+    if (io->real) memcpy(io->real + pixel * op->outputs + from, v, n * sizeof *v);
+    if (!io->bits) return;
+    uint64_t *bits = io->bits + pixel * op->out_words + from / 64;
+    for (uint32_t start = 0; start < n; start += 64, bits++) {
+        uint64_t word = 0;
+        for (uint32_t c = 0; c < 64 && start + c < n; c++) {
+            float threshold = e->threshold ? e->threshold[from + start + c] : 0;
+            word |= (uint64_t)!(v[start + c] >= threshold) << c;
+        }
+        *bits = e->flip ? word ^ e->flip[(from + start) / 64] : word;
+    }
+}
+
+/* The same for sums of signs: v is scratch for as many floats. */
+static void finish_sums(const bnnf__op *op, const bnnf__io *io, size_t pixel, uint32_t from, uint32_t to,
+                        const int32_t *sums, float *v, const float *bias) {
+    const bnnf__epilogue *e = &op->epilogue;
+    const uint32_t n = to - from;
+    if (!e->sum_threshold) {
+        for (uint32_t c = 0; c < n; c++) v[c] = (float)sums[c];
+        finish(op, io, pixel, from, to, v, bias);
+        return;
+    }
+    uint64_t *bits = io->bits + pixel * op->out_words + from / 64;
+    for (uint32_t start = 0; start < n; start += 64, bits++) {
+        uint64_t word = 0;
+        for (uint32_t c = 0; c < 64 && start + c < n; c++)
+            word |= (uint64_t)(sums[start + c] < e->sum_threshold[from + start + c]) << c;
+        *bits = e->flip ? word ^ e->flip[(from + start) / 64] : word;
+    }
+}
+
+/* -- pointwise */
+
+FITS(pointwise__scalar)
+PACKS_NOTHING(pointwise__scalar, (size_t)op->outputs * sizeof(float))
+
+RUNS(pointwise__scalar);
+RUNS(pointwise__scalar) {
+    share s = share_of(op, io);
+    float *v = io->scratch;
+    const uint32_t n = s.to - s.from;
+    for (; n && s.pixel < s.last; s.pixel++) {
+        if (op->input_dtype == BNNF_DTYPE_F32) {
+            memcpy(v, (const float *)io->input + s.pixel * op->channels + s.from, n * sizeof *v);
+        } else if (op->input_dtype == BNNF_DTYPE_U8) {
+            const uint8_t *x = (const uint8_t *)io->input + s.pixel * op->channels + s.from;
+            for (uint32_t c = 0; c < n; c++) v[c] = (float)x[c];
+        } else {
+            const uint64_t *x = (const uint64_t *)io->input + s.pixel * op->words + s.from / 64;
+            for (uint32_t c = 0; c < n; c++) v[c] = x[c / 64] >> c % 64 & 1 ? -1.0f : 1.0f;
+        }
+        finish(op, io, s.pixel, s.from, s.to, v, op->epilogue.bias);
+    }
+}
+
+/* -- binary_conv2d */
+
+/* Scratch: the windows of a span, of one group, as words [SPAN][taps][group_words]; sums [SPAN][outputs]; values; what
+   the taps on the padding add to each output. */
+static uint64_t window_words(const bnnf__op *op) {
+    return (uint64_t)op->record.kernel_h * op->record.kernel_w * op->group_words;
+}
+
+FITS(binary_conv2d__scalar)
+PACKS_NOTHING(binary_conv2d__scalar,
+              bytes_of(SPAN * window_words(op) * 8 + (SPAN + 2) * (uint64_t)op->outputs * sizeof(int32_t)))
+
+/* The channels of a group within a pixel's words: its first bit may stand anywhere in a word. */
+static void copy_group(const bnnf__op *op, const uint64_t *pixel, uint32_t group, uint64_t *to) {
+    size_t bit = (size_t)group * op->group_channels;
+    const uint64_t *from = pixel + bit / 64;
+    uint32_t shift = bit % 64, left = op->group_channels;
+    for (uint32_t k = 0; k < op->group_words; k++, left -= 64) {
+        uint32_t size = left < 64 ? left : 64;
+        uint64_t word = from[k] >> shift;
+        if (shift && size > 64 - shift) word |= from[k + 1] << (64 - shift);
+        to[k] = size < 64 ? word & ((UINT64_C(1) << size) - 1) : word;
+    }
+}
+
+/* The taps inside the image of every window of a span, one after the other. */
+static void copy_windows(const bnnf__op *op, const bnnf__io *io, const span *at, uint32_t group, uint64_t *to) {
+    const uint64_t *input = io->input;
+    for (uint32_t p = 0; p < at->count; p++)
+        for (uint32_t i = at->rows->first; i < at->rows->behind; i++)
+            for (uint32_t j = at->columns->first; j < at->columns->behind; j++, to += op->group_words) {
+                size_t pixel = seen(op, at, i, j) + (size_t)p * op->record.stride_w;
+                copy_group(op, input + pixel * op->words, group, to);
+            }
+}
+
+/* For each output what padding adds: pad_value times the sum of the weights of each tap outside. */
+static void pad_sums(const bnnf__op *op, const span *at, const share *s, int32_t *sums) {
+    const struct bnnf_op_record *r = &op->record;
+    const uint64_t *w = (const uint64_t *)op->weights + s->from * window_words(op);
+    for (uint32_t o = s->from; o < s->to; o++) {
+        int32_t sum = 0;
+        for (uint32_t i = 0; i < r->kernel_h; i++)
+            for (uint32_t j = 0; j < r->kernel_w; j++, w += op->group_words) {
+                if (i >= at->rows->first && i < at->rows->behind && j >= at->columns->first && j < at->columns->behind)
+                    continue;
+                sum += (int32_t)op->group_channels;
+                for (uint32_t k = 0; k < op->group_words; k++) sum -= 2 * (int32_t)popcount(w[k]);
+            }
+        sums[o - s->from] = sum * r->pad_value;
+    }
+}
+
+/* Sums of output `o` at each pixel of a span, whose windows stand in x. */
+static void sum_signs(const bnnf__op *op, const span *at, const uint64_t *x, uint32_t o, int32_t pad, int32_t *sums) {
+    const struct bnnf_op_record *r = &op->record;
+    const size_t row = (size_t)r->kernel_w * op->group_words;
+    const uint64_t *weights = (const uint64_t *)op->weights + ((size_t)o * r->kernel_h + at->rows->first) * row +
+                              (size_t)at->columns->first * op->group_words;
+    const uint32_t rows = at->rows->behind - at->rows->first, columns = at->columns->behind - at->columns->first;
+    const size_t run = (size_t)columns * op->group_words;
+    const int32_t products = (int32_t)(rows * columns * op->group_channels);
+    for (uint32_t p = 0; p < at->count; p++) {
+        uint32_t differ = 0;
+        const uint64_t *w = weights;
+        for (uint32_t i = 0; i < rows; i++, w += row, x += run)
+            for (size_t k = 0; k < run; k++) differ += popcount(x[k] ^ w[k]);
+        sums[(size_t)p * op->outputs] = products - 2 * (int32_t)differ + pad;
+    }
+}
+
+RUNS(binary_conv2d__scalar);
+RUNS(binary_conv2d__scalar) {
+    uint64_t *windows = io->scratch;
+    int32_t *sums = (int32_t *)(windows + SPAN * (size_t)window_words(op)), *pad = sums + SPAN * (size_t)op->outputs;
+    float *v = (float *)(pad + op->outputs);
+    share s = share_of(op, io);
+    span at = {0};
+    while (next_span(op, &s, &at, SPAN)) {
+        if (op->record.pad_value) pad_sums(op, &at, &s, pad);
+        uint32_t group = BNNF__NONE;
+        for (uint32_t o = s.from; o < s.to; o++) {
+            if (o / op->group_outputs != group) copy_windows(op, io, &at, group = o / op->group_outputs, windows);
+            sum_signs(op, &at, windows, o, op->record.pad_value ? pad[o - s.from] : 0, sums + (o - s.from));
+        }
+        for (uint32_t p = 0; p < at.count; p++)
+            finish_sums(op, io, at.pixel + p, s.from, s.to, sums + (size_t)p * op->outputs, v, op->epilogue.bias);
+    }
+}
+
+/* -- pixel_conv2d and conv2d */
+
+/* Both sum LANES outputs at once, each on its own: a loop of fixed length over neighbours, which compilers turn into
+   what vectors the CPU has. Weights are packed as [outputs / LANES][kernel_h][kernel_w][group_channels][LANES], with
+   zeros beyond the last output; a block stays in the cache for all pixels of a span. Scratch: [SPAN][epilogue.lanes]
+   sums, and floats of one pixel. */
+#define LANES 16u
+
+static uint64_t packed_values(const bnnf__op *op) {
+    const uint64_t terms = (uint64_t)op->record.kernel_h * op->record.kernel_w * op->group_channels;
+    return terms * ((op->outputs + LANES - 1) / LANES * LANES);
+}
+
+/* Where the weight of output o, tap and channel t stands. */
+static size_t packed_at(const bnnf__op *op, size_t o, size_t t) {
+    const size_t terms = (size_t)op->record.kernel_h * op->record.kernel_w * op->group_channels;
+    return (o / LANES * terms + t) * LANES + o % LANES;
+}
+
+FITS(pixel_conv2d__scalar)
+
+PACKS(pixel_conv2d__scalar);
+PACKS(pixel_conv2d__scalar) {
+    const size_t terms = (size_t)op->record.kernel_h * op->record.kernel_w * op->channels;
+    const size_t size = bytes_of(packed_values(op) * sizeof(int16_t));
+    const int8_t *from = op->weights;
+    int16_t *to = memory;
+    op->scratch_bytes = (SPAN + 1) * (size_t)op->epilogue.lanes * sizeof(float);
+    if (!memory) return size;
+    memset(to, 0, size);
+    for (size_t o = 0; o < op->outputs; o++)
+        for (size_t t = 0; t < terms; t++) to[packed_at(op, o, t)] = *from++;
+    return size;
+}
+
+/* Sums of a block of outputs at pixel p of a span. */
+static void sum_pixels(const bnnf__op *op, const bnnf__io *io, const span *at, uint32_t p, const int16_t *block,
+                       int32_t *to) {
+    const struct bnnf_op_record *r = &op->record;
+    int32_t sums[LANES] = {0};
+    for (uint32_t i = at->rows->first; i < at->rows->behind; i++)
+        for (uint32_t j = at->columns->first; j < at->columns->behind; j++) {
+            const size_t pixel = seen(op, at, i, j) + (size_t)p * r->stride_w;
+            const uint8_t *x = (const uint8_t *)io->input + pixel * op->channels;
+            const int16_t *w = block + ((size_t)i * r->kernel_w + j) * op->channels * LANES;
+            for (uint32_t c = 0; c < op->channels; c++, w += LANES) {
+                const int16_t value = x[c];
+                for (uint32_t k = 0; k < LANES; k++) sums[k] += value * w[k];
+            }
+        }
+    memcpy(to, sums, sizeof sums);
+}
+
+RUNS(pixel_conv2d__scalar);
+RUNS(pixel_conv2d__scalar) {
+    const size_t lanes = op->epilogue.lanes;
+    int32_t *sums = io->scratch;
+    float *v = (float *)(sums + SPAN * lanes);
+    share s = share_of(op, io);
+    span at = {0};
+    while (next_span(op, &s, &at, SPAN)) {
+        for (uint32_t o = s.from; o < s.to; o += LANES) {
+            const int16_t *block = (const int16_t *)op->packed + packed_at(op, o, 0);
+            for (uint32_t p = 0; p < at.count; p++)
+                sum_pixels(op, io, &at, p, block, sums + p * lanes + (o - s.from));
+        }
+        const float *biases = op->pixel_bias + (size_t)op->row_class[at.row] * op->column_classes * op->outputs;
+        const float *bias = biases + (size_t)op->column_class[at.column] * op->outputs;
+        for (uint32_t p = 0; p < at.count; p++)
+            finish_sums(op, io, at.pixel + p, s.from, s.to, sums + p * lanes, v, bias);
+    }
+}
+
+FITS(conv2d__scalar)
+
+static float real_weight(const bnnf__op *op, size_t row, uint32_t c) {
+    if (op->weights_dtype == BNNF_DTYPE_F32) return ((const float *)op->weights)[row * op->group_channels + c];
+    if (op->weights_dtype == BNNF_DTYPE_I8) return (float)((const int8_t *)op->weights)[row * op->group_channels + c];
+    return ((const uint64_t *)op->weights)[row * op->group_words + c / 64] >> c % 64 & 1 ? -1.0f : 1.0f;
+}
+
+PACKS(conv2d__scalar);
+PACKS(conv2d__scalar) {
+    const size_t taps = (size_t)op->record.kernel_h * op->record.kernel_w;
+    const size_t size = bytes_of(packed_values(op) * sizeof(float));
+    float *to = memory;
+    op->scratch_bytes = SPAN * (size_t)op->epilogue.lanes * sizeof(float);
+    if (!memory) return size;
+    memset(to, 0, size);
+    for (size_t o = 0; o < op->outputs; o++)
+        for (size_t t = 0; t < taps; t++)
+            for (uint32_t c = 0; c < op->group_channels; c++)
+                to[packed_at(op, o, t * op->group_channels + c)] = real_weight(op, o * taps + t, c);
+    return size;
+}
+
+/* The terms of one tap for a block of outputs; x: the channels of the first output's group in the input's pixel, lane k
+   has its own ahead[k] channels behind them; NULL on the padding. */
+static void add_tap(const bnnf__op *op, const float *x, const uint32_t *ahead, const float *w, float *v) {
+    const float pad = (float)op->record.pad_value;
+    const int one_group = ahead[LANES - 1] == 0;
+    for (uint32_t c = 0; c < op->group_channels; c++, w += LANES) {
+        if (!x || one_group) {
+            const float value = x ? x[c] : pad;
+            for (uint32_t k = 0; k < LANES; k++) v[k] = v[k] + value * w[k];
+        } else {
+            for (uint32_t k = 0; k < LANES; k++) v[k] = v[k] + x[ahead[k] + c] * w[k];
+        }
+    }
+}
+
+/* Sums of a block of outputs, from output o on, at pixel p of a span. Why taps on a padding of 0 are left out: they add
+   a zero to a sum that starts as +0 and so is never -0. */
+static void sum_floats(const bnnf__op *op, const bnnf__io *io, const span *at, uint32_t p, uint32_t o, float *to) {
+    const struct bnnf_op_record *r = &op->record;
+    const bnnf__band *rows = at->rows, *columns = at->columns;
+    const int all = r->pad_value != 0;
+    const uint32_t group = o / op->group_outputs;
+    const float *block = (const float *)op->packed + packed_at(op, o, 0);
+    uint32_t ahead[LANES];
+    float v[LANES] = {0};
+    for (uint32_t k = 0; k < LANES; k++) {
+        const uint32_t output = (uint32_t)least(o + k, op->outputs - 1);
+        ahead[k] = (output / op->group_outputs - group) * op->group_channels;
+    }
+    for (uint32_t i = all ? 0 : rows->first; i < (all ? r->kernel_h : rows->behind); i++)
+        for (uint32_t j = all ? 0 : columns->first; j < (all ? r->kernel_w : columns->behind); j++) {
+            const float *x = NULL;
+            if (i >= rows->first && i < rows->behind && j >= columns->first && j < columns->behind)
+                x = (const float *)io->input + (seen(op, at, i, j) + (size_t)p * r->stride_w) * op->channels +
+                    (size_t)group * op->group_channels;
+            add_tap(op, x, ahead, block + ((size_t)i * r->kernel_w + j) * op->group_channels * LANES, v);
+        }
+    memcpy(to, v, sizeof v);
+}
+
+RUNS(conv2d__scalar);
+RUNS(conv2d__scalar) {
+    const size_t lanes = op->epilogue.lanes;
+    float *v = io->scratch;
+    share s = share_of(op, io);
+    span at = {0};
+    while (next_span(op, &s, &at, SPAN)) {
+        for (uint32_t o = s.from; o < s.to; o += LANES)
+            for (uint32_t p = 0; p < at.count; p++) sum_floats(op, io, &at, p, o, v + p * lanes + (o - s.from));
+        for (uint32_t p = 0; p < at.count; p++)
+            finish(op, io, at.pixel + p, s.from, s.to, v + p * lanes, op->epilogue.bias);
+    }
+}
+
+/* -- poolings */
+
+FITS(max_pool2d__scalar)
+PACKS_NOTHING(max_pool2d__scalar, 0)
+
+/* Why -infinity first where the first tap is outside: a NaN behind it is not larger, and must not win. */
+RUNS(max_pool2d__scalar);
+RUNS(max_pool2d__scalar) {
+    share s = share_of(op, io);
+    span at = {0};
+    while (next_span(op, &s, &at, 1)) {
+        float *v = io->real + at.pixel * op->outputs;
+        int started = at.rows->first == 0 && at.columns->first == 0;
+        for (uint32_t c = s.from; c < s.to && !started; c++) v[c] = -INFINITY;
+        for (uint32_t i = at.rows->first; i < at.rows->behind; i++)
+            for (uint32_t j = at.columns->first; j < at.columns->behind; j++) {
+                const float *x = (const float *)io->input + seen(op, &at, i, j) * op->channels;
+                if (started && i + j == 0) memcpy(v + s.from, x + s.from, (s.to - s.from) * sizeof *v);
+                else for (uint32_t c = s.from; c < s.to; c++) v[c] = x[c] > v[c] ? x[c] : v[c];
+            }
+    }
+}
+
+FITS(avg_pool2d__scalar)
+PACKS_NOTHING(avg_pool2d__scalar, 0)
+
+RUNS(avg_pool2d__scalar);
+RUNS(avg_pool2d__scalar) {
+    share s = share_of(op, io);
+    span at = {0};
+    while (next_span(op, &s, &at, 1)) {
+        const bnnf__band *rows = at.rows, *columns = at.columns;
+        const float count = (float)((rows->behind - rows->first) * (columns->behind - columns->first));
+        float *v = io->real + at.pixel * op->outputs;
+        for (uint32_t c = s.from; c < s.to; c++) v[c] = 0;
+        for (uint32_t i = rows->first; i < rows->behind; i++)
+            for (uint32_t j = columns->first; j < columns->behind; j++) {
+                const float *x = (const float *)io->input + seen(op, &at, i, j) * op->channels;
+                for (uint32_t c = s.from; c < s.to; c++) v[c] = v[c] + x[c];
+            }
+        for (uint32_t c = s.from; c < s.to; c++) v[c] = v[c] / count;
+    }
+}
+
+/* -- concat, softmax */
+
+FITS(concat__scalar)
+PACKS_NOTHING(concat__scalar, 0)
+
+RUNS(concat__scalar);
+RUNS(concat__scalar) {
+    const uint32_t first = op->channels, second = op->outputs - first;
+    size_t pixel, last;
+    bnnf__share((size_t)op->height * op->width, io->part, io->parts, &pixel, &last);
+    for (; pixel < last; pixel++) {
+        float *to = io->real + pixel * op->outputs;
+        memcpy(to, (const float *)io->input + pixel * first, first * sizeof *to);
+        memcpy(to + first, io->other + pixel * second, second * sizeof *to);
+    }
+}
+
+FITS(softmax__scalar)
+PACKS_NOTHING(softmax__scalar, 0)
+
+/* e to the x of x <= 0, as FORMAT.md says it; 2^n is a normal number, and the product is rounded once. */
+static float exponential(float x) {
+    static const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    if (x < -87.0f) x = -87.0f;
+    const float n = rintf(x * 1.44269504f);
+    float z = x - n * 0.693359375f;
+    z = z - n * -0.000212194440f;
+    float y = 1.0f / 5040, power;
+    for (int i = 0; i < 7; i++) y = y * z + factors[i];
+    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    memcpy(&power, &bits, sizeof power);
+    return y * power;
+}
+
+static void softmax(const float *x, float *to, uint32_t channels) {
+    float most = x[0], sum = 0;
+    int broken = 0;
+    for (uint32_t c = 0; c < channels; c++) {
+        broken |= isnan(x[c]) || x[c] == INFINITY;
+        if (x[c] > most) most = x[c];
+    }
+    broken |= most == -INFINITY;
+    for (uint32_t c = 0; c < channels && !broken; c++) {
+        to[c] = exponential(x[c] - most);
+        sum = sum + to[c];
+    }
+    for (uint32_t c = 0; c < channels; c++) to[c] = broken ? NAN : to[c] / sum;
+}
+
+RUNS(softmax__scalar);
+RUNS(softmax__scalar) {
+    size_t pixel, last;
+    bnnf__share((size_t)op->height * op->width, io->part, io->parts, &pixel, &last);
+    for (; pixel < last; pixel++)
+        softmax((const float *)io->input + pixel * op->channels, io->real + pixel * op->outputs, op->channels);
+}

@@ -1,0 +1,260 @@
+"""How the native library is made, what it is, what happens where it cannot be made; and the header for users in C."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from damage import bases
+from helpers import ROOT
+from packed import images
+
+from bnnfree.engine import Engine, build
+from bnnfree.engine.binding import isa_names, load_library
+from bnnfree.format import from_bytes
+
+NATIVE = ROOT / "bnnfree" / "engine" / "native"
+STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+
+
+def compiler():
+    try:
+        return build.compiler()
+    except build.BuildFailure as failure:
+        pytest.skip(str(failure))
+
+
+def tool_of(name):
+    if shutil.which(name) is None:
+        pytest.skip(f"needs {name}")
+    return name
+
+
+def output_of(*command, **options) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def library():
+    if not isa_names():
+        pytest.skip(load_library()[1])
+    return build.library()
+
+
+# -- what the library is
+
+
+def test_the_library_is_small(library, tmp_path):
+    stripped = tmp_path / library.name
+    output_of(tool_of("strip"), "-o", stripped, library)
+    assert stripped.stat().st_size <= 1 << 19
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+def test_the_library_needs_libc_libm_and_threads_and_nothing_else(library):
+    dynamic = output_of(tool_of("readelf"), "-d", library)
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic))
+    assert needed <= {"libc.so.6", "libm.so.6", "libpthread.so.0"} and "libc.so.6" in needed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+def test_the_library_exports_what_the_header_declares_and_nothing_else(library):
+    exported = {line.split()[-1] for line in output_of(tool_of("nm"), "-D", "--defined-only", library).splitlines()}
+    text = (NATIVE / "bnnfree.h").read_text()
+    declared = set(re.findall(r"^BNNF_API [\w *]*?(bnnf_\w+)\(", text, re.M))
+    assert len(declared) >= 13 and exported == declared
+
+
+# -- in C
+
+
+@pytest.mark.parametrize("options", [[], ["-DBNNF_NO_THREADS"]], ids=["threads", "no threads"])
+def test_the_sources_compile_without_a_warning(options, tmp_path):
+    for source in sorted(NATIVE.glob("*.c")):
+        flags = [*STRICT, "-O2", "-ffp-contract=off", *options]
+        output_of(*compiler(), *flags, "-c", source, "-o", tmp_path / "x.o")
+
+
+@pytest.mark.parametrize("language", ["c", "c++"])
+def test_the_header_stands_alone_in_c_and_in_cpp(language, tmp_path):
+    code = '#include "bnnfree.h"\n#include "bnnfree.h"\nint main(void) { return bnnf_default_params().threads != 1; }\n'
+    (tmp_path / "x.c").write_text(code)
+    command = compiler() if language == "c" else [tool_of("c++")]
+    flags = STRICT if language == "c" else ["-std=c++11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+    output_of(*command, *flags, f"-I{NATIVE}", "-x", language, "-c", tmp_path / "x.c", "-o", tmp_path / "x.o")
+
+
+@pytest.mark.parametrize("options", [[], ["-DBNNF_NO_THREADS"]], ids=["threads", "no threads"])
+def test_the_program_in_the_header_classifies(options, tmp_path):
+    """Compiled by one line, it names the class that numpy finds."""
+    text = (NATIVE / "bnnfree.h").read_text()
+    program = text[text.index("       #include <stdio.h>") : text.index("   Threads: a model")]
+    example = NATIVE / "examples" / "minimal.c"
+    assert [line[7:] for line in program.strip("\n ").splitlines()][1:] == example.read_text().splitlines()[1:]
+    sources = [example, *sorted(NATIVE.glob("*.c"))]
+    libraries = ["-lm", *([] if options else ["-pthread"])]
+    flags = ["-std=c11", "-O2", "-ffp-contract=off", *options, f"-I{NATIVE}"]
+    output_of(*compiler(), *flags, *sources, "-o", tmp_path / "minimal", *libraries)
+    (tmp_path / "m.bnnf").write_bytes(bases()[2])
+    model = from_bytes(bases()[2])
+    for i, image in enumerate(images(model, 3)):
+        (tmp_path / "pixels").write_bytes(image.tobytes())
+        said = output_of(tmp_path / "minimal", tmp_path / "m.bnnf", tmp_path / "pixels")
+        best = Engine(model, "numpy").run(images(model, 3)[i : i + 1])[0].argmax()
+        assert said == f"{model.classes[best]}\n"
+    refused = subprocess.run([tmp_path / "minimal", tmp_path / "pixels", tmp_path / "pixels"], capture_output=True)
+    assert refused.returncode == 1 and refused.stderr.count(b"\n") == 1
+
+
+# -- making it
+
+
+def test_build_writes_where_it_is_told_and_the_name_follows_the_sources(tmp_path, monkeypatch, library):
+    out = build.build(tmp_path / "deep" / "x.so")
+    assert out == tmp_path / "deep" / "x.so" and [p.name for p in out.parent.iterdir()] == ["x.so"]
+    before = build.name()
+    assert library.name == before
+    shutil.copytree(NATIVE, tmp_path / "native")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "native")
+    assert build.name() == before
+    with open(tmp_path / "native" / "run.c", "a") as file:
+        file.write("\n")
+    assert build.name() != before
+
+
+def test_changed_sources_are_compiled_again_and_old_libraries_go(tmp_path, monkeypatch, library):
+    shutil.copytree(NATIVE, tmp_path / "native")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "native")
+    monkeypatch.setattr(build, "PLACE", tmp_path / "_native")
+    monkeypatch.setattr(build, "cache", lambda: None)
+    first = build.library()
+    assert build.library() == first and first.parent == tmp_path / "_native"
+    os.utime(first, (0, 0))
+    with open(tmp_path / "native" / "run.c", "a") as file:
+        file.write("\n")
+    second = build.library()
+    assert second != first and list(second.parent.iterdir()) == [second]
+
+
+def test_where_the_package_cannot_be_written_the_cache_takes_it(tmp_path, monkeypatch, library):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(build, "PLACE", tmp_path / "file" / "_native")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "cache"))
+    path = build.library()
+    assert (tmp_path / "cache") in path.parents and build.library() == path
+
+
+@pytest.mark.parametrize(("variable", "said"), [("none-such", "none-such"), ("false", "false failed")])
+def test_a_compiler_that_is_none_is_named(monkeypatch, tmp_path, capsys, variable, said):
+    tool_of("false")
+    monkeypatch.setenv("CC", variable)
+    assert build.build(tmp_path / "x.so") is None and capsys.readouterr().out == ""
+    assert build.build(tmp_path / "x.so", verbose=True) is None and said in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_the_path_last(library):
+    printed = output_of(sys.executable, "-m", "bnnfree.engine.build", cwd=ROOT)
+    assert printed.splitlines()[-1] == str(build.PLACE / build.name())
+
+
+# -- without it
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A copy of the package without a library, an empty cache and no compiler: (folder, environment)."""
+    shutil.copytree(ROOT / "bnnfree", tmp_path / "bnnfree", ignore=shutil.ignore_patterns("_native", "__pycache__"))
+    (tmp_path / "m.bnnf").write_bytes(bases()[0])
+    model = from_bytes(bases()[0])
+    np.save(tmp_path / "x.npy", images(model, 3))
+    np.save(tmp_path / "y.npy", Engine(model, "numpy").run(images(model, 3)))
+    homes = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"), str(tmp_path / "home"))
+    return tmp_path, {"PYTHONPATH": str(tmp_path), "CC": str(tmp_path / "nonexistent"), **homes}
+
+
+def python(bare, code):
+    folder, environment = bare
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_numpy_runs_after_one_line_of_warning(bare):
+    code = (
+        "import numpy as np; from bnnfree.engine import backends, load\n"
+        "assert backends() == ['numpy', 'reference'], backends()\n"
+        "for _ in range(3):\n"
+        "    engine = load('m.bnnf', threads=2)\n"
+        "    assert engine.info()['backend'] == 'numpy'\n"
+        "    assert np.array_equal(engine.run(np.load('x.npy')), np.load('y.npy'), equal_nan=True)\n"
+    )
+    done = python(bare, code)
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert len(warned) == 1 and "native engine" in warned[0] and "nonexistent" in warned[0], done.stderr
+    assert python(bare, "from bnnfree.engine import load; load('m.bnnf', 'numpy')").stderr == ""
+
+
+@pytest.mark.parametrize("backend", ["native", "scalar"])
+def test_without_a_compiler_a_native_backend_is_an_error_that_says_why(bare, backend):
+    done = python(bare, f"from bnnfree.engine import load; load('m.bnnf', {backend!r})")
+    said = done.stderr.splitlines()[-1]
+    assert "EngineError" in said and backend in said and "nonexistent" in said
+
+
+# -- installing
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """What an install needs, as in a clean checkout."""
+    pytest.importorskip("setuptools")
+    clean = shutil.ignore_patterns("_native", "__pycache__")
+    shutil.copytree(ROOT / "bnnfree", tmp_path / "checkout" / "bnnfree", ignore=clean)
+    for name in ("setup.py", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "checkout")
+    return tmp_path / "checkout"
+
+
+def wheel_of(sources, **environment):
+    out = sources.parent / "wheels"
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "-q", "-w", out]
+    command = [sys.executable, "-m", "pip", "wheel", *options, sources]
+    output_of(*command, env={**os.environ, **environment})
+    (wheel,) = out.iterdir()
+    return wheel, zipfile.ZipFile(wheel).namelist()
+
+
+def test_a_wheel_holds_the_library_and_is_for_the_platform_and_any_python(sources, library):
+    wheel, names = wheel_of(sources)
+    assert re.fullmatch(r"bnnfree-.*-py3-none-(?!any)\w+\.whl", wheel.name)
+    assert f"bnnfree/engine/_native/{build.name()}" in names
+    assert {f"bnnfree/engine/native/{p.name}" for p in NATIVE.glob("*.[ch]")} <= set(names)
+    assert "bnnfree/bench/peak.c" in names and not [n for n in names if ".data/" in n]
+
+
+def test_a_wheel_without_a_compiler_is_pure(sources):
+    wheel, names = wheel_of(sources, CC="/nonexistent")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in names if "_native/" in name] and "bnnfree/engine/native/bnnfree.h" in names
+
+
+@pytest.mark.parametrize("options", [{}, {"CC": "/nonexistent"}], ids=["compiler", "no compiler"])
+def test_an_editable_install_builds_in_the_checkout_or_does_without(sources, options):
+    target = sources.parent / "site"
+    how = ["--no-build-isolation", "--no-deps", "--no-index", "-q", "--target", target]
+    command = [sys.executable, "-m", "pip", "install", *how, "-e", sources]
+    output_of(*command, env={**os.environ, **options})
+    made = [path.name for path in (sources / "bnnfree" / "engine").glob("_native/*")]
+    if options:
+        assert made == []
+    else:
+        compiler()
+        assert made == [build.name()]

@@ -1,0 +1,229 @@
+"""Measure how fast a network runs, one image at a time; beside other runtimes, by layer, or kernel by kernel.
+
+examples:
+  python tools/bench.py model.bnnf
+  python tools/bench.py model.bnnf --threads 2 --against onnxruntime openvino --json bench.json
+  python tools/bench.py recipes/imagenet_reactnet18.yaml --layers
+  python tools/bench.py --kernels
+
+SOURCE is a packed file, or what tools/export.py takes, with the same key=value: a recipe stands for its network with
+random weights, which are as fast as trained ones. --against builds the same network from the same file: for ONNX
+Runtime in float32 and in int8 (calibrated with random images: its speed counts, not its answers), for OpenVINO with
+its binary convolutions; where it should give the same numbers that is checked first. All take turns in one run.
+ratio: its median over the engine's. GMAC/s: 10^9 multiply-accumulates per second, those on padding too, as papers
+count. % of peak: only those inside the image, over what xor, popcount and add do on registers alone, measured in the
+same run on as many threads. --kernels takes single ops of usual shapes with each
+instruction set ("sign": a threshold and bits out, "block": the whole end of a block, floats and bits out). With --json
+the file's path is printed last.
+"""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import _cli
+
+SAME = 0.02  # of the largest output: by so much may a peer that should be equal differ; a bit at its threshold may flip
+CHECKED = 4  # images
+TIMES = 5  # so much shorter than a model is a single op timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a packed file, run folder, checkpoint or recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to a recipe, dotted keys")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every contender (default: 1)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="of bnnfree.engine (default: auto)")
+    parser.add_argument("--layers", action="store_true", help="time each layer")
+    parser.add_argument("--kernels", action="store_true", help="time single ops; then SOURCE may be missing")
+    parser.add_argument("--against", nargs="+", default=[], metavar="PACKAGE", help="onnxruntime, openvino")
+    parser.add_argument("--seconds", type=float, default=10, metavar="S", help="for the contenders (default: 10)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    args = parser.parse_intermixed_args()
+
+    from bnnfree.bench.machine import machine
+    from bnnfree.bench.peers import PACKAGES
+    from bnnfree.errors import BnnfreeError, unknown_name
+    from bnnfree.files import replacing
+
+    if args.source is None and not args.kernels:
+        raise BnnfreeError("SOURCE: got none, expected a network, or --kernels.")
+    if not 0 < args.seconds <= 3600:
+        raise BnnfreeError(f"--seconds: got {args.seconds}, expected more than 0 and up to 3600.")
+    for name in args.against:
+        if name not in PACKAGES:
+            raise unknown_name("--against", name, PACKAGES)
+    about = {**machine(), "threads": args.threads}
+    report = {"machine": about}
+    if args.source is not None:
+        engine = open_engine(args)
+        about["isa"] = engine.backend
+        print_machine(about)
+        report |= bench_model(engine, args)
+    if args.kernels:
+        if args.source is None:
+            print_machine(about)
+        report["kernels"] = bench_kernels(args)
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(args.json)
+
+
+def open_engine(args):
+    """The engine of a packed file, which needs no torch, or of what can be exported."""
+    from bnnfree.engine import Engine, load
+    from bnnfree.errors import BnnfreeError
+
+    packed = Path(args.source).suffix == ".bnnf"
+    fixed = BnnfreeError(f"{args.source}: got {' '.join(args.overrides)} for a network that is fixed; expected none.")
+    if packed and args.overrides:
+        raise fixed
+    if packed:
+        return load(args.source, args.backend, args.threads)
+    from bnnfree.export import pack_network
+    from bnnfree.train import open_source, source_kind
+    from models import MODELS
+
+    if args.overrides and source_kind(args.source) != "recipe":
+        raise fixed
+    return Engine(pack_network(open_source(args.source, MODELS, args.overrides)).model, args.backend, args.threads)
+
+
+def print_machine(about: dict) -> None:
+    cores = f"{about['cores']} core{'s' if about['cores'] > 1 else ''}"
+    isa = f", {about['isa']}" if "isa" in about else ""
+    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+    print(f"machine   {about['cpu']}, {cores}, {threads}{isa}; {about['system']}")
+
+
+# -- a model
+
+
+def bench_model(engine, args) -> dict:
+    """The report's part about one network."""
+    from bnnfree.bench.layers import layers
+    from bnnfree.bench.peak import Peak
+    from bnnfree.bench.peers import random_images
+    from bnnfree.bench.rounds import figures, measure
+
+    model, images = engine.model, random_images(engine.model, CHECKED)
+    height, width, channels = model.image_shape
+    print(f"network   {args.source}: {height}x{width}x{channels}, {len(model.ops)} ops, batch 1")
+    peak = Peak(engine.backend, args.threads)
+    peak.measure()
+    contenders, peers = {"engine": functools.partial(engine.run, images[:1])}, {}
+    for name, (run, facts) in open_peers(engine, images, args).items():
+        contenders[name], peers[name] = functools.partial(run, images[:1]), facts
+    times = measure(contenders, args.seconds, args.threads)
+    peak.measure()
+    report: dict = {"source": args.source, "engine": {"backend": engine.backend, **figures(times["engine"])}}
+    report["peers"] = {name: {**facts, **figures(times[name])} for name, facts in peers.items()}
+    ours = report["engine"]["median_ms"]
+    report["ratio"] = {name: row["median_ms"] / ours for name, row in report["peers"].items()}
+    if args.layers:
+        report["layers"] = layers(engine, images[:1], ours, peak)
+    report["popcount_peak_gmacs"] = peak.best
+    print_model(report)
+    return report
+
+
+def open_peers(engine, images, args) -> dict:
+    """Name -> (its function, what is known of it), for the peers that can be compared; others get a line."""
+    from importlib.metadata import version
+
+    from bnnfree.bench.peers import PEERS, difference
+
+    found, expected = {}, engine.run(images)
+    for name, peer in PEERS.items():
+        if peer.package not in args.against:
+            continue
+        if missing := peer.missing():
+            print(f"{name}: not measured; pip install {' '.join(missing)}")
+            continue
+        try:
+            run = peer.make(engine.model, args.threads)
+            differs = difference(run, images, expected)
+        except Exception as error:  # whatever another runtime says when it cannot
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            print(f"{name}: not measured; {reason[0]}")
+            continue
+        if peer.exact and differs > SAME:
+            print(f"{name}: not measured; its outputs differ by {differs:.1%} of the largest, expected {SAME:.0%}.")
+            continue
+        found[name] = run, {"version": version(peer.package), "difference": differs}
+    return found
+
+
+def print_model(report: dict) -> None:
+    rows = [("", "median ms", "p10", "p90", "ratio", "differs by")]
+    for name, row in (("engine", report["engine"]), *report["peers"].items()):
+        times = [f"{row[key]:.3f}" for key in ("median_ms", "p10_ms", "p90_ms")]
+        ratio = f"{report['ratio'][name]:.2f}" if name != "engine" else ""
+        differs = f"{row['difference']:.1e}" if "difference" in row else ""
+        rows.append((f"{name} ({row.get('version') or row['backend']})", *times, ratio, differs))
+    print_table(rows)
+    if report["popcount_peak_gmacs"]:
+        print(f"peak      {report['popcount_peak_gmacs']:.0f} GMAC/s by popcount")
+    if "layers" in report:
+        print()
+        total = sum(row["ms"] for row in report["layers"])
+        table = [("#", "name", "op", "ms", "share", "GMAC/s", "% of peak", "kernel")]
+        for number, row in enumerate(report["layers"]):
+            share = f"{100 * row['ms'] / total:.1f} %" if total else ""
+            cells = (f"{row['ms']:.4f}", share, cell(row["gmacs"]), cell(row["percent_of_peak"]), row["kernel"])
+            table.append((str(number), row["name"], row["op"], *cells))
+        print_table([*table, ("", "all", "", f"{total:.4f}", "", "", "", "")], left=(1, 2, 7))
+
+
+# -- single ops
+
+
+def bench_kernels(args) -> list[dict]:
+    """A row per shape and instruction set: op, shape, isa, kernel, ms, macs, gmacs, percent_of_peak and so on."""
+    from bnnfree.bench.kernels import SHAPES, model_of
+    from bnnfree.bench.layers import layers
+    from bnnfree.bench.peak import Peak
+    from bnnfree.bench.peers import random_images
+    from bnnfree.bench.rounds import figures, measure
+    from bnnfree.engine import Engine, backends
+
+    names = [args.backend]
+    if args.backend == "auto":
+        names = [n for n in backends() if n not in ("native", "numpy", "reference")] or ["numpy"]
+    peaks: dict[str, Peak] = {}
+    rows = []
+    for shape in SHAPES:
+        model, number = model_of(shape)
+        image = random_images(model, 1)
+        for name in names:
+            engine = Engine(model, name, args.threads)
+            peak = peaks.setdefault(engine.backend, Peak(engine.backend, args.threads))
+            whole = figures(measure({name: functools.partial(engine.run, image)}, 0, 1)[name])
+            row = layers(engine, image, TIMES * whole["median_ms"], peak)[number]
+            rows.append({**row, "shape": shape.text, "isa": engine.backend})
+    for name, peak in peaks.items():
+        if peak.best is not None:
+            print(f"peak      {peak.best:.0f} GMAC/s by popcount, {name}")
+    table = [("op", "shape", "isa", "ms", "GMAC/s", "% of peak", "kernel")]
+    for row in rows:
+        cells = (f"{row['ms']:.4f}", cell(row["gmacs"]), cell(row["percent_of_peak"]), row["kernel"])
+        table.append((row["op"], row["shape"], row["isa"], *cells))
+    print_table(table, left=(0, 1, 2, 6))
+    return rows
+
+
+def cell(value) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def print_table(rows: list[tuple], left=(0,)) -> None:
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(row, wide, strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    _cli.run(main)
