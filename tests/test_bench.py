@@ -143,7 +143,7 @@ def test_no_binary_convolution_is_faster_than_the_peak():
         row = layers(Engine(model, isa), images(model, 1), 100, peak)[number]
         assert row["gmacs"] == pytest.approx(row["macs"] / row["ms"] / 1e6)
         assert row["inside_macs"] == 40 * 40 * 256 * 256 < row["macs"] == 42 * 42 * 256 * 256
-        assert 0.5 < row["percent_of_peak"] < 130  # other tests run beside this one
+        assert 0.5 < row["percent_of_peak"] < 120  # other tests run beside this one
 
 
 def test_there_is_no_peak_of_what_has_no_popcount():

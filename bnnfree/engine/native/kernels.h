@@ -31,7 +31,7 @@
 
 #ifdef BNNF__HAVE_AVX2
 #define BNNF__KERNELS_AVX2(K) \
-    K(BINARY_CONV2D, "avx2", binary_conv2d__avx2lut_2x32) \
+    K(BINARY_CONV2D, "avx2", binary_conv2d__avx2lut_4x64) \
     K(PIXEL_CONV2D, "avx2", pixel_conv2d__avx2_4x16) \
     K(CONV2D, "avx2", conv2d__avx2_4x16) \
     K(POINTWISE, "avx2", pointwise__avx2) \
