@@ -65,6 +65,16 @@ def test_random_models_give_the_same_bits(seed, numbers):
     same(model, images(model, 5, seed))
 
 
+@pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("seed", range(200, 212))
+def test_avx512_without_its_popcount_and_dot_product_gives_the_same_bits(seed, monkeypatch):
+    monkeypatch.setenv("BNNF_AVX512_BASE", "1")
+    model = random_net(seed, "tame")
+    same(model, images(model, 2, seed), threads=(1, 2))
+    kernels = {row["kernel"] for row in Engine(model, "avx512").profile(images(model, 1, seed), 1)}
+    assert not any("vpopcnt" in name or "vnni" in name for name in kernels), kernels
+
+
 WIDE = [  # height, width, kernel, stride, padding, dilation: rows and columns that fill tiles and leave rests
     (15, 17, (3, 3), (1, 1), (1, 1), (1, 1)),
     (14, 14, (3, 3), (2, 2), (1, 1), (1, 1)),

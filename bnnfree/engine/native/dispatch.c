@@ -21,15 +21,15 @@ static const char *const isas[] = {"avx512", "avx2", "scalar"};
 
 #define ISAS ((int)(sizeof isas / sizeof isas[0]))
 
-/* The builtins ask the operating system too: whether it saves the wide registers. */
+/* The builtins ask the operating system too: whether it saves the wide registers. What a kernel needs beyond these
+   (VPOPCNTDQ, VNNI) its own `fits` asks for. */
 int bnnf__cpu_runs(const char *isa) {
 #ifdef BNNF__X86
     __builtin_cpu_init();
 #ifdef BNNF__HAVE_AVX512
     if (!strcmp(isa, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni");
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
 #ifdef BNNF__HAVE_AVX2
     if (!strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");

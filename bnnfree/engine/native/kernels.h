@@ -19,9 +19,11 @@
 
 #ifdef BNNF__HAVE_AVX512
 #define BNNF__KERNELS_AVX512(K) \
-    K(BINARY_CONV2D, "avx512", binary_conv2d__avx512vpopcnt_7x32) \
+    K(BINARY_CONV2D, "avx512", binary_conv2d__avx512vpopcnt_12x16) \
+    K(BINARY_CONV2D, "avx512", binary_conv2d__avx512_7x16) \
     K(PIXEL_CONV2D, "avx512", pixel_conv2d__avx512vnni_6x32) \
-    K(CONV2D, "avx512", conv2d__avx512_7x32) \
+    K(PIXEL_CONV2D, "avx512", pixel_conv2d__avx512_6x32) \
+    K(CONV2D, "avx512", conv2d__avx512_6x32) \
     K(POINTWISE, "avx512", pointwise__avx512) \
     K(MAX_POOL2D, "avx512", max_pool2d__avx512) \
     K(AVG_POOL2D, "avx512", avg_pool2d__avx512)
