@@ -12,9 +12,9 @@ Runtime in float32 and in int8 (calibrated with random images: its speed counts,
 its binary convolutions; where it should give the same numbers that is checked first. All take turns in one run.
 ratio: its median over the engine's. GMAC/s: 10^9 multiply-accumulates per second, those on padding too, as papers
 count. % of peak: only those inside the image, over what xor, popcount and add (avx2: its table look-ups) do on
-registers alone, measured in the same run on as many threads. --kernels takes single ops of usual shapes with each
-instruction set ("sign": a threshold and bits out, "block": the whole end of a block, floats and bits out). With --json
-the file's path is printed last.
+registers alone, measured in the same run on as many threads; a kernel that saves some of these can pass 100.
+--kernels takes single ops of usual shapes with each instruction set ("sign": a threshold and bits out, "block": the
+whole end of a block, floats and bits out). With --json the file's path is printed last.
 """
 
 import argparse

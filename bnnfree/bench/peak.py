@@ -1,6 +1,7 @@
 """What the processor could do at most: products of signs per second, by what counts them on registers alone.
 
-avx512, scalar: xor, popcount, add. avx2, which has no popcount: the table look-ups and sums of its kernel.
+avx512, scalar: xor, popcount, add. avx2, which has no popcount: the table look-ups and sums of its kernel. A kernel
+that counts with fewer instructions than these can be above: that of avx512 takes 10 for 12.
 """
 
 from __future__ import annotations
