@@ -1,9 +1,9 @@
 /* Kernels for AVX-512 (F, BW, VL and DQ); VPOPCNTDQ and VNNI where there are.
 
-   A convolution goes over its output in tiles of up to 14 pixels. Of a tile the windows are gathered into scratch, one
-   dense run of bytes per pixel, whatever kernel, stride, dilation and padding are; then, panel by panel of 16 outputs,
-   a core of kernel_avx512_cores.c makes the sums and `finish` the epilogue. So each image byte is moved once per tap,
-   weights are read in the order in which they stand, and the cores know no border. */
+   A convolution takes 12 pixels of its output at a time. Their windows are gathered into scratch, each in one run of
+   bytes, whatever kernel, stride, dilation and padding are; then, panel by panel of 16 outputs, a core of
+   kernel_avx512_cores.c makes the sums and `finish` the epilogue. So the cores know no border, and weights are read in
+   the order in which they stand. */
 
 #include "kernel_avx512.h"
 
@@ -15,10 +15,16 @@
 #define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define INLINE_AVX512 static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define LANES BNNF__LANES
-#define WORD_PANELS 4            /* panels of a 64-bit word */
-#define WORST_WINDOW (1u << 20)  /* bytes of a gathered window; larger ones are left to the scalar kernels */
+#define WORD_PANELS 4 /* panels of a 64-bit word */
+#define BLOCK 12      /* pixels whose windows are gathered together */
+#define GROUP 6       /* pixels that an epilogue works on together */
+/* After all other layers weights come from a far cache: they are fetched a page ahead, beyond which the processor does
+   not look by itself. Never past the last ones: that may be what another thread writes. */
+#define AHEAD 4096
+/* What is larger is left to the scalar kernels, so that scratch and packed stay small. */
+#define WORST_WINDOW (1u << 20) /* bytes */
 #define WORST_PIECES (1u << 18)
-#define BLOCK 12
+#define WORST_SUMS (1u << 22)
 
 /* What a gathered window holds: words of signs, made ready for the binary cores; bytes; bytes as i16; floats. */
 enum { WORDS, BYTES, SHORTS, FLOATS };
@@ -52,17 +58,16 @@ static share share_of(const bnnf__op *op, const bnnf__io *io, size_t least) {
 
 /* -- the epilogue */
 
-/* A statement for each of `count` pixels, i their number: written out, so that each has registers of its own. */
-#define GROUP 6
-#define ONE(n, ...)         \
-    if (count > (n)) {      \
-        enum { i = (n) };   \
-        __VA_ARGS__;        \
+/* A statement for each i below `count`, which is GROUP at most: written out, so that each v[i] is a register. */
+#define ONE(n, ...)       \
+    if (count > (n)) {    \
+        enum { i = (n) }; \
+        __VA_ARGS__;      \
     }
-#define EACH(...)                                                                                       \
-    do {                                                                                                \
-        ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) ONE(2, __VA_ARGS__) ONE(3, __VA_ARGS__)                 \
-        ONE(4, __VA_ARGS__) ONE(5, __VA_ARGS__)                                     \
+#define EACH(...)                                                                       \
+    do {                                                                                \
+        ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) ONE(2, __VA_ARGS__)                     \
+        ONE(3, __VA_ARGS__) ONE(4, __VA_ARGS__) ONE(5, __VA_ARGS__)                     \
     } while (0)
 
 /* One panel of an op's output. */
@@ -72,7 +77,7 @@ typedef struct {
     uint16_t flip;
 } panel_place;
 
-/* What a pixel's `other` adds to the panel, where its channels are no run of a multiple of 16: count pixels of LANES. */
+/* What `other` adds to a panel, where it is no run of its channels: LANES for each of count pixels. */
 static __attribute__((noinline)) void repeat_others(const bnnf__op *op, const float *other, size_t channel, int count,
                                                     float *to) {
     const size_t channels = op->epilogue.other_channels;
@@ -80,7 +85,7 @@ static __attribute__((noinline)) void repeat_others(const bnnf__op *op, const fl
         for (size_t k = 0; k < LANES; k++) *to++ = other[(channel + k) % channels];
 }
 
-/* The 16-bit pieces behind the last panel that complete a word of bits. */
+/* The rest of the last word of bits, behind the last panel. */
 static __attribute__((noinline)) void clear_spare(const bnnf__op *op, uint8_t *bits, int count) {
     const size_t used = panels_of(op) * 2, all = (size_t)op->out_words * 8;
     for (int i = 0; i < count; i++, bits += all) memset(bits + used, 0, all - used);
@@ -111,7 +116,8 @@ INLINE_AVX512 void put_signs(uint8_t *bits, const panel_place *p, __mmask16 sign
     memcpy(bits, &piece, sizeof piece);
 }
 
-/* The epilogue of a panel for `count` pixels from `pixel` on. count, full (all lanes are live) and source are constants. */
+/* The epilogue of a panel for `count` pixels from `pixel` on. count, full (all lanes are live) and source are
+   constants; rows and sums as of finish. */
 INLINE_AVX512 void finish_group(const bnnf__op *op, const bnnf__io *io, const panel_place *p, size_t pixel, int count,
                                 int full, const void *const *rows, const char *sums, int source) {
     const bnnf__epilogue *e = &op->epilogue;
@@ -171,9 +177,9 @@ INLINE_AVX512 void finish_signs(const bnnf__op *op, const bnnf__io *io, const pa
     EACH(put_signs(bits + i * each, p, _mm512_mask_cmplt_epi32_mask(p->live, sum_of_signs(rows, sums, c, i), t)));
 }
 
-/* The epilogue of a panel for `pixels` pixels from `pixel` on. rows: of COUNTS the sum of each channel where no sign
-   differs, of PIXELS the bias, pixel by pixel. sums: what the core made, or the input at `pixel`, `each` bytes for each
-   pixel. Where pixels are no multiple of a group, some are done twice. */
+/* The epilogue of a panel for `pixels` pixels from `pixel` on. rows: for each pixel, of COUNTS the sum of each channel
+   where no sign differs, of PIXELS the bias. sums: what the core made, or the input at `pixel`, `each` bytes per pixel.
+   Where pixels are no multiple of a group, some are done twice: nothing that is read is written. */
 INLINE_AVX512 void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, size_t pixels, size_t panel,
                           const void *const *rows, const char *sums, size_t each, int source) {
     const size_t c = panel * LANES, left = op->outputs - c;
@@ -230,7 +236,7 @@ static size_t window_bytes(const bnnf__op *op, size_t tap) {
     return (size_t)op->record.kernel_h * op->record.kernel_w * tap;
 }
 
-/* Can windows with taps of so many bytes be gathered? Why the limits: what is packed stays small. */
+/* Can windows with taps of so many bytes be gathered? */
 static int can_gather(const bnnf__op *op, size_t tap) {
     const size_t taps = window_bytes(op, 1), classes = class_count(op);
     return op->record.groups == 1 && taps * tap <= WORST_WINDOW && classes <= WORST_PIECES &&
@@ -280,8 +286,8 @@ static cut cut_of(const bnnf__op *op, const bnnf__core *cores, size_t most, size
     k.widening = kind == SHORTS ? 2 : 1;
     k.part = kind == WORDS || kind == FLOATS ? 64 : 32;
     const size_t row = r->kernel_w * tap * k.widening, window = r->kernel_h * row;
-    /* Whole parts are stored. An odd number of cache lines: pixels a multiple of 4096 bytes apart would drive each other
-       out of the cache. */
+    /* Whole parts are stored. An odd number of cache lines: pixels a multiple of 4096 bytes apart would drive each
+       other out of the cache. */
     k.stride = bnnf__align(window) | BNNF__ALIGN;
     k.steps = (window + step_window - 1) / step_window;
     k.row_steps = r->pad_value == 0 && row % step_window == 0 ? row / step_window : 0;
@@ -456,6 +462,7 @@ INLINE_AVX512 void run_pixels(const bnnf__op *op, const bnnf__io *io, const cut 
     const bnnf__band *band = op->row_bands + now.band;
     const size_t steps = k->row_steps ? k->row_steps * (band->behind - band->first) : k->steps;
     const uint8_t *weights = (const uint8_t *)op->packed + k->weights_at + s->first / k->beside * k->panel;
+    const uint8_t *end = (const uint8_t *)op->packed + k->bytes;
     weights += k->lead + k->row_steps * band->first * k->step_weights;
     for (size_t block; from < to; from += block) {
         const void *rows[BLOCK];
@@ -468,7 +475,8 @@ INLINE_AVX512 void run_pixels(const bnnf__op *op, const bnnf__io *io, const cut 
             for (size_t at = 0; at < block; at += k->most) {
                 const uint8_t *window = (const uint8_t *)io->scratch + at * k->stride;
                 const size_t pixels = block - at < k->most ? block - at : k->most;
-                if (steps) k->cores[pixels](window, k->stride, w, steps, sums);
+                const size_t ahead = (size_t)(end - w) >= AHEAD + k->panel ? AHEAD : 0;
+                if (steps) k->cores[pixels](window, k->stride, w, ahead, steps, sums);
                 for (size_t n = 0; n < k->beside && panel + n < s->behind; n++)
                     finish(op, io, from + at, pixels, panel + n, rows + at, (const char *)(sums + n * k->most * LANES),
                            LANES * 4, source);
@@ -497,10 +505,11 @@ static uint64_t weight_word(const bnnf__op *op, size_t index) {
 }
 
 /* The sum of output o in a class, where no sign differs inside the image. Kernel rows on the padding are left out; taps
-   beside the image are gathered as zeros, so that the negative signs of their weights come to be counted, which is taken
-   back here; and so is what the core counts for the rows left out. */
+   beside the image are gathered as zeros, so that the negative signs of their weights come to be counted, which is
+   taken back here; and so is what the core counts for the rows left out, if it runs. */
 static int32_t class_sum(const bnnf__op *op, const bnnf__band *down, const bnnf__band *across, size_t o) {
     const size_t height = op->record.kernel_h, width = op->record.kernel_w, words = op->words;
+    const int steps = down->first < down->behind;
     int32_t sum = 0;
     uint64_t before = 0;
     for (size_t i = 0; i < height; i++)
@@ -511,7 +520,7 @@ static int32_t class_sum(const bnnf__op *op, const bnnf__band *down, const bnnf_
             for (size_t n = 0; n < words; n++) {
                 const uint64_t word = weight_word(op, ((o * height + i) * width + j) * words + n);
                 negative += __builtin_popcountll(word);
-                if (i < down->first) before ^= word;
+                if (i < down->first && steps) before ^= word;
             }
             if (inside) sum += (int32_t)op->channels;
             else sum += op->record.pad_value * ((int32_t)op->channels - 2 * negative) + (seen ? 2 * negative : 0);
@@ -548,8 +557,12 @@ static int base_only(void) { return getenv("BNNF_AVX512_BASE") != NULL; }
 
 static WITH_AVX512 void run_binary(const bnnf__op *op, const bnnf__io *io) { convolve(op, io, WORDS, COUNTS); }
 
+int bnnf_binary_conv2d__avx512_7x16_fits(const bnnf__op *op) {
+    return can_gather(op, (size_t)op->words * 8) && class_count(op) * op->outputs <= WORST_SUMS;
+}
+
 int bnnf_binary_conv2d__avx512vpopcnt_12x16_fits(const bnnf__op *op) {
-    return __builtin_cpu_supports("avx512vpopcntdq") && !base_only() && can_gather(op, (size_t)op->words * 8);
+    return __builtin_cpu_supports("avx512vpopcntdq") && !base_only() && bnnf_binary_conv2d__avx512_7x16_fits(op);
 }
 
 size_t bnnf_binary_conv2d__avx512vpopcnt_12x16_pack(bnnf__op *op, void *memory) {
@@ -557,8 +570,6 @@ size_t bnnf_binary_conv2d__avx512vpopcnt_12x16_pack(bnnf__op *op, void *memory) 
 }
 
 void bnnf_binary_conv2d__avx512vpopcnt_12x16_run(const bnnf__op *op, const bnnf__io *io) { run_binary(op, io); }
-
-int bnnf_binary_conv2d__avx512_7x16_fits(const bnnf__op *op) { return can_gather(op, (size_t)op->words * 8); }
 
 size_t bnnf_binary_conv2d__avx512_7x16_pack(bnnf__op *op, void *memory) {
     return pack_binary(op, memory, bnnf__table_cores, BNNF__TABLE_TILE);
@@ -609,10 +620,10 @@ WITH_AVX512 void bnnf_pixel_conv2d__avx512_6x32_run(const bnnf__op *op, const bn
 /* -- floats */
 
 /* Few pixels, a classifier say: tiles would be too small to hide the latency of additions, and a core makes four panels
-   of one pixel. There the weights are what takes time, so that those which are whole numbers are kept as halves. */
+   of one pixel. There it is reading the weights that takes time, so that whole numbers stay i8. */
 static int is_wide(const bnnf__op *op) { return (size_t)op->out_height * op->out_width < 4; }
 
-static int is_half(const bnnf__op *op) { return is_wide(op) && op->weights_dtype != BNNF_DTYPE_F32; }
+static int is_whole(const bnnf__op *op) { return is_wide(op) && op->weights_dtype != BNNF_DTYPE_F32; }
 
 int bnnf_conv2d__avx512_6x32_fits(const bnnf__op *op) { return can_gather(op, (size_t)op->channels * 4); }
 
@@ -630,7 +641,7 @@ static float real_weight(const bnnf__op *op, size_t o, size_t i, size_t terms) {
 
 static cut real_cut(const bnnf__op *op) {
     const size_t tap = (size_t)op->channels * 4;
-    if (is_half(op)) return cut_of(op, bnnf__wide_half_cores, 1, 4, tap, FLOATS, 4, LANES * 2);
+    if (is_whole(op)) return cut_of(op, bnnf__wide_whole_cores, 1, 4, tap, FLOATS, 4, LANES);
     if (is_wide(op)) return cut_of(op, bnnf__wide_real_cores, 1, 4, tap, FLOATS, 4, LANES * 4);
     return cut_of(op, bnnf__real_cores, BNNF__SUM_TILE, 2, tap, FLOATS, 4, LANES * 4);
 }
@@ -645,11 +656,10 @@ size_t bnnf_conv2d__avx512_6x32_pack(bnnf__op *op, void *memory) {
     const size_t lanes = k.beside * LANES;
     for (size_t o = 0; o < op->outputs; o++) {
         char *panel = (char *)memory + k.weights_at + o / lanes * k.panel;
-        const size_t lane = o % lanes, pair = lane / (2 * LANES) * LANES + lane % LANES;
         for (size_t i = 0; i < k.steps; i++) {
             const float w = real_weight(op, o, i, k.steps);
-            if (is_half(op)) memcpy(panel + ((i * 2 * LANES + pair) * 2 + lane / LANES % 2) * 2, (const char *)&w + 2, 2);
-            else ((float *)panel)[i * lanes + lane] = w;
+            if (is_whole(op)) ((int8_t *)panel)[i * lanes + o % lanes] = (int8_t)w;
+            else ((float *)panel)[i * lanes + o % lanes] = w;
         }
     }
     return k.bytes;
@@ -690,48 +700,50 @@ WITH_AVX512 void bnnf_pointwise__avx512_run(const bnnf__op *op, const bnnf__io *
 
 /* -- poolings */
 
-/* Channels from c on, up to four registers of them, of the window at (r, q), whose taps inside are those of the bands. */
-INLINE_AVX512 void pool(const bnnf__op *op, const bnnf__io *io, const bnnf__band *down, const bnnf__band *across, size_t r,
-                        size_t q, size_t c, int largest) {
+/* Four registers of channels from c on (those of `live`; full: all of them) of the window of pixel (r, q), whose taps
+   inside the image are those of the bands. largest and full are constants. */
+INLINE_AVX512 void pool(const bnnf__op *op, const bnnf__io *io, const bnnf__band *down, const bnnf__band *across,
+                        size_t r, size_t q, size_t c, uint64_t live, int full, int largest) {
+    enum { count = 4 };
     const struct bnnf_op_record *w = &op->record;
-    const size_t channels = op->channels, left = channels - c < 64 ? channels - c : 64;
-    const uint64_t live = left == 64 ? ~(uint64_t)0 : ((uint64_t)1 << left) - 1;
-    const int64_t top = (int64_t)(r * w->stride_h) - w->padding_h, edge = (int64_t)(q * w->stride_w) - w->padding_w;
+    const size_t channels = op->channels, rows = down->behind - down->first, columns = across->behind - across->first;
+    const size_t top = r * w->stride_h + down->first * w->dilation_h - w->padding_h;
+    const size_t left = q * w->stride_w + across->first * w->dilation_w - w->padding_w;
+    const float *line = (const float *)io->input + (top * op->width + left) * channels + c;
+    const size_t down_step = op->width * channels * w->dilation_h, step = channels * w->dilation_w;
+    float *real = io->real + (r * op->out_width + q) * channels + c;
+    __m512 v[count];
     /* A largest value starts from the first tap; where that is on the padding it is -infinity. */
-    const __m512 infinite = _mm512_set1_ps(-__builtin_inff());
-    int fresh = largest && down->first == 0 && across->first == 0;
-    __m512 v[4];
-    for (int n = 0; n < 4; n++) v[n] = largest ? infinite : _mm512_setzero_ps();
-    for (uint32_t i = down->first; i < down->behind; i++) {
-        const int64_t y = top + (int64_t)i * w->dilation_h;
-        const float *line = (const float *)io->input + (size_t)y * op->width * channels + c;
-        for (uint32_t j = across->first; j < across->behind; j++, fresh = 0) {
-            const float *tap = line + (size_t)(edge + (int64_t)j * w->dilation_w) * channels;
-            for (int n = 0; n < 4; n++) {
-                const __m512 x = _mm512_maskz_loadu_ps((__mmask16)(live >> 16 * n), tap + 16 * n);
-                if (fresh) v[n] = x;
-                else v[n] = largest ? _mm512_max_ps(x, v[n]) : _mm512_add_ps(v[n], x);
-            }
+    const __m512 start = largest ? _mm512_set1_ps(-__builtin_inff()) : _mm512_setzero_ps();
+    EACH(v[i] = start);
+#define LIVE(i) (full ? 0xFFFF : (__mmask16)(live >> 16 * ((i) % 4)))
+    if (largest && down->first == 0 && across->first == 0) EACH(v[i] = _mm512_maskz_loadu_ps(LIVE(i), line + 16 * i));
+    for (size_t y = 0; y < rows; y++, line += down_step) {
+        const float *tap = line;
+        for (size_t x = 0; x < columns; x++, tap += step) {
+            if (largest) EACH(v[i] = _mm512_max_ps(_mm512_maskz_loadu_ps(LIVE(i), tap + 16 * i), v[i]));
+            else EACH(v[i] = _mm512_add_ps(v[i], _mm512_maskz_loadu_ps(LIVE(i), tap + 16 * i)));
         }
     }
-    const size_t taps = (size_t)(down->behind - down->first) * (across->behind - across->first);
-    float *real = io->real + (r * op->out_width + q) * channels + c;
-    for (int n = 0; n < 4; n++) {
-        if (!largest) v[n] = _mm512_div_ps(v[n], _mm512_set1_ps((float)taps));
-        _mm512_mask_storeu_ps(real + 16 * n, (__mmask16)(live >> 16 * n), v[n]);
-    }
+    const __m512 taps = _mm512_set1_ps((float)(rows * columns));
+    if (!largest) EACH(v[i] = _mm512_div_ps(v[i], taps));
+    if (full) EACH(_mm512_storeu_ps(real + 16 * i, v[i]));
+    else EACH(_mm512_mask_storeu_ps(real + 16 * i, LIVE(i), v[i]));
+#undef LIVE
 }
 
 INLINE_AVX512 void run_pool(const bnnf__op *op, const bnnf__io *io, int largest) {
     const share s = share_of(op, io, 1);
-    const bnnf__band *down = op->row_bands, *across = op->column_bands;
-    for (size_t pixel = s.from; pixel < s.to; pixel++) {
-        const size_t r = pixel / op->out_width, q = pixel % op->out_width;
-        while (r >= down->to) down++;
-        if (q < across->from) across = op->column_bands;
-        while (q >= across->to) across++;
-        for (size_t panel = s.first; panel < s.behind; panel += 4)
-            pool(op, io, down, across, r, q, panel * LANES, largest);
+    const size_t end = s.behind * LANES < op->channels ? s.behind * LANES : op->channels;
+    spot now = spot_of(op, s.from);
+    for (size_t pixel = s.from; pixel < s.to; pixel++, now.q++) {
+        if (now.q == op->out_width) now.q = 0, now.r++, now.column_band = 0;
+        while (now.r >= op->row_bands[now.band].to) now.band++;
+        while (now.q >= op->column_bands[now.column_band].to) now.column_band++;
+        const bnnf__band *down = op->row_bands + now.band, *across = op->column_bands + now.column_band;
+        size_t c = s.first * LANES;
+        for (; c + 64 <= end; c += 64) pool(op, io, down, across, now.r, now.q, c, 0, 1, largest);
+        if (c < end) pool(op, io, down, across, now.r, now.q, c, ~(uint64_t)0 >> (64 - (end - c)), 0, largest);
     }
 }
 

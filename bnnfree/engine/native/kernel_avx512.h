@@ -15,7 +15,7 @@
 
 /* Sums of a tile: for each of its pixels and each output of the panels beside each other the sum over `steps` steps (1
    or more), into sums[panel][most pixels of a tile][lanes]. What a pixel's window holds stands in one run of bytes,
-   that of the next pixel `stride` bytes further on.
+   that of the next pixel `stride` bytes further on. What is `ahead` bytes behind the weights is fetched meanwhile.
 
    binary: one panel. A step is 64 signs, as two words of 32. In the window each word is the xor of all words up to it.
            Weights u32 [2][lanes] are the same for each output, and the 64 bytes before them those of the step before
@@ -25,9 +25,9 @@
    dot:    two panels. A step is 4 pixels u8; weights i8 [2][lanes][4];
    pair:   two panels. A step is 2 pixels as i16; weights i16 [2][lanes][2];
    real:   two panels. A step is a float; weights f32 [2][lanes];
-   wide:   one pixel, four panels. A step is a float; weights f32 [4][lanes], or of whole numbers the upper halves of such
-           floats: u16 [2][lanes][2], the panels 0 and 1, then 2 and 3. */
-typedef void (*bnnf__core)(const void *window, size_t stride, const void *weights, size_t steps, void *sums);
+   wide:   one pixel, four panels. A step is a float; weights f32 [4][lanes], or i8. */
+typedef void (*bnnf__core)(const void *window, size_t stride, const void *weights, size_t ahead, size_t steps,
+                           void *sums);
 
 /* By the number of pixels. */
 extern const bnnf__core bnnf__binary_cores[BNNF__BINARY_TILE + 1];
@@ -35,7 +35,7 @@ extern const bnnf__core bnnf__table_cores[BNNF__TABLE_TILE + 1];
 extern const bnnf__core bnnf__dot_cores[BNNF__SUM_TILE + 1];
 extern const bnnf__core bnnf__pair_cores[BNNF__SUM_TILE + 1];
 extern const bnnf__core bnnf__real_cores[BNNF__SUM_TILE + 1];
-extern const bnnf__core bnnf__wide_real_cores[2], bnnf__wide_half_cores[2];
+extern const bnnf__core bnnf__wide_real_cores[2], bnnf__wide_whole_cores[2];
 
 #endif
 #endif

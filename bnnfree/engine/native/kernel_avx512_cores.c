@@ -1,13 +1,12 @@
-/* The inner loops of the AVX-512 convolutions: a tile of some pixels times 16 or 32 outputs, the sums
-   in registers.
+/* The inner loops of the AVX-512 convolutions: a tile of some pixels times 16 or 32 outputs, the sums in registers.
 
    They are assembly because they use all 32 registers, where compilers spill. A tile's pixels are reached from two
    pointers, to its first pixel and its eighth, and three strides: pixels 0, 1, 2, 4 by s, 3 and 6 by 3s, 5 by 5s. That
    takes few registers and leaves the distance of two pixels free.
 
    Counting differing signs costs 10 instructions per 4 words of 32 signs and 16 outputs, where xor, vpopcntd and add
-   cost 12. With d(k) the xor of word k of a pixel and of an output, P(k) = d(1) ^ ... ^ d(k) is one vpxord, as window and
-   weights hold such sums already. P(k), d(k+1) and d(k+2) are as much as their xor, P(k+2), once and their majority
+   cost 12. With d(k) the xor of word k of a pixel and of an output, P(k) = d(1) ^ ... ^ d(k) is one vpxord, as window
+   and weights hold such sums already. P(k), d(k+1) and d(k+2) are as much as their xor, P(k+2), once and their majority
    twice; the majority is one vpternlogd of P(k), P(k+1) and P(k+2). So two words take 2 vpxord, 1 vpternlogd,
    1 vpopcntd and 1 vpaddd, and what is left in the end, P of all words, is counted once. */
 
@@ -23,12 +22,12 @@
 /* %[n] and %[m] are how often two loops run. */
 #define CORE(name, isa, n_steps, m_steps, code)                                                                       \
     static __attribute__((noinline, target(isa))) void name(const void *window, size_t stride, const void *weights,   \
-                                                            size_t steps, void *sums) {                               \
+                                                            size_t ahead, size_t steps, void *sums) {                 \
         const char *eighth = (const char *)window + 7 * stride;                                                       \
         size_t n = n_steps, m = m_steps;                                                                              \
         __asm__ volatile(code                                                                                         \
                          : [a] "+r"(window), [b] "+r"(eighth), [w] "+r"(weights), [n] "+r"(n), [m] "+r"(m)            \
-                         : [s] "r"(stride), [t] "r"(3 * stride), [f] "r"(5 * stride), [o] "r"(sums)                   \
+                         : [s] "r"(stride), [t] "r"(3 * stride), [f] "r"(5 * stride), [h] "r"(ahead), [o] "r"(sums)   \
                          : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",    \
                            "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18",   \
                            "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28",  \
@@ -51,6 +50,7 @@
 #define TILE12(M) TILE11(M) M(11, 25, _, "(%[b],%[s],4)")
 
 #define ZERO(z) "vpxord %%zmm" #z ", %%zmm" #z ", %%zmm" #z "\n\t"
+#define FETCH(at) "prefetcht0 " #at "(%[w],%[h])\n\t"
 #define ADVANCE(window_bytes, weight_bytes)    \
     "add $" #window_bytes ", %[a]\n\t"         \
     "add $" #window_bytes ", %[b]\n\t"         \
@@ -83,6 +83,7 @@
     "vmovdqu32 64(%[w]), %%zmm28\n\t"          \
     "vmovdqu32 128(%[w]), %%zmm29\n\t"         \
     "vmovdqu32 192(%[w]), %%zmm30\n\t"         \
+    FETCH(0) FETCH(64) FETCH(128) FETCH(192)   \
     tile(STEPS_BINARY)                         \
     ADVANCE(16, 256)                           \
     "dec %[n]\n\t"                             \
@@ -140,8 +141,8 @@ const bnnf__core bnnf__pair_cores[BNNF__SUM_TILE + 1] = {TABLE_OF_6(pair)};
 const bnnf__core bnnf__real_cores[BNNF__SUM_TILE + 1] = {TABLE_OF_6(real)};
 
 /* -- signs without vpopcntd. Two majorities go through a full adder of their own, and what is worth four is counted in
-   bytes, a half at a time, by table. Bytes of fours in register p, P in p + 14, what is worth two in p + 7; the table in
-   21, the mask in 22, weights in 23 to 26. A byte grows by 8 at most in two steps, so that after LONGEST steps the
+   bytes, a half at a time, by table. Bytes of fours in register p, P in p + 14, what is worth two in p + 7; the table
+   in 21, the mask in 22, weights in 23 to 26. A byte grows by 8 at most in two steps, so that after LONGEST steps the
    bytes have to be added up. */
 
 #define LONGEST 62
@@ -215,7 +216,7 @@ static WITH_AVX512 void table_sums(size_t pixels, const char *window, size_t str
     }
     while (steps > 1) {
         const size_t now = steps < LONGEST ? steps / 2 * 2 : LONGEST;
-        table_steps[pixels](window, stride, weights, now, &s);
+        table_steps[pixels](window, stride, weights, 0, now, &s);
         window += now * 8, weights += now * 128, steps -= now;
         for (size_t i = 0; i < pixels; i++) {
             const __m512i twos = _mm512_slli_epi32(bits_of(&s, s.pixel[i].twos), 1);
@@ -237,7 +238,9 @@ static WITH_AVX512 void table_sums(size_t pixels, const char *window, size_t str
 }
 
 #define TABLE_CORE(n)                                                                                        \
-    static void table##n(const void *window, size_t stride, const void *weights, size_t steps, void *sums) { \
+    static void table##n(const void *window, size_t stride, const void *weights, size_t ahead, size_t steps, \
+                         void *sums) {                                                                       \
+        (void)ahead;                                                                                         \
         table_sums(n, window, stride, weights, steps, sums);                                                 \
     }
 UP_TO_7(TABLE_CORE)
@@ -245,41 +248,35 @@ const bnnf__core bnnf__table_cores[BNNF__TABLE_TILE + 1] = {TABLE_OF_6(table), t
 
 /* -- one pixel, four panels: so many sums hide the latency of an addition */
 
-#define ADD_PRODUCT(sum, x, w) sum = _mm512_add_ps(sum, _mm512_mul_ps(x, w))
+#define ADD_PRODUCTS(load, lanes)                                        \
+    a = _mm512_add_ps(a, _mm512_mul_ps(v, load(w)));                     \
+    b = _mm512_add_ps(b, _mm512_mul_ps(v, load(w + (lanes))));           \
+    c = _mm512_add_ps(c, _mm512_mul_ps(v, load(w + 2 * (lanes))));       \
+    d = _mm512_add_ps(d, _mm512_mul_ps(v, load(w + 3 * (lanes))))
 
-static WITH_AVX512 void wide_real(const void *window, size_t stride, const void *weights, size_t steps, void *sums) {
-    const float *x = window, *w = weights;
-    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
-    (void)stride;
-    for (size_t i = 0; i < steps; i++, w += 64) {
-        const __m512 v = _mm512_set1_ps(x[i]);
-        ADD_PRODUCT(a, v, _mm512_loadu_ps(w));
-        ADD_PRODUCT(b, v, _mm512_loadu_ps(w + 16));
-        ADD_PRODUCT(c, v, _mm512_loadu_ps(w + 32));
-        ADD_PRODUCT(d, v, _mm512_loadu_ps(w + 48));
+#define WIDE_CORE(name, type, load)                                                                             \
+    static WITH_AVX512 void name(const void *window, size_t stride, const void *weights, size_t ahead,          \
+                                 size_t steps, void *sums) {                                                    \
+        const float *x = window;                                                                                \
+        const type *w = weights;                                                                                \
+        float *to = sums;                                                                                       \
+        __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;                                                    \
+        (void)stride;                                                                                           \
+        for (size_t i = 0; i < steps; i++, w += 64) {                                                           \
+            const __m512 v = _mm512_set1_ps(x[i]);                                                              \
+            _mm_prefetch((const char *)w + ahead, _MM_HINT_T0);                                                 \
+            ADD_PRODUCTS(load, 16);                                                                             \
+        }                                                                                                       \
+        _mm512_storeu_ps(to, a), _mm512_storeu_ps(to + 16, b), _mm512_storeu_ps(to + 32, c);                    \
+        _mm512_storeu_ps(to + 48, d);                                                                           \
     }
-    float *to = sums;
-    _mm512_storeu_ps(to, a), _mm512_storeu_ps(to + 16, b), _mm512_storeu_ps(to + 32, c), _mm512_storeu_ps(to + 48, d);
+
+static inline WITH_AVX512 __m512 whole_weights(const int8_t *w) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
 }
 
-static WITH_AVX512 void wide_half(const void *window, size_t stride, const void *weights, size_t steps, void *sums) {
-    const float *x = window;
-    const char *w = weights;
-    const __m512i mask = _mm512_set1_epi32((int)0xFFFF0000);
-    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
-    (void)stride;
-    for (size_t i = 0; i < steps; i++, w += 128) {
-        const __m512 v = _mm512_set1_ps(x[i]);
-        const __m512i ab = _mm512_loadu_si512(w), cd = _mm512_loadu_si512(w + 64);
-        ADD_PRODUCT(a, v, _mm512_castsi512_ps(_mm512_slli_epi32(ab, 16)));
-        ADD_PRODUCT(b, v, _mm512_castsi512_ps(_mm512_and_si512(ab, mask)));
-        ADD_PRODUCT(c, v, _mm512_castsi512_ps(_mm512_slli_epi32(cd, 16)));
-        ADD_PRODUCT(d, v, _mm512_castsi512_ps(_mm512_and_si512(cd, mask)));
-    }
-    float *to = sums;
-    _mm512_storeu_ps(to, a), _mm512_storeu_ps(to + 16, b), _mm512_storeu_ps(to + 32, c), _mm512_storeu_ps(to + 48, d);
-}
-
-const bnnf__core bnnf__wide_real_cores[2] = {NULL, wide_real}, bnnf__wide_half_cores[2] = {NULL, wide_half};
+WIDE_CORE(wide_real, float, _mm512_loadu_ps)
+WIDE_CORE(wide_whole, int8_t, whole_weights)
+const bnnf__core bnnf__wide_real_cores[2] = {NULL, wide_real}, bnnf__wide_whole_cores[2] = {NULL, wide_whole};
 
 #endif
