@@ -100,7 +100,7 @@ struct bnnf__op {
 
 /* dispatch.c: does this CPU run `isa`? */
 int bnnf__cpu_runs(const char *isa);
-/* dispatch.c: the first kernel of the table that fits `op` with instruction set `isa`, else a scalar one. */
+/* dispatch.c: the first kernel of the table that fits `op`, of instruction set `isa` or a lesser one. */
 const bnnf__kernel *bnnf__pick(const bnnf__op *op, const char *isa);
 
 /* Share [from, to) of `count` things for `part` of `parts`. */

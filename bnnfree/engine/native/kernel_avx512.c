@@ -5,203 +5,14 @@
    kernel_avx512_cores.c makes the sums and `finish` the epilogue. So the cores know no border, and weights are read in
    the order in which they stand. */
 
-#include "kernel_avx512.h"
+#include "avx512.h"
 
 #ifdef BNNF__X86
-#include <immintrin.h>
-#include <stdlib.h>
-#include <string.h>
 
-#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#define INLINE_AVX512 static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512dq")))
-#define LANES BNNF__LANES
-#define WORD_PANELS 4 /* panels of a 64-bit word */
-#define BLOCK 12      /* pixels whose windows are gathered together */
-#define GROUP 6       /* pixels that an epilogue works on together */
-/* After all other layers weights come from a far cache: they are fetched a page ahead, beyond which the processor does
-   not look by itself. Never past the last ones: that may be what another thread writes. */
-#define AHEAD 4096
-/* What is larger is left to the scalar kernels, so that scratch and packed stay small. */
-#define WORST_WINDOW (1u << 20) /* bytes */
-#define WORST_PIECES (1u << 18)
-#define WORST_SUMS (1u << 22)
+#define BLOCK 12 /* pixels whose windows are gathered together */
 
 /* What a gathered window holds: words of signs, made ready for the binary cores; bytes; bytes as i16; floats. */
 enum { WORDS, BYTES, SHORTS, FLOATS };
-/* What an epilogue starts from: counts of differing signs, sums of pixels, float sums; or an input of pointwise. */
-enum { COUNTS, PIXELS, REALS, INPUT_F32, INPUT_BITS, INPUT_U8 };
-
-/* -- shares */
-
-typedef struct {
-    size_t from, to;     /* pixels */
-    size_t first, behind; /* panels */
-} share;
-
-static size_t panels_of(const bnnf__op *op) { return (op->outputs + LANES - 1) / LANES; }
-
-/* Pixels are shared as long as each part has `least`, so that no two parts read the same input; else the panels, 64
-   outputs at a time, so that no two parts write the same word. */
-static share share_of(const bnnf__op *op, const bnnf__io *io, size_t least) {
-    const size_t pixels = (size_t)op->out_height * op->out_width, panels = panels_of(op);
-    const size_t groups = (panels + WORD_PANELS - 1) / WORD_PANELS, parts = (size_t)io->parts;
-    share s = {0, pixels, 0, panels};
-    if (pixels >= least * parts || groups < parts) {
-        bnnf__share(pixels, io->part, io->parts, &s.from, &s.to);
-    } else {
-        bnnf__share(groups, io->part, io->parts, &s.first, &s.behind);
-        s.first *= WORD_PANELS;
-        s.behind = s.behind * WORD_PANELS < panels ? s.behind * WORD_PANELS : panels;
-    }
-    return s;
-}
-
-/* -- the epilogue */
-
-/* A statement for each i below `count`, which is GROUP at most: written out, so that each v[i] is a register. */
-#define ONE(n, ...)       \
-    if (count > (n)) {    \
-        enum { i = (n) }; \
-        __VA_ARGS__;      \
-    }
-#define EACH(...)                                                                       \
-    do {                                                                                \
-        ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) ONE(2, __VA_ARGS__)                     \
-        ONE(3, __VA_ARGS__) ONE(4, __VA_ARGS__) ONE(5, __VA_ARGS__)                     \
-    } while (0)
-
-/* One panel of an op's output. */
-typedef struct {
-    size_t channel; /* its first */
-    __mmask16 live; /* lanes that are channels */
-    uint16_t flip;
-} panel_place;
-
-/* What `other` adds to a panel, where it is no run of its channels: LANES for each of count pixels. */
-static __attribute__((noinline)) void repeat_others(const bnnf__op *op, const float *other, size_t channel, int count,
-                                                    float *to) {
-    const size_t channels = op->epilogue.other_channels;
-    for (int i = 0; i < count; i++, other += channels)
-        for (size_t k = 0; k < LANES; k++) *to++ = other[(channel + k) % channels];
-}
-
-/* The rest of the last word of bits, behind the last panel. */
-static __attribute__((noinline)) void clear_spare(const bnnf__op *op, uint8_t *bits, int count) {
-    const size_t used = panels_of(op) * 2, all = (size_t)op->out_words * 8;
-    for (int i = 0; i < count; i++, bits += all) memset(bits + used, 0, all - used);
-}
-
-INLINE_AVX512 __m512i sum_of_signs(const void *const *rows, const char *sums, size_t channel, size_t i) {
-    return _mm512_add_epi32(_mm512_loadu_si512(sums + i * LANES * 4),
-                            _mm512_loadu_si512((const int32_t *)rows[i] + channel));
-}
-
-INLINE_AVX512 __m512 first_value(const bnnf__op *op, size_t c, __mmask16 live, const void *const *rows,
-                                 const char *sums, size_t i, int source) {
-    if (source == COUNTS) return _mm512_cvtepi32_ps(sum_of_signs(rows, sums, c, i));
-    if (source == PIXELS) return _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + i * LANES * 4));
-    if (source == REALS) return _mm512_loadu_ps(sums + i * LANES * 4);
-    if (source == INPUT_F32) return _mm512_maskz_loadu_ps(live, (const float *)sums + i * op->channels + c);
-    if (source == INPUT_U8) {
-        const __m128i bytes = _mm_maskz_loadu_epi8(live, sums + i * op->channels + c);
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-    }
-    uint16_t signs;
-    memcpy(&signs, sums + i * op->words * 8 + c / 8, sizeof signs);
-    return _mm512_mask_blend_ps(signs, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
-}
-
-INLINE_AVX512 void put_signs(uint8_t *bits, const panel_place *p, __mmask16 signs) {
-    const uint16_t piece = (uint16_t)(signs ^ p->flip);
-    memcpy(bits, &piece, sizeof piece);
-}
-
-/* The epilogue of a panel for `count` pixels from `pixel` on. count, full (all lanes are live) and source are
-   constants; rows and sums as of finish. */
-INLINE_AVX512 void finish_group(const bnnf__op *op, const bnnf__io *io, const panel_place *p, size_t pixel, int count,
-                                int full, const void *const *rows, const char *sums, int source) {
-    const bnnf__epilogue *e = &op->epilogue;
-    const size_t c = p->channel, outputs = op->outputs;
-    const __mmask16 live = full ? 0xFFFF : p->live;
-    __m512 v[GROUP];
-    EACH(v[i] = first_value(op, c, live, rows, sums, i, source));
-    if (e->scale) {
-        const __m512 scale = _mm512_loadu_ps(e->scale + c);
-        EACH(v[i] = _mm512_mul_ps(v[i], scale));
-    }
-    if (source == PIXELS) {
-        EACH(v[i] = _mm512_add_ps(v[i], _mm512_maskz_loadu_ps(live, (const float *)rows[i] + c)));
-    } else if (e->bias) {
-        const __m512 bias = _mm512_loadu_ps(e->bias + c);
-        EACH(v[i] = _mm512_add_ps(v[i], bias));
-    }
-    if (io->other) {
-        size_t channels = e->other_channels;
-        const float *other = io->other + pixel * channels;
-        float repeated[GROUP * LANES];
-        if (channels == outputs) other += c;
-        else if (channels % LANES == 0) other += c % channels;
-        else repeat_others(op, other, c, count, repeated), other = repeated, channels = LANES;
-        EACH(v[i] = _mm512_add_ps(v[i], _mm512_maskz_loadu_ps(live, other + i * channels)));
-    }
-    if (e->slope) {
-        const __m512 slope = _mm512_loadu_ps(e->slope + c), zero = _mm512_setzero_ps();
-        EACH(v[i] = _mm512_mask_mul_ps(v[i], _mm512_cmp_ps_mask(v[i], zero, _CMP_NGE_UQ), v[i], slope));
-    }
-    if (e->low) { /* max and min give their second operand where both are equal or one is NaN */
-        const __m512 low = _mm512_loadu_ps(e->low + c);
-        EACH(v[i] = _mm512_max_ps(v[i], low));
-    }
-    if (e->high) {
-        const __m512 high = _mm512_loadu_ps(e->high + c);
-        EACH(v[i] = _mm512_min_ps(v[i], high));
-    }
-    if (io->real) {
-        float *real = io->real + pixel * outputs + c;
-        if (full) EACH(_mm512_storeu_ps(real + i * outputs, v[i]));
-        else EACH(_mm512_mask_storeu_ps(real + i * outputs, live, v[i]));
-    }
-    if (io->bits) {
-        const size_t each = (size_t)op->out_words * 8;
-        uint8_t *bits = (uint8_t *)io->bits + pixel * each + c / 8;
-        const __m512 t = e->threshold ? _mm512_loadu_ps(e->threshold + c) : _mm512_setzero_ps();
-        EACH(put_signs(bits + i * each, p, _mm512_mask_cmp_ps_mask(live, v[i], t, _CMP_NGE_UQ)));
-    }
-}
-
-INLINE_AVX512 void finish_signs(const bnnf__op *op, const bnnf__io *io, const panel_place *p, size_t pixel, int count,
-                                const void *const *rows, const char *sums) {
-    const size_t c = p->channel, each = (size_t)op->out_words * 8;
-    uint8_t *bits = (uint8_t *)io->bits + pixel * each + c / 8;
-    const __m512i t = _mm512_loadu_si512(op->epilogue.sum_threshold + c);
-    EACH(put_signs(bits + i * each, p, _mm512_mask_cmplt_epi32_mask(p->live, sum_of_signs(rows, sums, c, i), t)));
-}
-
-/* The epilogue of a panel for `pixels` pixels from `pixel` on. rows: for each pixel, of COUNTS the sum of each channel
-   where no sign differs, of PIXELS the bias. sums: what the core made, or the input at `pixel`, `each` bytes per pixel.
-   Where pixels are no multiple of a group, some are done twice: nothing that is read is written. */
-INLINE_AVX512 void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, size_t pixels, size_t panel,
-                          const void *const *rows, const char *sums, size_t each, int source) {
-    const size_t c = panel * LANES, left = op->outputs - c;
-    panel_place p = {c, left < LANES ? (__mmask16)((1u << left) - 1) : 0xFFFF, 0};
-    if (op->epilogue.flip) memcpy(&p.flip, (const uint8_t *)op->epilogue.flip + c / 8, sizeof p.flip);
-    for (size_t i = 0, step; i < pixels; i += step) {
-        const size_t rest = pixels - i;
-        step = rest < GROUP && (rest < 3 || pixels < GROUP) ? 1 : GROUP;
-        const size_t at = rest < step ? pixels - step : i;
-        const void *const *row = rows ? rows + at : NULL;
-        if (source == COUNTS && op->epilogue.sum_threshold) {
-            if (step == 1) finish_signs(op, io, &p, pixel + at, 1, row, sums + at * each);
-            else finish_signs(op, io, &p, pixel + at, GROUP, row, sums + at * each);
-        } else {
-            if (step == 1) finish_group(op, io, &p, pixel + at, 1, 0, row, sums + at * each, source);
-            else if (left < LANES) finish_group(op, io, &p, pixel + at, GROUP, 0, row, sums + at * each, source);
-            else finish_group(op, io, &p, pixel + at, GROUP, 1, row, sums + at * each, source);
-        }
-    }
-    if (io->bits && left <= LANES && panel % WORD_PANELS != WORD_PANELS - 1)
-        clear_spare(op, (uint8_t *)io->bits + pixel * op->out_words * 8, (int)pixels);
-}
 
 /* -- how a convolution is cut */
 
@@ -229,8 +40,6 @@ typedef struct {
     size_t sums_at, starts_at, pieces_at, weights_at, bytes; /* in packed; where the pieces of each class start */
     int32_t fill;        /* what taps on the padding hold */
 } cut;
-
-static size_t class_count(const bnnf__op *op) { return (size_t)op->row_band_count * op->column_band_count; }
 
 static size_t window_bytes(const bnnf__op *op, size_t tap) {
     return (size_t)op->record.kernel_h * op->record.kernel_w * tap;
@@ -458,6 +267,7 @@ static spot spot_of(const bnnf__op *op, size_t pixel) {
 /* Pixels [from, to) of one row band. */
 INLINE_AVX512 void run_pixels(const bnnf__op *op, const bnnf__io *io, const cut *k, const share *s, size_t from,
                               size_t to, int kind, int source) {
+    const int parts = parts_of(op, io);
     spot now = spot_of(op, from);
     const bnnf__band *band = op->row_bands + now.band;
     const size_t steps = k->row_steps ? k->row_steps * (band->behind - band->first) : k->steps;
@@ -479,7 +289,7 @@ INLINE_AVX512 void run_pixels(const bnnf__op *op, const bnnf__io *io, const cut 
                 if (steps) k->cores[pixels](window, k->stride, w, ahead, steps, sums);
                 for (size_t n = 0; n < k->beside && panel + n < s->behind; n++)
                     finish(op, io, from + at, pixels, panel + n, rows + at, (const char *)(sums + n * k->most * LANES),
-                           LANES * 4, source);
+                           LANES * 4, source, parts);
             }
     }
 }
@@ -498,34 +308,13 @@ INLINE_AVX512 void convolve(const bnnf__op *op, const bnnf__io *io, int kind, in
 
 /* -- signs */
 
-static uint64_t weight_word(const bnnf__op *op, size_t index) {
-    uint64_t word;
-    memcpy(&word, (const char *)op->weights + index * sizeof word, sizeof word);
-    return word;
-}
-
-/* The sum of output o in a class, where no sign differs inside the image. Kernel rows on the padding are left out; taps
-   beside the image are gathered as zeros, so that the negative signs of their weights come to be counted, which is
-   taken back here; and so is what the core counts for the rows left out, if it runs. */
-static int32_t class_sum(const bnnf__op *op, const bnnf__band *down, const bnnf__band *across, size_t o) {
-    const size_t height = op->record.kernel_h, width = op->record.kernel_w, words = op->words;
-    const int steps = down->first < down->behind;
-    int32_t sum = 0;
+/* Twice what the core counts for the kernel rows that are left out, if it runs: see bnnf__core. */
+static int32_t counted_before(const bnnf__op *op, const bnnf__band *down, size_t o) {
+    const size_t row = op->record.kernel_w * op->words;
     uint64_t before = 0;
-    for (size_t i = 0; i < height; i++)
-        for (size_t j = 0; j < width; j++) {
-            const int seen = i >= down->first && i < down->behind;
-            const int inside = seen && j >= across->first && j < across->behind;
-            int32_t negative = 0;
-            for (size_t n = 0; n < words; n++) {
-                const uint64_t word = weight_word(op, ((o * height + i) * width + j) * words + n);
-                negative += __builtin_popcountll(word);
-                if (i < down->first && steps) before ^= word;
-            }
-            if (inside) sum += (int32_t)op->channels;
-            else sum += op->record.pad_value * ((int32_t)op->channels - 2 * negative) + (seen ? 2 * negative : 0);
-        }
-    return sum + 2 * __builtin_popcount((uint32_t)(before ^ before >> 32));
+    for (size_t i = 0; i < down->first * row && down->first < down->behind; i++)
+        before ^= weight_word(op, o * op->record.kernel_h * row + i);
+    return 2 * __builtin_popcount((uint32_t)(before ^ before >> 32));
 }
 
 static size_t pack_binary(bnnf__op *op, char *memory, const bnnf__core *cores, size_t most) {
@@ -535,11 +324,11 @@ static size_t pack_binary(bnnf__op *op, char *memory, const bnnf__core *cores, s
     place(op, &k, k.classes * panels * LANES);
     if (!memory) return k.bytes;
     pack_cut(op, &k, memory);
+    int32_t *sums = (int32_t *)(memory + k.sums_at);
+    pack_class_sums(op, sums);
     for (size_t class = 0; class < k.classes; class++)
         for (size_t o = 0; o < op->outputs; o++)
-            ((int32_t *)(memory + k.sums_at))[class * panels * LANES + o] =
-                class_sum(op, op->row_bands + class / op->column_band_count,
-                          op->column_bands + class % op->column_band_count, o);
+            sums[class * panels * LANES + o] += counted_before(op, op->row_bands + class / op->column_band_count, o);
     for (size_t o = 0; o < op->outputs; o++) {
         uint32_t *to = (uint32_t *)(memory + k.weights_at + o / LANES * k.panel + k.lead) + o % LANES;
         uint32_t sum = 0;
@@ -551,9 +340,6 @@ static size_t pack_binary(bnnf__op *op, char *memory, const bnnf__core *cores, s
     }
     return k.bytes;
 }
-
-/* For the tests: with BNNF_AVX512_BASE in the environment the CPU counts as one without VPOPCNTDQ and VNNI. */
-static int base_only(void) { return getenv("BNNF_AVX512_BASE") != NULL; }
 
 static WITH_AVX512 void run_binary(const bnnf__op *op, const bnnf__io *io) { convolve(op, io, WORDS, COUNTS); }
 
@@ -683,12 +469,13 @@ size_t bnnf_pointwise__avx512_pack(bnnf__op *op, void *memory) {
 }
 
 INLINE_AVX512 void run_pointwise(const bnnf__op *op, const bnnf__io *io, size_t each, int source) {
-    const size_t together = 2 * GROUP; /* pixels that stay in the cache from panel to panel */
+    const size_t together = 12; /* pixels that stay in the cache from panel to panel */
     const share s = share_of(op, io, 1);
+    const int parts = parts_of(op, io);
     for (size_t from = s.from; from < s.to; from += together) {
         const size_t pixels = s.to - from < together ? s.to - from : together;
         for (size_t panel = s.first; panel < s.behind; panel++)
-            finish(op, io, from, pixels, panel, NULL, (const char *)io->input + from * each, each, source);
+            finish(op, io, from, pixels, panel, NULL, (const char *)io->input + from * each, each, source, parts);
     }
 }
 
@@ -700,11 +487,21 @@ WITH_AVX512 void bnnf_pointwise__avx512_run(const bnnf__op *op, const bnnf__io *
 
 /* -- poolings */
 
+/* A statement for each i below 4: written out, so that each v[i] is a register. */
+#define ONE(n, ...)       \
+    {                     \
+        enum { i = (n) }; \
+        __VA_ARGS__;      \
+    }
+#define EACH(...)                                                                                     \
+    do {                                                                                              \
+        ONE(0, __VA_ARGS__) ONE(1, __VA_ARGS__) ONE(2, __VA_ARGS__) ONE(3, __VA_ARGS__)               \
+    } while (0)
+
 /* Four registers of channels from c on (those of `live`; full: all of them) of the window of pixel (r, q), whose taps
    inside the image are those of the bands. largest and full are constants. */
 INLINE_AVX512 void pool(const bnnf__op *op, const bnnf__io *io, const bnnf__band *down, const bnnf__band *across,
                         size_t r, size_t q, size_t c, uint64_t live, int full, int largest) {
-    enum { count = 4 };
     const struct bnnf_op_record *w = &op->record;
     const size_t channels = op->channels, rows = down->behind - down->first, columns = across->behind - across->first;
     const size_t top = r * w->stride_h + down->first * w->dilation_h - w->padding_h;
@@ -712,7 +509,7 @@ INLINE_AVX512 void pool(const bnnf__op *op, const bnnf__io *io, const bnnf__band
     const float *line = (const float *)io->input + (top * op->width + left) * channels + c;
     const size_t down_step = op->width * channels * w->dilation_h, step = channels * w->dilation_w;
     float *real = io->real + (r * op->out_width + q) * channels + c;
-    __m512 v[count];
+    __m512 v[4];
     /* A largest value starts from the first tap; where that is on the padding it is -infinity. */
     const __m512 start = largest ? _mm512_set1_ps(-__builtin_inff()) : _mm512_setzero_ps();
     EACH(v[i] = start);

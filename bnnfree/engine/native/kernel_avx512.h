@@ -10,6 +10,7 @@
 
 #define BNNF__LANES 16       /* outputs of a panel: lanes of a register */
 #define BNNF__BINARY_TILE 12 /* most pixels of a tile */
+#define BNNF__ROWS_TILE 14
 #define BNNF__TABLE_TILE 7
 #define BNNF__SUM_TILE 6
 
@@ -28,6 +29,13 @@
    wide:   one pixel, four panels. A step is a float; weights f32 [4][lanes], or i8. */
 typedef void (*bnnf__core)(const void *window, size_t stride, const void *weights, size_t ahead, size_t steps,
                            void *sums);
+
+/* The same for signs that lie as in the image: a window is `rows` runs (0 or more) of `steps` words of 32 signs (1 or
+   more), the next run `pitch` bytes further on than the one before. Weights u32 [rows][steps][lanes]. Sums,
+   [pixel][lanes]: what is `offset` bytes behind the pixel's start, i32 [lanes], less how many signs differ. */
+typedef void (*bnnf__rows_core)(const void *window, size_t stride, const void *weights, size_t rows, size_t steps,
+                                size_t pitch, const void *const *starts, size_t offset, void *sums);
+extern const bnnf__rows_core bnnf__rows_cores[BNNF__ROWS_TILE + 1];
 
 /* By the number of pixels. */
 extern const bnnf__core bnnf__binary_cores[BNNF__BINARY_TILE + 1];

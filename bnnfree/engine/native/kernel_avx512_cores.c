@@ -48,6 +48,8 @@
 #define TILE10(M) TILE9(M) M(9, 23, _, "(%[b],%[s],2)")
 #define TILE11(M) TILE10(M) M(10, 24, _, "(%[b],%[t])")
 #define TILE12(M) TILE11(M) M(11, 25, _, "(%[b],%[s],4)")
+#define TILE13(M) TILE12(M) M(12, 26, _, "(%[b],%[f])")
+#define TILE14(M) TILE13(M) M(13, 27, _, "(%[b],%[t],2)")
 
 #define ZERO(z) "vpxord %%zmm" #z ", %%zmm" #z ", %%zmm" #z "\n\t"
 #define FETCH(at) "prefetcht0 " #at "(%[w],%[h])\n\t"
@@ -97,6 +99,50 @@
     "3:\n\t"                                   \
     tile(FINISH_BINARY)
 
+/* -- signs as they lie: xor, vpopcntd, vpsubd, for all pixels one after the other. The sum in register p, weights in
+   28. */
+
+#define INIT_ROW(p, q, r, x) "mov 8*" #p "(%[z]), %[n]\n\tvmovdqu32 (%[n],%[i]), %%zmm" #p "\n\t"
+#define XOR_ROW(p, q, r, x) XOR(x, 28, q)
+#define POPCOUNT_ROW(p, q, r, x) "vpopcntd %%zmm" #q ", %%zmm" #q "\n\t"
+#define SUBTRACT_ROW(p, q, r, x) "vpsubd %%zmm" #q ", %%zmm" #p ", %%zmm" #p "\n\t"
+
+#define ROWS_CODE(tile)                                 \
+    tile(INIT_ROW)                                      \
+    "test %[m], %[m]\n\t"                               \
+    "jz 3f\n"                                           \
+    "1:\n\t"                                            \
+    "mov %[c], %[n]\n\t"                                \
+    ".p2align 5\n"                                      \
+    "2:\n\t"                                            \
+    "vmovdqu32 (%[w]), %%zmm28\n\t"                     \
+    tile(XOR_ROW) tile(POPCOUNT_ROW) tile(SUBTRACT_ROW) \
+    ADVANCE(4, 64)                                      \
+    "dec %[n]\n\t"                                      \
+    "jnz 2b\n\t"                                        \
+    "add %[g], %[a]\n\t"                                \
+    "add %[g], %[b]\n\t"                                \
+    "dec %[m]\n\t"                                      \
+    "jnz 1b\n"                                          \
+    "3:\n\t"                                            \
+    tile(STORE_SUM)
+
+#define ROWS_CORE(n_pixels)                                                                                           \
+    static __attribute__((noinline, target(POPCOUNT))) void rows##n_pixels(                                           \
+        const void *window, size_t stride, const void *weights, size_t rows, size_t steps, size_t pitch,              \
+        const void *const *starts, size_t offset, void *sums) {                                                       \
+        const char *eighth = (const char *)window + 7 * stride;                                                       \
+        size_t n;                                                                                                     \
+        __asm__ volatile(ROWS_CODE(TILE##n_pixels)                                                                    \
+                         : [a] "+r"(window), [b] "+r"(eighth), [w] "+r"(weights), [m] "+r"(rows), [n] "=&r"(n)        \
+                         : [s] "r"(stride), [t] "r"(3 * stride), [f] "r"(5 * stride), [o] "r"(sums), [c] "r"(steps),  \
+                           [g] "r"(pitch - 4 * steps), [z] "r"(starts), [i] "r"(offset)                               \
+                         : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",    \
+                           "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18",   \
+                           "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28",  \
+                           "xmm29", "xmm30", "xmm31");                                                                \
+    }
+
 /* -- sums of products, for two panels: the second one's in register p + 14, weights in 28 and 29, the pixel's in 30. A
    load takes as long as a product: two panels share it. */
 
@@ -131,11 +177,14 @@
 #define UP_TO_7(M) UP_TO_6(M) M(7)
 #define UP_TO_12(M) UP_TO_7(M) M(8) M(9) M(10) M(11) M(12)
 UP_TO_12(BINARY_CORE)
+UP_TO_12(ROWS_CORE) ROWS_CORE(13) ROWS_CORE(14)
 UP_TO_6(SUM_CORES)
 
 #define TABLE_OF_6(x) NULL, x##1, x##2, x##3, x##4, x##5, x##6
 const bnnf__core bnnf__binary_cores[BNNF__BINARY_TILE + 1] = {
     TABLE_OF_6(binary), binary7, binary8, binary9, binary10, binary11, binary12};
+const bnnf__rows_core bnnf__rows_cores[BNNF__ROWS_TILE + 1] = {
+    TABLE_OF_6(rows), rows7, rows8, rows9, rows10, rows11, rows12, rows13, rows14};
 const bnnf__core bnnf__dot_cores[BNNF__SUM_TILE + 1] = {TABLE_OF_6(dot)};
 const bnnf__core bnnf__pair_cores[BNNF__SUM_TILE + 1] = {TABLE_OF_6(pair)};
 const bnnf__core bnnf__real_cores[BNNF__SUM_TILE + 1] = {TABLE_OF_6(real)};

@@ -19,6 +19,7 @@
 
 #ifdef BNNF__HAVE_AVX512
 #define BNNF__KERNELS_AVX512(K) \
+    K(BINARY_CONV2D, "avx512", binary_conv2d__avx512vpopcnt_rows_14x16) \
     K(BINARY_CONV2D, "avx512", binary_conv2d__avx512vpopcnt_12x16) \
     K(BINARY_CONV2D, "avx512", binary_conv2d__avx512_7x16) \
     K(PIXEL_CONV2D, "avx512", pixel_conv2d__avx512vnni_6x32) \
