@@ -1,5 +1,7 @@
 """More edits, see edits.py: ops, how they fit together, and the arena."""
 
+import numpy as np
+from damage import File, bases
 from edits import BIG, edit
 
 from bnnfree.format import schema
@@ -177,6 +179,21 @@ def arena_off_by(f, by):
 @edit("PlanError", ("real", "bits"), ("bits", "real"))
 def overlap_of_what_lives_together(f, a, b):
     f.tensor(f.op("pixel_conv2d")[a])["offset"] = f.tensor(f.op("pixel_conv2d")[b])["offset"]
+
+
+@edit("PlanError")
+def sum_over_what_it_adds_again_and_again(f):
+    op = f.op("binary_conv2d")
+    f.tensor(op["real"])["offset"] = f.tensor(op["other"])["offset"]
+
+
+@edit("PlanError", -64, 64)
+def sum_beside_what_it_is_added_to(_, by):
+    f = File(bases()[1])
+    op = f.op("binary_conv2d")
+    assert f.tensor(op["real"])["offset"] == f.tensor(op["other"])["offset"]
+    f.tensor(op["real"])["offset"] += np.uint64(by % 2**64)
+    return f.blob
 
 
 @edit("PlanError")

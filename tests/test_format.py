@@ -19,6 +19,7 @@ from bnnfree.errors import BnnfreeError
 from bnnfree.format import (
     LimitError,
     PackedModel,
+    PlanError,
     Tensor,
     TextError,
     check_model,
@@ -245,6 +246,8 @@ def random_graph(seed) -> PackedModel:
             fields[str(name)] = len(tensors)
             dtype = {"real": "f32", "bits": "bits"}[str(name)]
             shape = tuple(int(n) for n in random.integers(1, 30, 3))
+            if name == "real" and len(reads) == 2 and random.random() < 0.5:
+                shape = tensors[reads[1]].shape  # of floats or of bits
             tensors.append(Tensor(f"t{len(tensors)}", dtype, "activation", shape))
         ops.append(make_op("pointwise", **fields))
     return PackedModel(tensors, ops, 0, int(random.integers(1, len(tensors))))
@@ -252,11 +255,20 @@ def random_graph(seed) -> PackedModel:
 
 @pytest.mark.parametrize("first", range(0, 300, 100))
 def test_what_lives_together_never_overlaps(first):
+    taken = 0
     for seed in range(first, first + 100):
         model = random_graph(seed)
         plan(model)
         check_plan(model)
         spans = lifetimes(model)
+        over = {}
+        for number, op in enumerate(model.ops):
+            last = op.other is not None and spans.get(op.other, (0, -1))[1] == number and op.other != op.input
+            other, real = (model.tensors[i or 0] for i in (op.other, op.real))
+            if op.real is not None and last and (other.dtype, other.shape) == ("f32", real.shape):
+                assert other.offset == real.offset
+                over[op.real] = op.other
+        taken += len(over)
         whole = 0
         for a, (begin, end) in spans.items():
             x = model.tensors[a]
@@ -265,9 +277,44 @@ def test_what_lives_together_never_overlaps(first):
             for b, (start, stop) in spans.items():
                 y = model.tensors[b]
                 apart = x.offset + x.bytes <= y.offset or y.offset + y.bytes <= x.offset
+                apart = apart or over.get(a) == b or over.get(b) == a
                 assert a == b or apart or end < start or stop < begin, f"seed {seed}: {x.name} and {y.name}"
         largest = max(model.tensors[i].bytes for i in spans)
         assert largest <= model.arena_bytes <= whole
+    assert taken
+
+
+def stage(reads_again=False) -> PackedModel:
+    """A trunk that two ops add to: each may write over what it adds to, unless that is read again."""
+    tensors = [Tensor("image", "u8", "image", (5, 7, 3))]
+    tensors += [Tensor(f"t{i}", "f32", "activation", (5, 7, 3)) for i in range(4)]
+    ops = [make_op("pointwise", input=0, real=1), make_op("pointwise", input=0, other=1, real=2)]
+    ops += [make_op("pointwise", input=0, other=2, real=3)]
+    ops += [make_op("pointwise", input=0, other=1 if reads_again else 3, real=4)]
+    if reads_again:
+        ops.append(make_op("pointwise", input=3, other=4, real=5))
+        tensors.append(Tensor("t4", "f32", "activation", (5, 7, 3)))
+    model = PackedModel(tensors, ops, 0, len(tensors) - 1, classes=["a", "b", "c"])
+    plan(model)
+    check_model(model)
+    return model
+
+
+def test_a_sum_is_written_over_what_it_is_added_to():
+    model = stage()
+    assert model.arena_bytes == 5 * 7 * 3 * 4 + -(5 * 7 * 3 * 4) % ALIGN
+    assert stage(reads_again=True).arena_bytes == 2 * model.arena_bytes
+
+
+@pytest.mark.parametrize(("tensor", "over"), [(2, 1), (4, 3)])
+def test_what_is_read_again_or_is_the_input_too_is_not_written_over(tensor, over):
+    model = stage(reads_again=True)
+    if tensor == 4:
+        model.ops[3] = make_op("pointwise", input=3, other=3, real=4)
+        model.ops[4] = make_op("pointwise", input=1, other=4, real=5)
+    model.tensors[tensor].offset = model.tensors[over].offset
+    with pytest.raises(PlanError, match="overlap"):
+        check_plan(model)
 
 
 def run_in_arena(model: PackedModel, pixels: np.ndarray) -> np.ndarray:

@@ -103,6 +103,22 @@ def test_binary_convolutions_of_many_channels(geometry, channels, outputs):
     same(net.model(), images(net, 2))
 
 
+@pytest.mark.parametrize("channels", [3, 32, 34, 64])
+def test_scales_and_thresholds_at_the_ends_of_their_range(channels):
+    """Kernels may halve sums and double scales; odd sums have no half and the largest scales no double."""
+    net = Net(5, 17, 3, seed=channels)
+    source = net.bits(channels)
+    for value in (2.0**125, 2.0**126, -(2.0**126), 3.4e38, 1e-45, -0.0):
+        net.add("binary_conv2d", source, outputs=48, parts=("scale", "bias"), writes="both", **fields_of((3, 3)))
+        scale = net.tensors[net.ops[-1].scale]
+        scale.data = np.where(np.arange(48) % 3 == 0, F32(value), scale.data)
+    net.add("binary_conv2d", source, outputs=64, writes="bits", threshold="i32", **fields_of((3, 3), padding=(1, 1)))
+    ends = np.array([-(2**31), 2**31 - 1, -1, 0, 1, 2, -2, 9 * channels, 9 * channels - 1], np.int32)
+    net.tensors[net.ops[-1].threshold].data = np.resize(ends, 64)
+    with np.errstate(all="ignore"):
+        same(net.model(), images(net, 3), threads=(1, 2))
+
+
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(128, 64, 2), (96, 66, 3), (64, 64, 64), (256, 256, 4),
                                                              (70, 35, 5)])  # fmt: skip
 @pytest.mark.parametrize("geometry", WIDE[:5:2])

@@ -447,13 +447,26 @@ static int check_offsets(const bnnf_model *model, space *s, const bnnf__message 
     return BNNF_OK;
 }
 
+/* The tensor whose place `real` of an op may take: its `other`, which nothing reads afterwards, which is not its input
+   too, and which has the shape of `real`. Else BNNF__NONE. */
+static uint32_t replaced(const bnnf_model *model, uint32_t number) {
+    const struct bnnf_op_record *r = &model->ops[number].record;
+    if (r->real == BNNF__NONE || r->other == BNNF__NONE || r->code == BNNF_OP_CONCAT || r->other == r->input ||
+        r->other == model->input)
+        return BNNF__NONE;
+    const bnnf__tensor *other = &model->tensors[r->other], *real = &model->tensors[r->real];
+    const int same = other->rank == real->rank && !memcmp(other->shape, real->shape, sizeof real->shape);
+    return same && other->last_read == number && other->offset == real->offset ? r->other : BNNF__NONE;
+}
+
 /* Op by op: what it writes takes its place, then what it was the last to read gives its own back. */
 static int check_overlaps(const bnnf_model *model, space *s, const bnnf__message *message) {
     for (uint32_t number = 0; number < model->op_count; number++) {
         const struct bnnf_op_record *r = &model->ops[number].record;
-        const uint32_t written[2] = {r->real, r->bits}, touched[4] = {r->input, r->other, r->real, r->bits};
+        const uint32_t written[2] = {r->real, r->bits}, before = replaced(model, number);
+        const uint32_t touched[4] = {r->input, before == BNNF__NONE ? r->other : BNNF__NONE, r->real, r->bits};
         for (int i = 0; i < 2; i++) {
-            if (written[i] == BNNF__NONE) continue;
+            if (written[i] == BNNF__NONE || (i == 0 && before != BNNF__NONE)) continue;
             const bnnf__tensor *t = &model->tensors[written[i]];
             size_t from = edge_at(s, t->offset), to = edge_at(s, end_of(t));
             if (is_taken(s, 1, 0, s->leaves, from, to))
