@@ -9,12 +9,15 @@ examples:
 SOURCE is a packed file, or what tools/export.py takes, with the same key=value: a recipe stands for its network with
 random weights, which are as fast as trained ones. --against builds the same network from the same file: for ONNX
 Runtime in float32 and in int8 (calibrated with random images: its speed counts, not its answers), for OpenVINO with
-its binary convolutions; where it should give the same numbers that is checked first. All take turns in one run.
-ratio: its median over the engine's. GMAC/s: 10^9 multiply-accumulates per second, those on padding too, as papers
-count. % of peak: only those inside the image, over what xor, popcount and add (avx2: its table look-ups) do on
+its binary convolutions (those of channels that are no multiple of 8, and of groups, as floats, which a line then
+says); where it should give the same numbers that is checked first. All take turns in one run. ratio: its median over
+the engine's. memory: of a session all that it allocates, the stacks of its threads aside. GMAC/s: 10^9
+multiply-accumulates per second, those on padding too, as papers count. % of peak: only those inside the image, and
+% nominal: all of them, over what xor, popcount and add (avx2, and AVX-512 without VPOPCNTDQ: its table look-ups) do on
 registers alone, measured in the same run on as many threads; a kernel that saves some of these can pass 100.
---kernels takes single ops of usual shapes with each instruction set ("sign": a threshold and bits out, "block": the
-whole end of a block, floats and bits out). With --json the file's path is printed last.
+--kernels takes single ops of usual shapes with each instruction set ("avx512 base": AVX-512 made to do without
+VPOPCNTDQ and VNNI; "sign": a threshold and bits out, "float": scale and bias, floats out, "block": the whole end of a
+block, floats and bits out). With --json the file's path is printed last.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import _cli
 SAME = 0.02  # of the largest output: by so much may a peer that should be equal differ; a bit at its threshold may flip
 CHECKED = 4  # images
 TIMES = 5  # so much shorter than a model is a single op timed
+SPEED = ("GMAC/s", "% of peak", "% nominal")
 
 
 def main() -> None:
@@ -64,7 +68,7 @@ def main() -> None:
     if args.kernels:
         if args.source is None:
             print_machine(about)
-        report["kernels"] = bench_kernels(args)
+        report |= bench_kernels(args)
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -111,6 +115,8 @@ def bench_model(engine, args) -> dict:
     model, images = engine.model, random_images(engine.model, CHECKED)
     height, width, channels = model.image_shape
     print(f"network   {args.source}: {height}x{width}x{channels}, {len(model.ops)} ops, batch 1")
+    memory = memory_of(engine, args.source)
+    print_memory(memory)
     peak = Peak(engine.backend, args.threads)
     peak.measure()
     contenders, peers = {"engine": functools.partial(engine.run, images[:1])}, {}
@@ -118,7 +124,8 @@ def bench_model(engine, args) -> dict:
         contenders[name], peers[name] = functools.partial(run, images[:1]), facts
     times = measure(contenders, args.seconds, args.threads)
     peak.measure()
-    report: dict = {"source": args.source, "engine": {"backend": engine.backend, **figures(times["engine"])}}
+    report: dict = {"source": args.source, "memory": memory}
+    report["engine"] = {"backend": engine.backend, **figures(times["engine"])}
     report["peers"] = {name: {**facts, **figures(times[name])} for name, facts in peers.items()}
     ours = report["engine"]["median_ms"]
     report["ratio"] = {name: row["median_ms"] / ours for name, row in report["peers"].items()}
@@ -152,8 +159,35 @@ def open_peers(engine, images, args) -> dict:
         if peer.exact and differs > SAME:
             print(f"{name}: not measured; its outputs differ by {differs:.1%} of the largest, expected {SAME:.0%}.")
             continue
-        found[name] = run, {"version": version(peer.package), "difference": differs}
+        note = peer.note(engine.model)
+        if note:
+            print(f"{name}: {note}")
+        found[name] = run, {"version": version(peer.package), "difference": differs, "note": note}
     return found
+
+
+def memory_of(engine, source: str) -> dict:
+    """Bytes: session, of which activations and scratch; packed; file. None where the backend has no such thing."""
+    from bnnfree.format import to_bytes
+
+    info = engine.info()
+    packed = Path(source).suffix == ".bnnf"
+    return {
+        "session_bytes": info["session_bytes"],
+        "activation_bytes": info["arena_bytes"],
+        "scratch_bytes": info["scratch_bytes"],
+        "packed_bytes": info["packed_bytes"],
+        "file_bytes": Path(source).stat().st_size if packed else len(to_bytes(engine.model)),
+    }
+
+
+def print_memory(memory: dict) -> None:
+    session, activations, scratch, packed, file = ("" if value is None else f"{value:,}" for value in memory.values())
+    text = f"activations {activations} bytes of one image"
+    if session:
+        text = f"session {session} bytes (activations {activations}, kernels' scratch {scratch})"
+        text += f", weights as packed for the kernels {packed}"
+    print(f"memory    {text}, file {file}")
 
 
 def print_model(report: dict) -> None:
@@ -169,53 +203,52 @@ def print_model(report: dict) -> None:
     if "layers" in report:
         print()
         total = sum(row["ms"] for row in report["layers"])
-        table = [("#", "name", "op", "ms", "share", "GMAC/s", "% of peak", "kernel")]
+        table = [("#", "name", "op", "ms", "share", *SPEED, "kernel")]
         for number, row in enumerate(report["layers"]):
             share = f"{100 * row['ms'] / total:.1f} %" if total else ""
-            cells = (f"{row['ms']:.4f}", share, cell(row["gmacs"]), cell(row["percent_of_peak"]), row["kernel"])
+            cells = (f"{row['ms']:.4f}", share, *speed_of(row), row["kernel"])
             table.append((str(number), row["name"], row["op"], *cells))
-        print_table([*table, ("", "all", "", f"{total:.4f}", "", "", "", "")], left=(1, 2, 7))
+        print_table([*table, ("", "all", "", f"{total:.4f}", *[""] * 5)], left=(1, 2, 8))
 
 
 # -- single ops
 
 
-def bench_kernels(args) -> list[dict]:
-    """A row per shape and instruction set: op, shape, isa, kernel, ms, macs, gmacs, percent_of_peak and so on."""
-    from bnnfree.bench.kernels import SHAPES, model_of
+def bench_kernels(args) -> dict:
+    """kernels: a row per shape and instruction set, with op, shape, isa, kernel, ms, macs, gmacs, percent_of_peak and
+    so on; peaks: instruction set -> 10^9 products per second, None where that cannot be measured."""
+    from bnnfree.bench.kernels import cases
     from bnnfree.bench.layers import layers
     from bnnfree.bench.peak import Peak
     from bnnfree.bench.peers import random_images
     from bnnfree.bench.rounds import figures, measure
-    from bnnfree.engine import Engine, backends
+    from bnnfree.engine import backends
 
     names = [args.backend]
     if args.backend == "auto":
         names = [n for n in backends() if n not in ("native", "numpy", "reference")] or ["numpy"]
     peaks: dict[str, Peak] = {}
     rows = []
-    for shape in SHAPES:
-        model, number = model_of(shape)
-        image = random_images(model, 1)
-        for name in names:
-            engine = Engine(model, name, args.threads)
-            peak = peaks.setdefault(engine.backend, Peak(engine.backend, args.threads))
-            whole = figures(measure({name: functools.partial(engine.run, image)}, 0, 1)[name])
-            row = layers(engine, image, TIMES * whole["median_ms"], peak)[number]
-            rows.append({**row, "shape": shape.text, "isa": engine.backend})
+    for case in cases(names, args.threads):
+        if case.isa not in peaks:
+            peaks[case.isa] = Peak(case.isa, args.threads)
+        image = random_images(case.engine.model, 1)
+        whole = figures(measure({"": functools.partial(case.engine.run, image)}, 0, 1)[""])
+        row = layers(case.engine, image, TIMES * whole["median_ms"], peaks[case.isa])[case.number]
+        rows.append({**row, "shape": case.shape.text, "isa": case.isa})
     for name, peak in peaks.items():
         if peak.best is not None:
             print(f"peak      {peak.best:.0f} GMAC/s by popcount, {name}")
-    table = [("op", "shape", "isa", "ms", "GMAC/s", "% of peak", "kernel")]
+    table = [("op", "shape", "isa", "ms", *SPEED, "kernel")]
     for row in rows:
-        cells = (f"{row['ms']:.4f}", cell(row["gmacs"]), cell(row["percent_of_peak"]), row["kernel"])
-        table.append((row["op"], row["shape"], row["isa"], *cells))
-    print_table(table, left=(0, 1, 2, 6))
-    return rows
+        table.append((row["op"], row["shape"], row["isa"], f"{row['ms']:.4f}", *speed_of(row), row["kernel"]))
+    print_table(table, left=(0, 1, 2, 7))
+    return {"peaks": {name: peak.best for name, peak in peaks.items()}, "kernels": rows}
 
 
-def cell(value) -> str:
-    return "" if value is None else f"{value:.1f}"
+def speed_of(row: dict) -> list[str]:
+    values = [row[key] for key in ("gmacs", "percent_of_peak", "percent_of_peak_nominal")]
+    return ["" if value is None else f"{value:.1f}" for value in values]
 
 
 def print_table(rows: list[tuple], left=(0,)) -> None:

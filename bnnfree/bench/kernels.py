@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from bnnfree.bench.peak import BASE
+from bnnfree.engine import Engine
 from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
 from bnnfree.format.check import count_classes, sides_of
+from bnnfree.format.schema import OPS
 from bnnfree.ops import Window, pack_bits, pool_output
+
+BASE_ONLY = "BNNF_AVX512_BASE"  # of the environment: AVX-512 then does without VPOPCNTDQ and VNNI
 
 
 @dataclass
 class Shape:
-    """One op. side: of its square input; epilogue: "sign" (a threshold on the sum, bits out) or "block" (scale, bias,
-    the shortcut, slope, thresholds; floats and bits out), for ops that have one."""
+    """One op. side: of its square input; epilogue, for ops that have a choice: "sign" (a threshold on the sum, bits
+    out), "float" (scale and bias, floats out) or "block" (these, the shortcut, slope, thresholds; floats and bits out).
+    """
 
     op: str
     side: int
@@ -34,7 +43,11 @@ class Shape:
 
 STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a ResNet-18
 SHAPES = [
-    *(Shape("binary_conv2d", side, c, c, 3, 1, 1, epilogue=end) for end in ("sign", "block") for side, c in STAGES),
+    *(
+        Shape("binary_conv2d", side, channels, channels, 3, 1, 1, epilogue=end)
+        for end in ("sign", "float", "block")
+        for side, channels in STAGES
+    ),
     Shape("binary_conv2d", 56, 64, 128, 3, 2, 1, epilogue="block"),
     Shape("binary_conv2d", 14, 512, 512, 1, epilogue="block"),
     Shape("binary_conv2d", 7, 1024, 1024, 1, epilogue="block"),
@@ -47,7 +60,52 @@ SHAPES = [
     Shape("avg_pool2d", 56, 64, 64, 2, 2),
     Shape("avg_pool2d", 7, 512, 512, 7),
     Shape("pointwise", 56, 64, 64, epilogue="sign"),
+    Shape("concat", 28, 128, 256),
+    Shape("softmax", 1, 1000, 1000),
 ]
+
+
+@dataclass
+class Case:
+    """A shape and what runs it; isa: the backend, or BASE; number: of the op that is meant."""
+
+    shape: Shape
+    isa: str
+    engine: Engine
+    number: int
+
+    @property
+    def kernel(self) -> str:
+        return self.engine.kernels()[self.number]
+
+
+def cases(backends: Iterable[str], threads: int = 1) -> Iterator[Case]:
+    """Each shape with each backend, and with AVX-512 as BASE where other kernels run then: to be measured before the
+    next one is asked for, as the environment says which it is."""
+    backends = list(backends)
+    for shape in SHAPES:
+        model, number = model_of(shape)
+        for name in backends:
+            case = Case(shape, "", Engine(model, name, threads), number)
+            case.isa = case.engine.backend
+            yield case
+            if case.isa == "avx512":
+                with _base_only():
+                    base = Case(shape, BASE, Engine(model, name, threads), number)
+                    if base.kernel != case.kernel:
+                        yield base
+
+
+@contextmanager
+def _base_only() -> Iterator[None]:
+    before = os.environ.get(BASE_ONLY)
+    os.environ[BASE_ONLY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(BASE_ONLY)
+        if before is not None:
+            os.environ[BASE_ONLY] = before
 
 
 @dataclass
@@ -90,7 +148,9 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
     source = 0 if pixels else make.source("bits" if bits else "f32", square)
     window = Window(*[(n, n) for n in (shape.kernel, shape.stride, shape.padding)])
     fields = {"input": source}
-    if shape.op != "pointwise":
+    if shape.op == "concat":
+        fields["other"] = make.source("f32", square)
+    if OPS[shape.op].window:
         numbers = {"kernel": shape.kernel, "stride": shape.stride, "padding": shape.padding}
         fields |= {f"{name}_{axis}": value for name, value in numbers.items() for axis in "hw"}
     pooling = shape.op.endswith("pool2d")
@@ -101,12 +161,12 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
     fields |= _epilogue(make, shape, written, window)
     if shape.epilogue != "sign":
         fields["real"] = make.activation("f32", written)
-    if shape.epilogue:
+    if shape.epilogue in ("sign", "block"):
         fields["bits"] = make.activation("bits", written)
     make.ops.append(make_op(shape.op, **fields))
     number = len(make.ops) - 1
     output = fields.get("real", len(make.tensors) - 1)
-    if shape.epilogue:  # an output is made of floats, and nothing may be left unread
+    if "bits" in fields:  # an output is made of floats, and nothing may be left unread
         output = make.activation("f32", written)
         more = {"other": fields["real"]} if "real" in fields else {}
         make.ops.append(make_op("pointwise", input=fields["bits"], real=output, **more))
@@ -136,7 +196,9 @@ def _epilogue(make: _Maker, shape: Shape, written: tuple[int, int, int], window:
         _shortcut(make, shape, shortcut, written)
         fields = {name: make.floats(outputs) for name in ("scale", "bias", "slope", "threshold")}
         return {**fields, "other": shortcut}
-    return {"scale": make.floats(outputs), "bias": make.floats(outputs)} if shape.op == "conv2d" else {}
+    if shape.op == "conv2d" or shape.epilogue == "float":
+        return {"scale": make.floats(outputs), "bias": make.floats(outputs)}
+    return {}
 
 
 def _shortcut(make: _Maker, shape: Shape, shortcut: int, written: tuple[int, int, int]) -> None:

@@ -29,8 +29,9 @@ def inside_macs(model: PackedModel, op: Op) -> int:
 
 
 def layers(engine: Engine, image: np.ndarray, milliseconds: float, peak: Peak | None) -> list[dict[str, Any]]:
-    """Engine.profile and, per op: inside_macs; gmacs, 10^9 macs per second; percent_of_peak, of a binary convolution:
-    inside_macs per second over what `peak` measures meanwhile. None where there is no such figure.
+    """Engine.profile and, per op: inside_macs; gmacs, 10^9 macs per second; of a binary convolution peak_gmacs, what
+    `peak` measures meanwhile, and what share of it are inside_macs per second, percent_of_peak, and macs per second,
+    percent_of_peak_nominal. None where there is no such figure.
 
     milliseconds: of one run, which decides how often it is repeated. Shapes: image uint8 [1, H, W, C].
     """
@@ -42,6 +43,8 @@ def layers(engine: Engine, image: np.ndarray, milliseconds: float, peak: Peak | 
     for op, row in zip(engine.model.ops, rows, strict=True):
         row["inside_macs"] = inside_macs(engine.model, op)
         row["gmacs"] = row["macs"] / row["ms"] / 1e6 if row["macs"] and row["ms"] else None
-        binary = op.name == "binary_conv2d" and row["ms"] and best
-        row["percent_of_peak"] = 100 * row["inside_macs"] / row["ms"] / 1e6 / best if binary and best else None
+        row["peak_gmacs"] = best if op.name == "binary_conv2d" and row["ms"] else None
+        whole = row["ms"] * 1e6 * row["peak_gmacs"] / 100 if row["peak_gmacs"] else None
+        row["percent_of_peak"] = row["inside_macs"] / whole if whole else None
+        row["percent_of_peak_nominal"] = row["macs"] / whole if whole else None
     return rows

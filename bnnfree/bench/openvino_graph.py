@@ -139,8 +139,20 @@ def just_below(threshold: np.ndarray) -> np.ndarray:
     return np.clip(below, np.finfo(F32).min, np.finfo(F32).max)
 
 
+def said_of(model: PackedModel) -> str:
+    """What should be known of the graph of `model`; "" where its binary convolutions are all binary."""
+    binary = [op for op in model.ops if op.name == "binary_conv2d"]
+    floats = sum(_is_left_to_floats(model, op) for op in binary)
+    taken = f"its binary kernel takes multiples of {WHOLE} channels, without groups"
+    return f"{floats} of {len(binary)} binary convolutions run as floats; {taken}." if floats else ""
+
+
+def _is_left_to_floats(model: PackedModel, op: Op) -> bool:
+    return op.groups > 1 or model.tensors[op.input].shape[2] % WHOLE > 0
+
+
 def _binary_conv2d(graph: _Graph, op: Op) -> Any:
-    if op.groups > 1 or graph.model.tensors[op.input].shape[2] % WHOLE:
+    if _is_left_to_floats(graph.model, op):
         return _conv2d(graph, op)
     weights = (graph.signs(op) > 0).astype(np.uint8)
     graph.borrowed.append(np.packbits(weights.reshape(-1), bitorder="little"))

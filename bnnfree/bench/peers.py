@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bnnfree.bench.openvino_graph import compile_openvino
+from bnnfree.bench.openvino_graph import compile_openvino, said_of
 from bnnfree.errors import BnnfreeError
 from bnnfree.format import PackedModel
 
@@ -25,12 +25,14 @@ CALIBRATION = 16  # random images
 
 @dataclass
 class Peer:
-    """make: builds it; package: what --against names; needs: modules, by the name pip knows."""
+    """make: builds it; package: what --against names; needs: modules, by the name pip knows; note: what should be
+    known of it, for a model."""
 
     make: Callable[[PackedModel, int], Run]
     package: str
     needs: dict[str, str]
     exact: bool  # the same network, up to the order of float sums
+    note: Callable[[PackedModel], str] = lambda model: ""
 
     def missing(self) -> list[str]:
         """What pip must install."""
@@ -83,7 +85,7 @@ def _session(graph: bytes, threads: int) -> Run:
 
 _ONNX = {"onnx": "onnx", "onnxruntime": "onnxruntime"}
 PEERS: dict[str, Peer] = {
-    "openvino_binary": Peer(compile_openvino, "openvino", {"openvino": "openvino"}, exact=True),
+    "openvino_binary": Peer(compile_openvino, "openvino", {"openvino": "openvino"}, exact=True, note=said_of),
     "onnxruntime_fp32": Peer(_onnxruntime_fp32, "onnxruntime", {**_ONNX, "torch": "torch"}, exact=True),
     "onnxruntime_int8": Peer(_onnxruntime_int8, "onnxruntime", {**_ONNX, "torch": "torch"}, exact=False),
 }

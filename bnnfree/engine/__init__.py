@@ -96,7 +96,9 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """What the model is: image_size (H, W), channels, classes, ops, bytes, arena_bytes, and how it runs.
 
-        bytes: of the constants, as stored; arena_bytes: of the activations of one image.
+        bytes: of the constants, as stored; arena_bytes: of the activations of one image. Of a native backend, else
+        None: session_bytes, what one run at a time takes (arena_bytes, scratch_bytes for the kernels, and the pool; not
+        the stacks of its threads), and packed_bytes, the weights as the kernels want them, which all runs share.
         """
         model = self.model
         height, width, channels = model.image_shape
@@ -115,6 +117,7 @@ class Engine:
             "bytes": sum(sizes.values()),
             "bytes_by_dtype": sizes,
             "arena_bytes": model.arena_bytes,
+            **self._runner.memory(),
             "producer": model.producer,
             "metadata": model.metadata,
             "backend": self.backend,
@@ -129,7 +132,7 @@ class Engine:
             raise EngineError(f"repeat: got {repeat}, expected 1 or more.")
         milliseconds = 1e3 * np.median(self._runner.seconds(images, repeat), axis=0)
         rows = []
-        for op, kernel, taken in zip(self.model.ops, self._runner.kernels(), milliseconds.tolist(), strict=True):
+        for op, kernel, taken in zip(self.model.ops, self.kernels(), milliseconds.tolist(), strict=True):
             written = self.model.tensors[op.writes()[0]]
             macs = 0
             if op.name in CONVOLUTIONS:
@@ -138,6 +141,10 @@ class Engine:
             about = {"name": written.name, "op": op.name, "shape": written.shape, "macs": macs}
             rows.append({**about, "kernel": kernel, "ms": taken})
         return rows
+
+    def kernels(self) -> list[str]:
+        """Name of what runs each op, in order: a native kernel, or the backend."""
+        return self._runner.kernels()
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         images = np.asarray(images)

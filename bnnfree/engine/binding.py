@@ -41,7 +41,7 @@ class Info(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("height", "width", "channels")),
         *((name, ctypes.c_uint32) for name in ("output_height", "output_width", "output_channels")),
-        *((name, Size) for name in ("image_bytes", "output_values", "arena_bytes", "packed_bytes")),
+        *((name, Size) for name in ("image_bytes", "output_values", "arena_bytes", "session_bytes", "packed_bytes")),
         *((name, ctypes.c_uint32) for name in ("ops", "tensors", "classes")),
         ("threads", ctypes.c_int),
         ("isa", ctypes.c_char_p),

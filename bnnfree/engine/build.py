@@ -28,6 +28,8 @@ PLACE = Path(__file__).resolve().parent / "_native"
 COMPILERS = ("cc", "gcc", "clang")
 # Why no -march: files carry the instruction sets of their functions themselves, and the CPU is asked when a model loads
 FLAGS = "-std=c11 -O2 -fPIC -shared -ffp-contract=off -fvisibility=hidden -DBNNF_SHARED -pthread".split()
+if sys.platform not in ("darwin", "win32"):  # their linkers do so by themselves
+    FLAGS.append("-Wl,--no-undefined")  # a kernel that is not there is a build that fails, not a load
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 OLD = 24 * 3600  # seconds after which the library of other sources is removed: no process is about to load it
 
@@ -59,7 +61,8 @@ def build(out: str | Path | None = None, verbose: bool = False) -> Path | None:
 
 def name() -> str:
     """File name of the library: what it is made of and for, as a hash."""
-    digest = hashlib.sha256(" ".join([sys.platform, platform.machine(), *FLAGS]).encode())
+    bits = "64" if sys.maxsize > 1 << 32 else "32"  # of this process, whatever the machine has
+    digest = hashlib.sha256(" ".join([sys.platform, platform.machine(), bits, *FLAGS]).encode())
     for path in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
     return f"bnnfree-{digest.hexdigest()[:16]}{SUFFIX}"
@@ -116,7 +119,8 @@ def _compile(sources: Iterable[Path], path: Path, verbose: bool) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+            lines = done.stderr.splitlines()
+            said = [line for line in lines if "error" in line or "undefined" in line.lower()] or lines[-1:]
             raise BuildFailure(f"{command[0]} failed: {' '.join(said[:1])[:300] or done.returncode}")
         os.replace(temporary, path)
     except OSError as error:

@@ -35,6 +35,9 @@ class Runner(Protocol):
     def kernels(self) -> list[str]:
         """What runs each op."""
 
+    def memory(self) -> dict[str, int | None]:
+        """session_bytes, scratch_bytes, packed_bytes, as Engine.info has them."""
+
 
 class NumpyRunner:
     """Images in parts that fit the working set, each part on one of `threads`."""
@@ -61,6 +64,9 @@ class NumpyRunner:
 
     def kernels(self) -> list[str]:
         return [self.name] * len(self.model.ops)
+
+    def memory(self) -> dict[str, int | None]:
+        return dict.fromkeys(("session_bytes", "scratch_bytes", "packed_bytes"))
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         return run_ops(self.model, self.table, images)[self.model.output]
@@ -106,3 +112,8 @@ class NativeRunner:
 
     def kernels(self) -> list[str]:
         return self.native.kernels()
+
+    def memory(self) -> dict[str, int | None]:
+        info = self.native.info
+        scratch = info.arena_bytes - self.model.arena_bytes
+        return {"session_bytes": info.session_bytes, "scratch_bytes": scratch, "packed_bytes": info.packed_bytes}

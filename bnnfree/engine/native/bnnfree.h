@@ -87,6 +87,8 @@ typedef struct bnnf_info {
     size_t image_bytes;   /* of one image */
     size_t output_values; /* floats of one result */
     size_t arena_bytes;   /* memory that a session works in */
+    size_t session_bytes; /* all that a session allocates, arena included; less arena_bytes if it is given one. The
+                             stacks of its threads come on top */
     size_t packed_bytes;  /* weights as the kernels want them, made with the model */
     uint32_t ops, tensors, classes;
     int threads;

@@ -2,7 +2,8 @@
 
    Life of a model: file.c checks the bytes and fills tensors and ops; run.c picks a kernel for each op (kernels.h,
    dispatch.c) and has it pack its constants; plan.c places the activations. Life of a run: run.c calls each op's
-   kernel once per thread; a kernel does its part of the output, and knows nothing of threads beyond (part, parts). */
+   kernel once for each part; a kernel does its part of the output, and knows nothing of threads beyond (part, parts).
+   Parts of an op run in any order and at the same time, each with the scratch of its thread. */
 
 #ifndef BNNFREE_INTERNAL_H
 #define BNNFREE_INTERNAL_H
@@ -59,7 +60,7 @@ typedef struct bnnf__io {
     const float *other;  /* [H'][W'][other_channels], second input of concat; or NULL */
     float *real;         /* [H'][W'][O]; or NULL */
     uint64_t *bits;      /* [H'][W'][ceil(O/64)]; or NULL */
-    void *scratch;       /* op->scratch_bytes for this part alone, aligned to 64 */
+    void *scratch;       /* op->scratch_bytes for this call alone, aligned to 64 */
     int part, parts;     /* this call makes share `part` of `parts` of the output; shares are disjoint and complete */
 } bnnf__io;
 

@@ -28,7 +28,7 @@ struct bnnf_model {
     void *borders;        /* bands and border classes of the ops */
     void *packed;         /* what the kernels packed */
     size_t packed_bytes;
-    size_t activation_bytes; /* of a session's arena: activations, then scratch_bytes for each part */
+    size_t activation_bytes; /* of a session's arena: activations, then scratch_bytes for each thread */
     size_t scratch_bytes, arena_bytes;
     int threads, keep, profile;
     const char *isa;
@@ -71,12 +71,18 @@ int bnnf__plan_arena(bnnf_model *model, const bnnf__message *message);
 /* dispatch.c: tells the CPU that a loop waits. */
 void bnnf__relax(void);
 
-/* threads.c: `threads` that run job(context, part), the caller as part 0; a barrier inside a job waits for all. */
+/* threads.c: `threads`, the caller being one, that run `steps` steps one after the other, each in bnnf__parts(threads)
+   parts: job(context, step, part, thread). Whoever is free takes the next part, so that a thread that does not get a CPU
+   holds up no one; a step begins when all parts of the one before are done. They work in bnnf__pool_bytes of memory,
+   which bnnf__pool_stop gives back to the caller; NULL if there are no threads. */
 typedef struct bnnf__pool bnnf__pool;
-typedef void (*bnnf__job)(void *context, int part);
-bnnf__pool *bnnf__pool_create(int threads, bnnf__job job, void *context);
+typedef void (*bnnf__job)(void *context, uint32_t step, int part, int thread);
+/* Called by the first thread after each step. */
+typedef void (*bnnf__watch)(void *context, uint32_t step);
+int bnnf__parts(int threads);
+size_t bnnf__pool_bytes(int threads, uint32_t steps);
+bnnf__pool *bnnf__pool_start(void *memory, int threads, uint32_t steps, bnnf__job job, bnnf__watch watch, void *context);
 void bnnf__pool_run(bnnf__pool *pool);
-void bnnf__pool_barrier(bnnf__pool *pool);
-void bnnf__pool_free(bnnf__pool *pool);
+void bnnf__pool_stop(bnnf__pool *pool);
 
 #endif

@@ -176,7 +176,7 @@ int bnnf__plan_arena(bnnf_model *model, const bnnf__message *message) {
     for (uint32_t i = 0; i < model->op_count; i++)
         if (model->ops[i].scratch_bytes > scratch) scratch = model->ops[i].scratch_bytes;
     scratch = (scratch + BNNF__ALIGN - 1) / BNNF__ALIGN * BNNF__ALIGN;
-    if (bytes + scratch * (uint64_t)model->threads > SIZE_MAX)
+    if (bytes + scratch * (uint64_t)model->threads > SIZE_MAX / 2) /* the rest of a session comes on top */
         return bnnf__fail(message, BNNF_ERROR_MEMORY, "not enough memory.");
     model->activation_bytes = (size_t)bytes;
     model->scratch_bytes = (size_t)scratch;

@@ -11,15 +11,29 @@
 
 struct bnnf_session {
     const bnnf_model *model;
+    void *memory; /* what was allocated, all in one: the session, nanoseconds, the pool and an arena of its own */
     char *arena;
-    void *own_arena; /* the same where it is the session's own, else NULL */
     bnnf__pool *pool;
     uint64_t *nanoseconds; /* of each op */
     int has_run;
-    const uint8_t *pixels; /* of this run */
-    size_t count;
-    float *output;
+    uint64_t last;         /* when the op before ended */
+    const uint8_t *pixels; /* of this image */
 };
+
+/* Where the parts of a session lie, from an address aligned to 64 on: a session is made by the sizes that
+   bnnf_model_info tells. No sum overflows, as bnnf__plan_arena leaves room. */
+typedef struct layout {
+    size_t nanoseconds, pool, arena, bytes; /* bytes: with what it takes to align it */
+} layout;
+
+static layout layout_of(const bnnf_model *model) {
+    layout l;
+    l.nanoseconds = bnnf__align(sizeof(bnnf_session));
+    l.pool = l.nanoseconds + bnnf__align(model->op_count * sizeof(uint64_t));
+    l.arena = l.pool + bnnf__align(bnnf__pool_bytes(model->threads, model->op_count));
+    l.bytes = l.arena + model->arena_bytes + BNNF__ALIGN - 1;
+    return l;
+}
 
 /* -- models */
 
@@ -156,6 +170,7 @@ bnnf_info bnnf_model_info(const bnnf_model *model) {
         .image_bytes = image->bytes,
         .output_values = output->bytes / sizeof(float),
         .arena_bytes = model->arena_bytes,
+        .session_bytes = layout_of(model).bytes,
         .packed_bytes = model->packed_bytes,
         .ops = model->op_count,
         .tensors = model->tensor_count,
@@ -175,7 +190,8 @@ const char *bnnf_kernel_name(const bnnf_model *model, uint32_t index) {
 
 /* -- sessions */
 
-static void run_part(void *context, int part);
+static void run_part(void *context, uint32_t index, int part, int thread);
+static void take_time(void *context, uint32_t index);
 
 int bnnf_session_create(bnnf_session **made, const bnnf_model *model, void *arena, size_t arena_bytes, char *message,
                         size_t message_size) {
@@ -186,15 +202,20 @@ int bnnf_session_create(bnnf_session **made, const bnnf_model *model, void *aren
     if (arena && (arena_bytes < model->arena_bytes || (uintptr_t)arena % BNNF__ALIGN))
         return bnnf__fail(&to, BNNF_ERROR_ARGUMENT, "arena: got %zu bytes, expected %zu, aligned to %u.", arena_bytes,
                           model->arena_bytes, BNNF__ALIGN);
-    bnnf_session *session = calloc(1, sizeof *session);
-    if (!session) return bnnf__fail(&to, BNNF_ERROR_MEMORY, "not enough memory.");
+    const layout l = layout_of(model);
+    char *memory = malloc(arena ? l.bytes - model->arena_bytes : l.bytes);
+    if (!memory) return bnnf__fail(&to, BNNF_ERROR_MEMORY, "not enough memory.");
+    char *start = memory + (BNNF__ALIGN - (uintptr_t)memory % BNNF__ALIGN) % BNNF__ALIGN;
+    bnnf_session *session = (bnnf_session *)(void *)start;
+    memset(start, 0, l.pool);
     session->model = model;
-    if (!arena) arena = session->own_arena = bnnf__alloc(model->arena_bytes);
-    session->arena = arena;
-    session->nanoseconds = calloc(model->op_count, sizeof *session->nanoseconds);
-    session->pool = bnnf__pool_create(model->threads, run_part, session);
-    if (!session->arena || !session->nanoseconds || !session->pool) {
-        bnnf_session_free(session);
+    session->memory = memory;
+    session->arena = arena ? arena : start + l.arena;
+    session->nanoseconds = (uint64_t *)(void *)(start + l.nanoseconds);
+    session->pool =
+        bnnf__pool_start(start + l.pool, model->threads, model->op_count, run_part, take_time, session);
+    if (!session->pool) {
+        free(memory);
         return bnnf__fail(&to, BNNF_ERROR_MEMORY, "not enough memory, or no threads.");
     }
     *made = session;
@@ -203,10 +224,8 @@ int bnnf_session_create(bnnf_session **made, const bnnf_model *model, void *aren
 
 void bnnf_session_free(bnnf_session *session) {
     if (!session) return;
-    bnnf__pool_free(session->pool);
-    bnnf__free(session->own_arena);
-    free(session->nanoseconds);
-    free(session);
+    bnnf__pool_stop(session->pool);
+    free(session->memory);
 }
 
 /* -- running */
@@ -221,58 +240,48 @@ static void *activation(const bnnf_session *session, uint32_t index) {
     return index == BNNF__NONE ? NULL : session->arena + session->model->tensors[index].offset;
 }
 
-static void run_image(bnnf_session *session, const uint8_t *pixels, int part) {
+static void run_part(void *context, uint32_t index, int part, int thread) {
+    const bnnf_session *session = context;
     const bnnf_model *model = session->model;
-    uint64_t start = model->profile && !part ? now() : 0;
-    for (uint32_t i = 0; i < model->op_count; i++) {
-        const bnnf__op *op = &model->ops[i];
-        const struct bnnf_op_record *r = &op->record;
-        const bnnf__io io = {
-            .input = r->input == model->input ? pixels : activation(session, r->input),
-            .other = activation(session, r->other),
-            .real = activation(session, r->real),
-            .bits = activation(session, r->bits),
-            .scratch = session->arena + model->activation_bytes + (size_t)part * model->scratch_bytes,
-            .part = part,
-            .parts = model->threads,
-        };
-        op->kernel->run(op, &io);
-        bnnf__pool_barrier(session->pool);
-        if (model->profile && !part) {
-            uint64_t end = now();
-            session->nanoseconds[i] += end - start;
-            start = end;
-        }
-    }
+    const bnnf__op *op = &model->ops[index];
+    const struct bnnf_op_record *r = &op->record;
+    const bnnf__io io = {
+        .input = r->input == model->input ? session->pixels : activation(session, r->input),
+        .other = activation(session, r->other),
+        .real = activation(session, r->real),
+        .bits = activation(session, r->bits),
+        .scratch = session->arena + model->activation_bytes + (size_t)thread * model->scratch_bytes,
+        .part = part,
+        .parts = bnnf__parts(model->threads),
+    };
+    op->kernel->run(op, &io);
 }
 
-/* What one thread does of a run. Why with the default environment: a program may have denormals flushed to zero or
-   another rounding, and results are the same bits everywhere. */
-static void run_part(void *context, int part) {
+static void take_time(void *context, uint32_t index) {
     bnnf_session *session = context;
-    const bnnf_model *model = session->model;
-    const bnnf__tensor *image = &model->tensors[model->input], *output = &model->tensors[model->output];
-    fenv_t environment;
-    fegetenv(&environment);
-    fesetenv(FE_DFL_ENV);
-    size_t values = output->bytes / sizeof(float), from, to;
-    bnnf__share(values, part, model->threads, &from, &to);
-    for (size_t n = 0; n < session->count; n++) {
-        run_image(session, session->pixels + n * image->bytes, part);
-        const float *result = activation(session, model->output);
-        memcpy(session->output + n * values + from, result + from, (to - from) * sizeof(float));
-        bnnf__pool_barrier(session->pool); /* the next image overwrites the result */
-    }
-    fesetenv(&environment);
+    if (!session->model->profile) return;
+    const uint64_t end = now();
+    session->nanoseconds[index] += end - session->last;
+    session->last = end;
 }
 
+/* Why with the default environment: a program may have denormals flushed to zero or another rounding, and results are
+   the same bits everywhere. */
 int bnnf_run(bnnf_session *session, const uint8_t *pixels, size_t count, float *output) {
     if (!session || (count && (!pixels || !output))) return BNNF_ERROR_ARGUMENT;
     if (!count) return BNNF_OK;
-    session->pixels = pixels;
-    session->count = count;
-    session->output = output;
-    bnnf__pool_run(session->pool);
+    const bnnf_model *model = session->model;
+    const bnnf__tensor *image = &model->tensors[model->input], *result = &model->tensors[model->output];
+    fenv_t environment;
+    fegetenv(&environment);
+    fesetenv(FE_DFL_ENV);
+    for (size_t n = 0; n < count; n++) {
+        session->pixels = pixels + n * image->bytes;
+        session->last = model->profile ? now() : 0;
+        bnnf__pool_run(session->pool);
+        memcpy(output + n * (result->bytes / sizeof(float)), activation(session, model->output), result->bytes);
+    }
+    fesetenv(&environment);
     session->has_run = 1;
     return BNNF_OK;
 }
