@@ -9,36 +9,17 @@ import zipfile
 
 import numpy as np
 import pytest
+from cc import HERE, NATIVE, ROOT, STRICT, compiler, done, output_of, tool_of
 from damage import bases
-from helpers import ROOT
 from packed import images
 
 from bnnfree.engine import Engine, build
 from bnnfree.engine.binding import isa_names, load_library
 from bnnfree.format import from_bytes
 
-NATIVE = ROOT / "bnnfree" / "engine" / "native"
 LIBRARY = re.compile(rf"bnnfree/engine/_native/bnnfree-[0-9a-f]{{16}}\{build.SUFFIX}")
-STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
-
-
-def compiler():
-    try:
-        return build.compiler()
-    except build.BuildFailure as failure:
-        pytest.skip(str(failure))
-
-
-def tool_of(name):
-    if shutil.which(name) is None:
-        pytest.skip(f"needs {name}")
-    return name
-
-
-def output_of(*command, **options) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+SOURCES = [*(path for folder in (NATIVE, NATIVE / "examples", HERE) for path in sorted(folder.glob("*.c"))),
+           ROOT / "bnnfree" / "bench" / "peak.c"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +56,25 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else(library):
 # -- in C
 
 
-@pytest.mark.parametrize("options", [[], ["-DBNNF_NO_THREADS"]], ids=["threads", "no threads"])
-def test_the_sources_compile_without_a_warning(options, tmp_path):
-    for source in sorted([*NATIVE.glob("*.c"), ROOT / "bnnfree" / "bench" / "peak.c"]):
-        if options and "BNNF_NO_THREADS" not in source.read_text():
-            continue
-        flags = [*STRICT, "-O2", "-ffp-contract=off", *options]
-        output_of(*compiler(), *flags, "-c", source, "-o", tmp_path / "x.o")
+@pytest.mark.parametrize("options", [[], ["-DBNNF_NO_THREADS", "-DBNNF_NO_SIMD"]], ids=["all", "bare"])
+@pytest.mark.parametrize("command", ["gcc", "clang", "aarch64-linux-gnu-gcc"])
+def test_the_sources_compile_without_a_warning(command, options, tmp_path):
+    """Optimised, since some warnings need that. Texts above 4095 bytes: assembly, for these compilers alone."""
+    tool_of(command)
+    for source in SOURCES:
+        flags = [*STRICT, "-Wno-overlength-strings", "-O2", "-ffp-contract=off", f"-I{NATIVE}", *options]
+        output_of(command, *flags, "-c", source, "-o", tmp_path / "x.o")
+
+
+@pytest.mark.parametrize(("name", "options", "said"), [
+    ("file.c", ["-U__BYTE_ORDER__", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"], "little-endian"),
+    ("kernel_scalar.c", ["-U__FLT_EVAL_METHOD__", "-D__FLT_EVAL_METHOD__=2"], "-mfpmath=sse"),
+    ("kernel_scalar.c", ["-ffast-math"], "-ffast-math"),
+    ("kernel_scalar.c", ["-ffinite-math-only"], "-ffinite-math-only"),
+])  # fmt: skip
+def test_where_other_numbers_would_come_out_it_does_not_compile(name, options, said):
+    refused = done(*compiler(), "-std=c11", *options, "-fsyntax-only", NATIVE / name)
+    assert refused.returncode != 0 and said in refused.stderr
 
 
 @pytest.mark.parametrize("language", ["c", "c++"])
@@ -102,7 +95,7 @@ def test_the_program_in_the_header_classifies(options, tmp_path):
     assert [line[7:] for line in program.strip("\n ").splitlines()][1:] == example.read_text().splitlines()[1:]
     sources = [example, *sorted(NATIVE.glob("*.c"))]
     libraries = ["-lm", *([] if options else ["-pthread"])]
-    flags = ["-std=c11", "-O2", "-ffp-contract=off", *options, f"-I{NATIVE}"]
+    flags = ["-std=c11", "-O0" if options else "-O2", "-ffp-contract=off", *options, f"-I{NATIVE}"]
     output_of(*compiler(), *flags, *sources, "-o", tmp_path / "minimal", *libraries)
     (tmp_path / "m.bnnf").write_bytes(bases()[2])
     model = from_bytes(bases()[2])
@@ -129,7 +122,17 @@ def little(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_library_is_called_after_its_sources(tmp_path, monkeypatch, library):
+@pytest.mark.skipif(sys.platform == "win32", reason="ELF and Mach-O")
+def test_a_function_that_is_declared_but_missing_fails_the_build(little, tmp_path, capsys):
+    """As of a line of kernels.h without its kernel; else it would be whoever loads the library that fails."""
+    (little / "x.c").write_text("int bnnf_y(void);\nint bnnf_x(void) { return bnnf_y(); }\n")
+    assert build.build(tmp_path / "x.so", verbose=True) is None
+    assert "bnnf_y" in capsys.readouterr().out.splitlines()[-1] and not (tmp_path / "x.so").exists()
+    (little / "y.c").write_text("int bnnf_y(void) { return 1; }\n")
+    assert build.build(tmp_path / "x.so") == tmp_path / "x.so"
+
+
+def test_the_library_is_called_after_what_it_is_made_of_and_for(tmp_path, monkeypatch, library):
     assert library.name == build.name()
     shutil.copytree(NATIVE, tmp_path / "native")
     monkeypatch.setattr(build, "SOURCES", tmp_path / "native")
@@ -139,6 +142,14 @@ def test_the_library_is_called_after_its_sources(tmp_path, monkeypatch, library)
         with open(tmp_path / "native" / name, "a") as file:
             file.write("\n")
         assert build.name() != before
+    (tmp_path / "native" / "run.c").rename(tmp_path / "native" / "go.c")
+    names = {before, build.name()}
+    for where, what, value in ((build, "FLAGS", [*build.FLAGS, "-g"]), (build.platform, "machine", lambda: "vax"),
+                               (sys, "maxsize", 2**31 - 1 if sys.maxsize > 2**32 else 2**63 - 1)):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, value)
+            names.add(build.name())
+    assert len(names) == 5
 
 
 def test_build_writes_where_it_is_told_and_nothing_else(tmp_path, little):

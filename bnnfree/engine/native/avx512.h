@@ -72,9 +72,9 @@ static __attribute__((noinline)) void repeat_other(const bnnf__op *op, const flo
 /* Behind the last panel: the rest of the last word of bits, of `pixels` pixels from `pixel` on. */
 static __attribute__((noinline)) void clear_spare(const bnnf__op *op, const bnnf__io *io, size_t pixel, size_t pixels) {
     const size_t used = panels_of(op) * 2, all = (size_t)op->out_words * 8;
+    if (!io->bits || used >= all) return;
     uint8_t *bits = (uint8_t *)io->bits + pixel * all;
-    if (io->bits && used < all)
-        for (size_t i = 0; i < pixels; i++, bits += all) memset(bits + used, 0, all - used);
+    for (size_t i = 0; i < pixels; i++, bits += all) memset(bits + used, 0, all - used);
 }
 
 /* The value that an epilogue starts from: of a core's sums, or of an input of pointwise. */

@@ -489,7 +489,7 @@ static int check_arena(const bnnf_model *model, const bnnf__message *message) {
     while (s.leaves < 2 * (size_t)model->tensor_count) s.leaves *= 2;
     s.edges = malloc(2 * (size_t)model->tensor_count * sizeof *s.edges);
     s.all = calloc(2, 2 * s.leaves);
-    s.any = s.all + (s.all ? 2 * s.leaves : 0);
+    if (s.all) s.any = s.all + 2 * s.leaves;
     int status = s.edges && s.all ? check_offsets(model, &s, message)
                                   : bnnf__fail(message, BNNF_ERROR_MEMORY, "not enough memory.");
     if (!status) status = check_overlaps(model, &s, message);

@@ -143,7 +143,7 @@ AVX2 static void pixel_row(const bnnf__op *op, const bnnf__io *io, const window 
         for (uint32_t lane = panel; lane < to; lane += LANES) {
             __m256 v[TILE];
             UNROLL for (uint32_t i = 0; i < TILE; i++)
-                v[i] = _mm256_cvtepi32_ps(_mm256_load_si256((const __m256i *)(sums[i] + lane - panel)));
+                v[i] = _mm256_cvtepi32_ps(_mm256_load_si256((const __m256i *)(sums[i] + (lane - panel))));
             finish(op, io, row * op->out_width + at, count, lane, v, bias, bits, lane - panel);
         }
         if (io->bits) put_bits(op, io, row * op->out_width + at, count, panel, 16, bits);
@@ -304,7 +304,7 @@ AVX2 static void conv_row(const bnnf__op *op, const bnnf__io *io, const window *
         uint64_t bits[TILE] = {0};
         for (uint32_t lane = from; lane < to; lane += LANES) {
             __m256 v[TILE];
-            UNROLL for (uint32_t i = 0; i < TILE; i++) v[i] = _mm256_load_ps(sums[i] + lane - from);
+            UNROLL for (uint32_t i = 0; i < TILE; i++) v[i] = _mm256_load_ps(sums[i] + (lane - from));
             finish(op, io, row * op->out_width + at, count, lane, v, NULL, bits, lane - from);
         }
         if (io->bits) put_bits(op, io, row * op->out_width + at, count, from, lanes, bits);

@@ -11,8 +11,8 @@
 #if FLT_EVAL_METHOD != 0
 #error "floats must be computed as floats: on 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
-#ifdef __FAST_MATH__
-#error "-ffast-math changes results"
+#if defined __FAST_MATH__ || (defined __FINITE_MATH_ONLY__ && __FINITE_MATH_ONLY__)
+#error "-ffast-math and -ffinite-math-only change results"
 #endif
 
 #define SPAN 8u /* pixels of a row worked on together, so that weights are read once for all of them */

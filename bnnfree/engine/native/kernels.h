@@ -7,6 +7,8 @@
 #ifndef BNNFREE_KERNELS_H
 #define BNNFREE_KERNELS_H
 
+#include "internal.h" /* a file of kernels for another CPU would else hold no declaration, which C forbids */
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(BNNF_NO_SIMD)
 #define BNNF__X86 1
 #if __has_include("kernel_avx512.c")
