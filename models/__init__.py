@@ -1,7 +1,7 @@
 """Architectures, by name. Not part of the wheel: clone to train, install to deploy.
 
 A builder takes (classes, channels=3, **options) and returns an nn.Module with `get_classifier()`. Options
-that all share: norm, width, stem, binarize and the fields of bnnfree.nn.Design. To add a model: a builder
+that all share: norm, norm_options, width, stem, binarize and the fields of bnnfree.nn.Design. To add a model: a builder
 in a file of its family and a line in MODELS; recipes and tests pick it up from there.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import nn
 
 from models.reactnet_a import reactnet_a
-from models.resnet import birealnet18, reactnet18, reactnet20, xnor_resnet18
+from models.resnet import birealnet18, reactnet18, reactnet20, resnet20, xnor_resnet18
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "reactnet18": reactnet18,
@@ -20,4 +20,5 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "reactnet_a": reactnet_a,
     "birealnet18": birealnet18,
     "xnor_resnet18": xnor_resnet18,
+    "resnet20": resnet20,
 }

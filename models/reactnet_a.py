@@ -30,4 +30,4 @@ def reactnet_a(classes: int, channels: int = 3, *, width: float = 1.0, stem: str
         layers.append(BinaryBlock(cin, cin, design, stride=stride, beta=beta3))
         layers.append(BinaryBlock(cin, cout, design, kernel=1, beta=beta1, duplicate=cin != cout))
     first = design.make_stem(channels, outs[0], 3, 2 if check_stem(stem) == "imagenet" else 1)
-    return Trunk(first, layers, outs[-1], classes)
+    return Trunk(first, layers, outs[-1], classes, design)

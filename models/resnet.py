@@ -1,10 +1,11 @@
-"""Residual networks of 3x3 binary convolutions: ReActNet-18/20, Bi-Real-18, XNOR-ResNet-18.
+"""Residual networks of 3x3 convolutions: ReActNet-18/20, Bi-Real-18, XNOR-ResNet-18, and the real ResNet-20.
 
     name            widths             blocks per stage   a block holds      thresholds, RPReLU
     reactnet18      64 128 256 512     4                  one convolution    yes
     birealnet18     64 128 256 512     4                  one convolution    no
     xnor_resnet18   64 128 256 512     2                  two convolutions   no
     reactnet20      16 32 64           6                  one convolution    yes
+    resnet20        16 32 64           3                  two convolutions   no: all real, with ReLU
 
 The first block of each stage but the first has stride 2 and a pooled 1x1 shortcut convolution. Stem
 "cifar": 3x3, stride 1; "imagenet": 7x7, stride 2, then max-pool 3x3, stride 2. Imports torch, bnnfree.nn.
@@ -48,7 +49,7 @@ def _resnet(
     first = design.make_stem(channels, outs[0], *((7, 2) if large else (3, 1)))
     if large:
         first.append(nn.MaxPool2d(3, stride=2, padding=1))
-    return Trunk(first, layers, cin, classes)
+    return Trunk(first, layers, cin, classes, design)
 
 
 def reactnet18(classes: int, channels: int = 3, **options) -> Trunk:
@@ -69,3 +70,12 @@ def birealnet18(classes: int, channels: int = 3, **options) -> Trunk:
 def xnor_resnet18(classes: int, channels: int = 3, **options) -> Trunk:
     """XNOR-ResNet-18: as Bi-Real-18, but a shortcut spans two binary convolutions."""
     return _resnet((64, 128, 256, 512), 2, classes, channels, convs=2, react=False, **options)
+
+
+def resnet20(classes: int, channels: int = 3, **options) -> Trunk:
+    """The CIFAR ResNet-20 of real weights and ReLU, ReactNet-20's twin: same widths and depth, same normalisers.
+
+    It stays real whatever `binarize` says; `standardize=False` makes its convolutions the ordinary ones. The
+    shortcuts of its transitions are pooled 1x1 convolutions, as in the other networks here.
+    """
+    return _resnet((16, 32, 64), 3, classes, channels, convs=2, react=False, real=True, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
+from bnnfree.nn import Design, first_belief
 
 STEMS = ("cifar", "imagenet")
 
@@ -23,18 +24,33 @@ def scale_width(channels: int, width: float) -> int:
 
 
 class Trunk(nn.Module):
-    """stem -> blocks -> global average pool -> linear head. Shapes: [N, C, H, W] -> [N, classes]."""
+    """stem -> blocks -> (normaliser, where the trunk has none) -> global average pool -> linear head.
 
-    def __init__(self, stem: nn.Module, blocks: list[nn.Module], channels: int, classes: int):
+    With a normaliser that predicts (kn) a belief about the map goes from block to block beside it, in training.
+    Shapes: [N, C, H, W] -> [N, classes].
+    """
+
+    def __init__(self, stem: nn.Module, blocks: list[nn.Module], channels: int, classes: int, design: Design):
         super().__init__()
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
+        self.tail = design.make_tail(channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, classes)
+        self.believes = first_belief(stem) is not None
 
     def get_classifier(self) -> nn.Module:
         """The layer that gives the logits."""
         return self.head
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.blocks(self.stem(x))).flatten(1))
+        x = self.stem(x)
+        x = self._believing(x) if self.believes and self.training else self.blocks(x)
+        x = x if self.tail is None else self.tail(x)
+        return self.head(self.pool(x).flatten(1))
+
+    def _believing(self, x: Tensor) -> Tensor:
+        belief = first_belief(self.stem)
+        for block in self.blocks:
+            x, belief = block(x, belief)
+        return x

@@ -38,6 +38,8 @@ def every_op() -> PackedModel:
     net.add("avg_pool2d", inner, **fields_of((3, 2), (2, 1), (1, 1), (1, 2)))
     net.add("pointwise", 0, parts=("bias",))
     net.add("softmax", net.add("concat", inner, other=stem))
+    net.add("group_norm", inner, groups=2, parts=("scale", "bias"))
+    net.add("rms_norm", inner, groups=8, parts=PARTS, other=stem, writes="both", threshold="f32", flip=True)
     return with_text(net.model())
 
 

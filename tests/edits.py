@@ -36,7 +36,7 @@ def other_file(_, blob):
     return blob
 
 
-@edit("VersionError", 0, 2, BIG)
+@edit("VersionError", 0, schema.VERSION - 1, schema.VERSION + 1, BIG)
 def version(f, value):
     f.header["version"] = value
 
@@ -290,9 +290,9 @@ def input_is_another_tensor(f):
     f.header["input"] = f.activations()[0]
 
 
-@edit("TensorError", *[(n, v) for n in ("input", "output") for v in (45, BIG)])
+@edit("TensorError", *[(n, v) for n in ("input", "output") for v in (None, BIG)])
 def index_beyond_the_table(f, name, value):
-    f.header[name] = value
+    f.header[name] = value or len(f.tensors)
 
 
 @edit("TensorError", "constant", "image", "bits")
@@ -322,7 +322,8 @@ def activation_rank(f, *shape):
 @edit("ConstantError", *[(op, field, v) for v in (np.nan, np.inf, -np.inf) for op, field in (
     ("pixel_conv2d", "scale"), ("pixel_conv2d", "bias"), ("pixel_conv2d", "slope"), ("binary_conv2d", "scale"),
 )], *[("binary_conv2d", field, np.nan) for field in ("low", "high")],
-      ("pixel_conv2d", "threshold", np.nan), ("pixel_conv2d", "threshold", -np.nan))  # fmt: skip
+      ("pixel_conv2d", "threshold", np.nan), ("pixel_conv2d", "threshold", -np.nan),
+      *[(op, "weights", v) for op in schema.NORMS for v in (np.nan, np.inf, -np.inf)])  # fmt: skip
 def no_finite_number(f, op, field, value):
     f.data(f.op(op)[field], "<f4")[-1] = value
 

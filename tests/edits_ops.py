@@ -10,7 +10,7 @@ from bnnfree.format.schema import NONE
 # -- ops
 
 
-@edit("OpError", 0, 9, 1 << 31, BIG)
+@edit("OpError", 0, len(schema.OPS) + 1, 1 << 31, BIG)
 def code(f, value):
     f.ops["code"][1] = value
 
@@ -28,9 +28,9 @@ def field_too_many(f, op, field):
 
 @edit("OpError", *[(op, field, v) for op, field in (
     ("conv2d", "input"), ("conv2d", "weights"), ("concat", "other"), ("softmax", "real"), ("pixel_conv2d", "bits"),
-) for v in (45, 1 << 16, 1 << 31, BIG - 1)])  # fmt: skip
+) for v in (None, 1 << 16, 1 << 31, BIG - 1)])  # fmt: skip
 def index_out_of_range(f, op, field, value):
-    f.op(op)[field] = value
+    f.op(op)[field] = value or len(f.tensors)
 
 
 @edit("OpError", *[(op, field, place) for place in ("constant", "image", "activation") for op, field in (
@@ -60,7 +60,10 @@ def decides_bits_but_writes_none(f, field):
 @edit("OpError", ("binary_conv2d", "input", "stem"), ("conv2d", "input", "bits"), ("softmax", "input", "bits"),
       ("conv2d", "weights", "i32"), ("binary_conv2d", "weights", "f32"), ("pixel_conv2d", "weights", "bits"),
       ("binary_conv2d", "other", "bits"), ("pixel_conv2d", "scale", "i8"), ("pixel_conv2d", "threshold", "i32"),
-      ("pixel_conv2d", "flip", "f32"), ("binary_conv2d", "real", "bits"), ("conv2d", "scale", "bits"))  # fmt: skip
+      ("pixel_conv2d", "flip", "f32"), ("binary_conv2d", "real", "bits"), ("conv2d", "scale", "bits"),
+      *[(op, field, kind) for op in schema.NORMS for field, kind in (
+          ("input", "bits"), ("weights", "i8"), ("weights", "bits"), ("weights", "i32"), ("threshold", "i32"),
+          ("other", "bits"), ("real", "bits"))])  # fmt: skip
 def wrong_dtype(f, op, field, kind):
     first, wide = f.op("pixel_conv2d"), f.op("binary_conv2d", 1)
     kinds = {"stem": first["real"], "i32": wide["threshold"], "f32": first["scale"], "i8": first["weights"]}
@@ -74,7 +77,8 @@ def more_than_a_threshold_of_the_sum(f, field):
     f.op("binary_conv2d", 1)[field] = f.op("binary_conv2d")[field]
 
 
-@edit("OpError", *[(op, field) for op in ("pointwise", "concat", "softmax") for field in schema.WINDOW_FIELDS])
+@edit("OpError", *[(op, field) for op in ("pointwise", "concat", "softmax", *schema.NORMS)
+                   for field in schema.WINDOW_FIELDS])  # fmt: skip
 def window_where_none_belongs(f, op, field):
     f.op(op)[field] = 1
 
@@ -97,7 +101,7 @@ def ops_swapped(f, a, b):
     f.ops[[a, b]] = f.ops[[b, a]]
 
 
-@edit("GraphError", "binary_conv2d", "conv2d", "softmax")
+@edit("GraphError", "binary_conv2d", "conv2d", "softmax", "group_norm")
 def reads_what_it_writes(f, op):
     f.op(op)["other" if op == "binary_conv2d" else "input"] = f.op(op)["real"]
 
@@ -146,6 +150,13 @@ def constant_of_another_shape(f, field):
 def weights_of_another_layer(f, op, number):
     other = {"conv2d": f.op("conv2d", 1), "binary_conv2d": f.op("binary_conv2d", 1)}[op]
     f.op(op)["weights"] = other["weights"]
+
+
+@edit("GraphError", *[(op, *constant) for op in schema.NORMS for constant in (
+    ("pointwise", 0, "scale"), ("pointwise", 1, "bias"), ("pixel_conv2d", 0, "bias"))])  # fmt: skip
+def groups_that_do_not_divide(f, op, other, number, field):
+    """66 and 3 of 8 channels; and a constant of rank 3."""
+    f.op(op)["weights"] = f.op(other, number)[field]
 
 
 @edit("GraphError")

@@ -4,7 +4,7 @@ import numpy as np
 
 from bnnfree import ops
 from bnnfree.format import PackedModel, Tensor, from_bytes, make_op, plan, to_bytes
-from bnnfree.format.schema import CONVOLUTIONS, OPS, POOLINGS
+from bnnfree.format.schema import CONVOLUTIONS, NORMS, OPS, POOLINGS
 
 F32 = np.float32
 PARTS = ("scale", "bias", "other", "slope", "low", "high")
@@ -69,6 +69,7 @@ class Net:
             flip=False, **window) -> int:  # fmt: skip
         """One more op; returns what it writes: the real of "both". threshold: None, "f32" or "i32"."""
         height, width, channels = self.shape(source)
+        groups = window.pop("groups", 1) if name in NORMS else None
         spatial = window and ops.Window(*[(window[f"{n}_h"], window[f"{n}_w"])
                                           for n in ("kernel", "stride", "padding", "dilation")])  # fmt: skip
         fields = {"input": source, **window}
@@ -87,6 +88,8 @@ class Net:
         elif name == "concat":
             fields["other"] = other
             channels += self.shape(other)[2]
+        elif groups:
+            fields["weights"] = self._eps(groups)
         for part in PARTS:
             if part == "other" and part in parts:
                 fields["other"] = other
@@ -116,6 +119,10 @@ class Net:
             plain = self.random.integers(-128, 128, shape).astype(np.int8)
             return self.constant(np.where(self.random.random(shape) < 0.2, extremes, plain), "i8")
         return self.constant(self.values(shape))
+
+    def _eps(self, groups) -> int:
+        values = self.values((groups,))
+        return self.constant(values if self.numbers == "wild" else np.abs(values) * F32(1e-3))
 
     def _part(self, part, shape) -> np.ndarray:
         values = self.values(shape)
@@ -181,6 +188,8 @@ def random_net(seed, numbers="tame") -> PackedModel:
             options = {**window, "ceil": int(random.integers(2))}
         elif name == "concat":
             options["other"] = source
+        elif name in NORMS:
+            options["groups"] = int(random.choice([g for g in range(1, channels + 1) if channels % g == 0]))
         if "slope" in OPS[name].may:
             parts = {p for p in PARTS if p != "other" and random.random() < 0.4}
             options |= {"parts": parts, "writes": str(random.choice(["real", "bits", "both"]))}

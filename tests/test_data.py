@@ -17,7 +17,7 @@ from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError, UnknownNameError
 from bnnfree.train import data, folder
-from bnnfree.train.data import carve, load_data
+from bnnfree.train.data import carve, describe, load_data, thin
 
 SEED = 7
 
@@ -34,6 +34,8 @@ def options(**changes):
         name="fake",
         root=None,
         image_size=None,
+        train_limit=None,
+        test_limit=None,
         val_fraction=0.0,
         augment=["crop", "flip"],
         bad_images="error",
@@ -99,6 +101,29 @@ def test_validation_is_a_fixed_stratified_part_of_train():
     assert np.array_equal(labels[kept], kept_labels) and np.array_equal(labels[held], held_labels)
     assert np.array_equal(held, carve(np.arange(len(labels)), labels, 0.1)[1][0])
     assert load_data(options(val_fraction=0.0)).val is None
+
+
+def test_a_limit_keeps_the_share_of_each_class_and_what_a_smaller_one_keeps():
+    labels = np.random.RandomState(SEED).permutation(np.repeat(np.arange(3), [10, 40, 151]))
+    before: set[int] = set()
+    for limit in (21, 67, 200, 201, 500):
+        kept, kept_labels = thin(np.arange(len(labels)), labels, limit, "data: train_limit")
+        assert len(kept) == min(limit, len(labels)) and np.array_equal(labels[kept], kept_labels)
+        assert (np.diff(kept) > 0).all(), "in the old order"
+        shares = np.bincount(kept_labels) / np.bincount(labels)
+        assert np.ptp(shares * np.bincount(labels) - len(kept) * np.bincount(labels) / len(labels)) < 1.5
+        assert before <= set(kept)
+        before = set(kept)
+    with pytest.raises(DataError, match=r"data: train_limit: got 3, .*no image of class 0"):
+        thin(np.arange(len(labels)), labels, 3, "data: train_limit")
+
+
+def test_limits_come_before_validation_and_leave_the_rest_alone():
+    whole, less = load_data(options()), load_data(options(train_limit=97, test_limit=19, val_fraction=0.2))
+    assert len(less.train) + len(less.val) == 97 and len(less.test) == 19
+    assert len(whole.train) == 300 and len(load_data(options(train_limit=97)).test) == len(whole.test)
+    assert describe(options(train_limit=97))["samples"] == 97
+    assert describe(options(train_limit=3000))["samples"] == 300
 
 
 def test_val_folder_tests_when_alone_and_validates_beside_test(tmp_path):

@@ -15,6 +15,7 @@ from bnnfree import ops
 from bnnfree.engine import Engine, EngineError, backends, kernels, load, run, runners
 from bnnfree.errors import BnnfreeError, UnknownNameError
 from bnnfree.format import FormatError, write
+from bnnfree.format.schema import NORMS
 
 CHANNELS = [1, 3, 31, 32, 33, 63, 64, 65, 130]
 OTHERS = [name for name in backends() if name not in ("reference", "native")]
@@ -96,6 +97,35 @@ def test_poolings_agree(geometry, channels):
     same(net.model(), images(net, 2))
 
 
+NORMED = [  # height, width, channels, groups
+    (1, 1, 1, 1), (1, 1, 66, 66), (1, 1, 130, 2), (1, 9, 3, 1), (7, 1, 31, 31), (4, 5, 33, 3), (6, 5, 64, 4),
+    (5, 7, 66, 2), (3, 4, 128, 8), (4, 3, 130, 1), (5, 5, 195, 5),
+]  # fmt: skip
+
+
+def normed(height, width, channels, groups, numbers) -> Net:
+    """Both norms with all that an epilogue has, alone, and of infinities and what is no number."""
+    net = Net(height, width, 3, channels, numbers)
+    real, other = net.real(channels), net.real(channels)
+    first = net.add("pointwise", real, parts=("scale", "bias"))
+    net.tensors[net.ops[-1].scale].data[::3] = 3e38
+    broken = net.add("pointwise", first, parts=("scale",))
+    net.tensors[net.ops[-1].scale].data[::6] = 0
+    for name in NORMS:
+        net.add(name, real, groups=groups)
+        net.add(name, broken, groups=groups, writes="both", threshold="f32")
+        net.add(name, real, groups=groups, writes="bits", flip=True)
+        net.add(name, real, groups=groups, parts=PARTS, other=other, writes="both", threshold="f32", flip=True)
+    return net
+
+
+@pytest.mark.parametrize("numbers", ["tame", "wild"])
+@pytest.mark.parametrize("shape", NORMED)
+def test_norms_agree(shape, numbers):
+    net = normed(*shape, numbers)
+    same(net.model(), images(net, 3))
+
+
 @pytest.mark.parametrize("numbers", ["tame", "whole", "wild"])
 @pytest.mark.parametrize("seed", range(25))
 def test_random_models_agree(seed, numbers):
@@ -160,15 +190,17 @@ def subsets(parts):
     return itertools.chain.from_iterable(itertools.combinations(parts, n) for n in range(len(parts) + 1))
 
 
-@pytest.mark.parametrize(("channels", "numbers"), [(66, "tame"), (6, "wild")])
-@pytest.mark.parametrize("name", ["pointwise", "binary_conv2d", "conv2d"])
+@pytest.mark.parametrize(("name", "channels", "numbers"), [
+    *((name, *kind) for name in ("pointwise", "binary_conv2d", "conv2d") for kind in ((66, "tame"), (6, "wild"))),
+    ("group_norm", 6, "wild"),
+])  # fmt: skip
 def test_every_subset_of_the_epilogue_is_what_the_format_says(name, channels, numbers):
     random = np.random.default_rng(channels)
     for number, parts in enumerate(subsets(PARTS)):
         net = Net(2, 3, 3, number, numbers)
         other = net.real(channels // (1, 2, 3)[number % 3])
         source = net.bits(channels) if name == "binary_conv2d" else net.real(channels)
-        window = {} if name == "pointwise" else {"outputs": channels, **fields_of((1, 1))}
+        window = {"outputs": channels, **fields_of((1, 1))} if name.endswith("conv2d") else {}
         for writes in ("real", "bits", "both"):
             options = {"threshold": random.choice([None, "f32"]), "flip": bool(random.integers(2))}
             net.add(name, source, parts=parts, other=other, writes=writes, **options, **window)
@@ -221,6 +253,7 @@ def net():
     inner = net.add("binary_conv2d", bits, outputs=66, parts=PARTS, other=stem, **fields_of((3, 3), padding=(1, 1)))
     pooled = net.add("max_pool2d", inner, **fields_of((2, 2), (2, 2)))
     pooled = net.add("concat", pooled, other=net.add("avg_pool2d", inner, **fields_of((2, 2), (2, 2))))
+    pooled = net.add("rms_norm", net.add("group_norm", pooled, groups=4), groups=12, parts=("scale",))
     net.add("softmax", net.add("conv2d", pooled, outputs=5, weights="i8", parts=("bias",), **fields_of((3, 3))))
     return net.model(classes=["a", "b", "c", "dé", "e"], metadata={"resize": "square"}, producer="tests")
 

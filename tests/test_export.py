@@ -15,7 +15,21 @@ from bnnfree.export import ExportError, export, pack, packed_bytes
 from bnnfree.export.build import real_threshold, sum_threshold
 from bnnfree.export.verify import sample_images, verify
 from bnnfree.format import from_bytes, read, to_bytes
-from bnnfree.nn import NORMS, BinaryConv2d, BinaryLinear, RPReLU, RSign, ScaledStdConv2d, Sign, calibrate
+from bnnfree.nn import (
+    NORMS,
+    BatchRenorm2d,
+    BinaryConv2d,
+    BinaryLinear,
+    FilterResponseNorm,
+    KalmanNorm2d,
+    ProxyNorm,
+    RPReLU,
+    RSign,
+    ScaledStdConv2d,
+    Sign,
+    ThresholdedLinear,
+    calibrate,
+)
 from models import MODELS
 
 CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
@@ -49,10 +63,15 @@ def check(model, size, channels=3, images=64, agreement=0.0, **options):
     return packed, model
 
 
+PLAIN = ("none", "bn", "free", "free_paper")  # the other norms are tried with one model; the slow test has all pairs
+PAIRS = [(name, norm) for name in MODELS for norm in NORMS if norm in PLAIN or name == "reactnet20"]
+
+
 @pytest.mark.parametrize("stem, size", [("cifar", (13, 16)), ("imagenet", (65, 42))])
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_with_every_norm_and_stem_runs_in_the_engine_as_in_torch(name, norm, stem, size):
+@pytest.mark.parametrize("name, norm", PAIRS)
+def test_every_model_and_every_norm_and_stem_runs_in_the_engine_as_in_torch(name, norm, stem, size):
+    if norm not in PLAIN:
+        size = (13, 16)  # the pool of the stem, on a small map
     torch.manual_seed(0)
     model = MODELS[name](7, norm=norm, width=0.125, stem=stem)
     calibrate(model, torch.randn(16, 3, *size))
@@ -64,6 +83,7 @@ def test_every_model_with_every_norm_and_stem_runs_in_the_engine_as_in_torch(nam
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_class_is_the_same_for_995_of_1000_images(name, norm, stem, size):
+    """python -m pytest -m slow tests/test_export.py"""
     torch.manual_seed(0)
     model = MODELS[name](10, norm=norm, width=0.25, stem=stem)
     calibrate(model, torch.randn(64, 3, *size))
@@ -165,6 +185,7 @@ BODIES = {
     "two signs": lambda n, x: n.conv(n.sign(x)) + n.conv(n.sign(x + 0.25)),
     "sign twice": lambda n, x: n.conv(n.sign(n.sign(x))),
     "signs added": lambda n, x: n.sign(x) + n.conv(n.sign(x)) * 0.1,
+    "signs scaled": lambda n, x: n.conv(n.sign(x) * 0.5) - n.sign(x) * n.factor,
     "signs pooled": lambda n, x: F.avg_pool2d(n.sign(x), 2, ceil_mode=True),
     "signs to real conv": lambda n, x: n.more(n.sign(x)),
     "max of negated": lambda n, x: n.pool(-n.norm(x)),
@@ -230,18 +251,103 @@ def test_int8_weights_are_those_of_the_verified_module_and_close_to_the_trained(
     assert {"weights i8"} <= kinds and "weights f32" not in kinds
 
 
+class Normed(nn.Module):
+    """A norm after the stem, and one in a block with a sign behind it."""
+
+    def __init__(self, norm, channels=12):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, channels, 3, 2, 1), norm(channels)
+        self.sign, self.conv = RSign(channels), BinaryConv2d(channels, channels, 3, padding=1)
+        self.second, self.act = norm(channels), RPReLU(channels)
+        self.more = nn.Sequential(Sign(), BinaryConv2d(channels, channels, 1), norm(channels), nn.Dropout(0.05))
+        self.head = nn.Linear(channels, 4)
+
+    def forward(self, x):
+        x = self.first(self.stem(x))
+        x = self.act(self.second(self.conv(self.sign(x))) + x)
+        return self.head((self.more(x) - x).mean((2, 3)))
+
+
+def proxied(activation):
+    return lambda c: nn.Sequential(nn.GroupNorm(2, c, affine=False), ProxyNorm(c, activation(c)))
+
+
+def remains(norms, pointwise=1, op="group_norm"):
+    """Ops beside the convolutions; the one pointwise is the last sum's."""
+    return {**({op: norms} if norms else {}), "pointwise": pointwise}
+
+
+# where an activation stands before the sum, the sum is an op of its own
+REMAINS = {
+    "gn": (lambda c: nn.GroupNorm(3, c), remains(3)),
+    "gn without affine": (lambda c: nn.GroupNorm(4, c, affine=False), remains(3)),
+    "ln": (lambda c: nn.GroupNorm(1, c, eps=1e-3), remains(3)),
+    "in": (lambda c: nn.GroupNorm(c, c), remains(3)),
+    "frn": (FilterResponseNorm, remains(3, op="rms_norm")),
+    "frn learning its eps": (lambda c: FilterResponseNorm(c, learnable_eps=True), remains(3, op="rms_norm")),
+    "frn and tlu": (lambda c: nn.Sequential(FilterResponseNorm(c), ThresholdedLinear(c)), remains(3, 3, "rms_norm")),
+    "brn": (BatchRenorm2d, remains(0)),
+    "kn": (KalmanNorm2d, remains(0)),
+    "pn of rprelu": (proxied(RPReLU), remains(3, 4)),
+    "pn of relu": (proxied(lambda c: nn.ReLU()), remains(3, 4)),
+    "pn of tlu": (proxied(ThresholdedLinear), remains(3, 4)),
+    "pn of nothing": (proxied(lambda c: nn.Identity()), remains(3)),
+    "pn by the rule of 256 points": (proxied(lambda c: nn.LeakyReLU(0.2)), remains(3, 4)),
+    "pn of a sign": (proxied(lambda c: Sign()), remains(3, 5)),
+}
+
+
+@pytest.mark.parametrize("size", [(9, 12), (2, 1)])
+@pytest.mark.parametrize("name", REMAINS)
+def test_a_norm_of_any_kind_and_what_remains_of_it(name, size):
+    """(2, 1): on maps of 1x1."""
+    torch.manual_seed(6)
+    layer, expected = REMAINS[name]
+    packed, _ = check(disturb(Normed(layer)), size, images=16)
+    rest = {"avg_pool2d": 1, "binary_conv2d": 2, "conv2d": 1, "pixel_conv2d": 1}
+    assert ops_of(packed) == {**rest, **expected}
+
+
+@pytest.mark.parametrize("norm", [lambda c: nn.GroupNorm(2, c), FilterResponseNorm])
+def test_a_norm_of_one_vector_per_image(norm):
+    """Behind a linear layer; and behind a pooling to 1x1."""
+    torch.manual_seed(7)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(45, 8), norm(8), nn.ReLU(), nn.Linear(8, 6), norm(6), nn.Linear(6, 3))
+    check(disturb(net), (3, 5), images=16)
+    net = nn.Sequential(nn.Conv2d(3, 6, 2), nn.AdaptiveAvgPool2d(1), norm(6), nn.Flatten(), norm(6), nn.Linear(6, 3))
+    check(disturb(net), (3, 5), images=16)
+
+
+def test_a_proxy_norm_may_be_the_whole_network_or_shared():
+    torch.manual_seed(8)
+    check(disturb(ProxyNorm(3, nn.PReLU(3))), (3, 4), images=4)
+    shared = ProxyNorm(3, RPReLU(3))
+    check(disturb(nn.Sequential(shared, nn.GroupNorm(1, 3), shared)), (3, 4), images=4)
+
+
 def ops_of(packed):
     names = [op.name for op in packed.model.ops]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-@pytest.mark.parametrize("norm", ["bn", "free"])
+@pytest.mark.parametrize("norm", ["bn", "free", "brn", "kn"])
 def test_a_norm_leaves_no_op_and_every_sign_is_part_of_what_makes_its_input(norm):
     model = disturb(MODELS["reactnet20"](10, norm=norm))
     packed = pack(model, image_size=(32, 32), **CIFAR)
     assert ops_of(packed) == {"avg_pool2d": 3, "binary_conv2d": 18, "conv2d": 3, "pixel_conv2d": 1}
     assert sum(op.bits is not None for op in packed.model.ops) == 18
     assert all(op.other is not None and op.slope is not None for op in packed.model.ops if op.name == "binary_conv2d")
+
+
+@pytest.mark.parametrize("norm", ["gn", "ln", "in"])
+def test_a_norm_that_remains_takes_in_the_shortcut_the_activation_and_the_next_sign(norm):
+    """A block is two ops: the sums, and the norm with all that follows it."""
+    packed = pack(disturb(MODELS["reactnet20"](10, norm=norm)), image_size=(32, 32), **CIFAR)
+    assert ops_of(packed) == {"avg_pool2d": 3, "binary_conv2d": 18, "conv2d": 3, "group_norm": 21, "pixel_conv2d": 1}
+    norms = [op for op in packed.model.ops if op.name == "group_norm"]
+    ends = [op for op in norms if op.other is not None]
+    assert len(ends) == 18 and all(op.slope is not None for op in ends)
+    assert sum(op.bits is not None for op in norms) == 18
 
 
 def test_between_two_binary_convolutions_there_is_nothing_but_an_integer_threshold():
@@ -330,7 +436,12 @@ class Nested(nn.Module):
 REFUSED = {
     "unknown layer": (Nested(nn.LocalResponseNorm(2)), ["blocks.1.0 (LocalResponseNorm)", "no engine op", "lower.py"]),
     "close name": (Nested(nn.AdaptiveAvgPool3d(1)), ["AdaptiveAvgPool3d"]),
-    "group norm": (Nested(nn.GroupNorm(2, 4)), ["blocks.1.0 (GroupNorm)"]),
+    "flat group norm": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.GroupNorm(2, 60)),
+        ["layer 2 (GroupNorm)", "flattened", "before the Flatten"],
+    ),
+    "hooked proxy": (Nested(hooked(ProxyNorm(4, nn.ReLU()))), ["blocks.1.0 (ProxyNorm)", "forward hooks"]),
+    "proxy of an unknown": (Nested(ProxyNorm(4, nn.Tanh())), ["blocks.1.0.activation (Tanh)", "no engine op"]),
     "transposed": (Nested(nn.ConvTranspose2d(4, 4, 2)), ["ConvTranspose2d", "Known layers"]),
     "circular": (
         Nested(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
@@ -396,8 +507,7 @@ def test_export_leaves_the_module_as_it_was(tmp_path):
     assert model.classes == list("abcd") and model.producer.startswith("bnnfree ")
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, norm", PAIRS)
 def test_ops_and_file_size_do_not_depend_on_the_values_of_parameters(name, norm):
     """So the size is known before training."""
     sizes = []
@@ -436,3 +546,15 @@ def test_a_difference_is_found_and_named():
         report = verify(packed, model, images, agreement=0)
         written = {packed.model.tensors[i].name for i in convs[2].writes()}
         assert not report.equal and report.first_difference.split(" ")[0] in written
+
+
+@pytest.mark.parametrize("name", ["gn", "frn"])
+def test_a_difference_in_what_a_norm_adds_is_found_and_named(name):
+    torch.manual_seed(6)
+    packed = pack(disturb(Normed(REMAINS[name][0])), image_size=(9, 12), **CIFAR)
+    op = [op for op in packed.model.ops if op.name.endswith("_norm")][1]
+    model = from_bytes(to_bytes(packed.model))
+    model.tensors[op.weights].data = model.tensors[op.weights].data + np.float32(0.01)
+    report = verify(packed, model, sample_images((9, 12, 3), 8), agreement=0)
+    assert not report.equal
+    assert report.first_difference.split(" ")[0] in {packed.model.tensors[i].name for i in op.writes()}

@@ -17,6 +17,7 @@ from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import run_op
 from bnnfree.errors import BnnfreeError
 from bnnfree.format import (
+    GraphError,
     LimitError,
     PackedModel,
     PlanError,
@@ -228,6 +229,18 @@ def test_metadata_may_hold_whole_numbers_of_64_characters_and_stand_between_whit
 def test_what_cannot_be_opened_is_one_readable_error(tmp_path, path):
     with pytest.raises(BnnfreeError, match="cannot be read"):
         read(tmp_path / path)
+
+
+@pytest.mark.parametrize("groups", [3, 5, 7, 12])
+@pytest.mark.parametrize("name", schema.NORMS)
+def test_the_groups_of_a_norm_divide_its_channels(name, groups):
+    net = Net(2, 3, 1)
+    net.add(name, net.real(6), groups=groups)
+    if groups == 3:
+        check_model(net.model())
+        return
+    with pytest.raises(GraphError, match=rf"got weights \({groups},\), expected \[groups\], which divides 6"):
+        net.model()
 
 
 # -- the plan

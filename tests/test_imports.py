@@ -108,7 +108,7 @@ def test_file_imports_only_what_its_room_may(path):
 
 def test_every_folder_of_the_package_has_a_row():
     folders = {module_of(p.parent / "x").rsplit(".", 1)[0] for p in (ROOT / "bnnfree").rglob("*.py")}
-    assert folders <= set(RULES)
+    assert all(room_of(folder) != "bnnfree" for folder in folders - {"bnnfree"})  # a folder within a room is part of it
 
 
 def test_the_rules_have_no_circle():

@@ -12,6 +12,7 @@ from bnnfree.errors import BnnfreeError, UnknownNameError
 from bnnfree.nn import BINARIZE, NORMS, BinaryBlock, BinaryConv2d, RPReLU, Sign, WeightLayer, calibrate
 from models import MODELS
 
+SHAPES = [(norm, binarize) for norm in NORMS for binarize in BINARIZE if binarize == "both" or "free" in norm]
 NARROW = 0.125  # 8 channels where the table has 64; never fewer than 8
 
 
@@ -26,10 +27,10 @@ def make_model(name, classes=3, seed=0, **options):
     return MODELS[name](classes, **{"width": NARROW, "stem": "cifar", **options})
 
 
-@pytest.mark.parametrize("binarize", BINARIZE)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm, binarize", SHAPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_of_every_model_gets_a_gradient(name, norm, binarize):
+    """On 1x1 maps, as reactnet_a ends with here, instances are constants and FRN's thresholds are never met."""
     stem = "imagenet" if name == "reactnet_a" else "cifar"
     model = make_model(name, norm=norm, binarize=binarize, stem=stem)
     with torch.no_grad():
@@ -43,11 +44,12 @@ def test_every_parameter_of_every_model_gets_a_gradient(name, norm, binarize):
     nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
     for key, p in model.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all(), key
-        assert p.grad.abs().max() > 0, key
+        pointless = norm in ("in", "in_pn") or (norm == "frn" and key.endswith("tau"))
+        assert p.grad.abs().max() > 0 or (pointless and name == "reactnet_a"), key
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["reactnet20", "reactnet_a", "xnor_resnet18", "resnet20"])
 def test_all_stages_of_a_model_hold_the_same_keys(name, norm):
     states = [make_model(name, norm=norm, binarize=b).state_dict() for b in BINARIZE]
     shapes = [{key: value.shape for key, value in state.items()} for state in states]
@@ -71,6 +73,7 @@ LAYOUT = {
     "xnor_resnet18": (8, 3, 2),
     "reactnet20": (18, 2, 2),
     "reactnet_a": (26, 4, 1),
+    "resnet20": (9, 2, 2),
 }
 
 
@@ -113,11 +116,25 @@ def test_width_multiplies_the_channels_to_multiples_of_8(name, width, expected):
     assert model.get_classifier() is model.head and model.head.in_features == expected[-1]
 
 
-@pytest.mark.parametrize("name, react", [(n, "react" in n) for n in MODELS])
-def test_activations_are_rprelu_in_react_models_alone(name, react):
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_rprelu_in_react_models_and_relu_in_the_real_one(name):
     model = make_model(name)
-    acts = [type(b.act) for b in model.modules() if isinstance(b, BinaryBlock)]
-    assert set(acts) == {RPReLU if react else nn.Identity}
+    acts = {type(b.act) for b in model.modules() if isinstance(b, BinaryBlock)}
+    assert acts == {RPReLU if "react" in name else nn.ReLU if name == "resnet20" else nn.Identity}
+
+
+@pytest.mark.parametrize("binarize", BINARIZE)
+@pytest.mark.parametrize("norm", ["bn", "frn", "gn_pn", "ic"])
+def test_the_real_twin_is_an_ordinary_resnet20_whatever_is_to_be_1_bit(norm, binarize):
+    model = make_model("resnet20", norm=norm, width=1.0, binarize=binarize)
+    kinds = [type(m).__name__ for m in model.modules()]
+    assert kinds.count("ScaledStdConv2d") == 19 + 2 and not {"BinaryConv2d", "RSign", "Sign", "Clip"} & set(kinds)
+    relu = {"frn": "ThresholdedLinear"}.get(norm, "ReLU")
+    assert kinds.count(relu) == 19 and (relu == "ReLU" or "ReLU" not in kinds)
+    if norm == "bn":
+        twin = make_model("reactnet20", norm=norm, width=1.0)
+        sizes = [sum(m.weight.numel() for m in net.modules() if isinstance(m, WeightLayer)) for net in (model, twin)]
+        assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +154,7 @@ def test_blocks_of_the_paper_have_alpha_and_beta_in_their_state(name, beta, expe
     assert {round(v.item(), 6) for k, v in state.items() if k.endswith("alpha")} == {0.2}
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["none", "free", "free_paper", "bn", "ic_frn"])
 @pytest.mark.parametrize("name", MODELS)
 def test_half_of_the_initial_latents_are_positive_in_every_layer(name, norm):
     for key, layer in make_model(name, norm=norm, width=0.25).named_modules():
@@ -172,7 +189,9 @@ def test_initial_binary_convolutions_of_random_signs_have_unit_variance(name, no
 @pytest.mark.parametrize("name, width", [("reactnet20", 0.5), ("xnor_resnet18", NARROW)])
 def test_signs_under_bfloat16_autocast_are_those_of_float32(name, width, norm):
     # xnor: a sign reads whole sums of signs, many of them 0; reactnet: it reads the trunk
-    model = make_model(name, norm=norm, width=width)
+    # dropout leaves no signs to the convolution, so it is off; a prior is drawn at random, so it has a seed
+    options = {"drop": 0.0} if NORMS[norm].before else {}
+    model = make_model(name, norm=norm, width=width, norm_options=options)
     images = make_images(2, 3, 12, 11, seed=6)
     calibrate(model, images)
     model.train()
@@ -180,8 +199,10 @@ def test_signs_under_bfloat16_autocast_are_those_of_float32(name, width, norm):
     for layer in model.modules():
         if isinstance(layer, Sign):
             layer.register_forward_hook(lambda _, args, out: signs.append(out.detach().float()))
+    torch.manual_seed(7)
     logits = model(images)
     count = len(signs)
+    torch.manual_seed(7)
     with torch.autocast("cpu", torch.bfloat16):
         low = model(images)
     assert count == sum(isinstance(m, Sign) for m in model.modules()) and len(signs) == 2 * count

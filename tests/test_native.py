@@ -15,6 +15,7 @@ from damage import bases
 from edits import EDITS, damaged
 from helpers import ROOT
 from packed import F32, PARTS, Net, fields_of, images, random_net
+from test_engine import NORMED, normed
 from test_fuzz import bounds, damage
 
 from bnnfree.bench.kernels import SHAPES, model_of
@@ -162,6 +163,28 @@ def test_convolutions_of_floats_poolings_and_pointwise(geometry, channels, outpu
     net.add("pointwise", net.bits(channels), parts=("scale", "bias"), writes="both")
     net.add("softmax", net.add("concat", real, other=real))
     same(net.model(), images(net, 2), threads=(1, 3))
+
+
+@pytest.mark.parametrize("numbers", ["tame", "wild"])
+@pytest.mark.parametrize("shape", NORMED)
+def test_norms(shape, numbers):
+    net = normed(*shape, numbers)
+    same(net.model(), images(net, 2), threads=(1, 2, 5))
+
+
+def test_a_norm_may_be_written_over_what_is_added_to_it():
+    net = Net(5, 6, 3)
+    source, other = net.real(192), net.real(192)
+    made = net.add("group_norm", source, groups=3, parts=("other",), other=other)
+    model = net.model(made)
+    op = next(op for op in model.ops if op.name == "group_norm")
+    assert model.tensors[op.real].offset == model.tensors[op.other].offset
+    pixels = images(model, 3)
+    for isa in ISAS:
+        for threads in (1, 2, 3):
+            np.testing.assert_array_equal(
+                words(Engine(model, isa, threads).run(pixels)), words(Engine(model, "numpy").run(pixels))
+            )
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.side < 56], ids=lambda s: f"{s.op} {s.text}")

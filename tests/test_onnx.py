@@ -140,6 +140,17 @@ def test_thresholds_of_whole_sums(flip):
     agree(net.model())
 
 
+@pytest.mark.parametrize("name", schema.NORMS)
+@pytest.mark.parametrize(("size", "channels", "groups"), [((1, 1), 6, 6), ((5, 3), 33, 3), ((4, 7), 66, 1)])
+def test_norms(name, size, channels, groups):
+    """One eps per group."""
+    net = Net(*size, 3, channels)
+    real = net.real(channels)
+    made = net.add(name, real, groups=groups)
+    net.add(name, real, groups=groups, parts=PARTS, other=made)
+    agree(net.model())
+
+
 def test_thresholds_that_float32_has_not_are_rounded_up():
     from bnnfree.export.onnx import _float_threshold
 

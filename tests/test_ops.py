@@ -249,6 +249,78 @@ def test_global_average_sums_positions_row_by_row():
     bits_equal(ops.global_avg_pool(x), np.array(expected, F32))
 
 
+def norm_of(image, eps, centred):
+    """From the definition in FORMAT.md, value by value. Shapes: [H, W, C], [groups] -> [H, W, C]."""
+    height, width, channels = image.shape
+    size, made = channels // len(eps), np.empty_like(image)
+
+    def mean(value):  # of the values value(row, column, channel) of the group
+        of_channels = [
+            chain(chain(value(r, q, c) for q in range(width)) for r in range(height))
+            for c in range(first, first + size)
+        ]
+        return F32(chain(of_channels) / F32(height * width * size))
+
+    for group, added in enumerate(eps):
+        first = group * size
+        m = mean(lambda r, q, c: image[r, q, c]) if centred else F32(0)
+        d = image - m
+        factor = F32(F32(1) / np.sqrt(F32(mean(lambda r, q, c, d=d: F32(d[r, q, c] * d[r, q, c])) + added)))
+        made[..., first : first + size] = d[..., first : first + size] * factor
+    return made
+
+
+SPECIAL = np.array([0, -0.0, 1e-45, -3e-39, 1.1e-38, 3e38, -3e38, 1e20, np.inf, -np.inf, np.nan], F32)
+
+
+@pytest.mark.parametrize("values", ["tame", "offset", "wild", "special"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 1, 6, 6), (1, 1, 6, 2), (3, 1, 4, 1), (1, 5, 9, 3), (4, 3, 5, 5), (5, 7, 4, 2)]
+)
+def test_norms_sum_columns_then_rows_then_channels_rounding_each_step(shape, values):
+    *sizes, groups = shape
+    random = np.random.default_rng(SEED)
+    x = random.standard_normal((3, *sizes)).astype(F32)
+    x[1] = x[1, :1, :1]  # constant channels
+    if values == "offset":
+        x += F32(1000)
+    if values in ("wild", "special"):
+        some = SPECIAL[:8] if values == "wild" else SPECIAL
+        x = np.where(random.random(x.shape) < 0.3, random.choice(some, x.shape), x)
+    eps = np.resize(np.array([1e-5, 0, 1e-45, 3e38, -1e-3], F32), groups)
+    with np.errstate(all="ignore"):
+        for norm, centred in ((ops.group_norm, True), (ops.rms_norm, False)):
+            got, expected = norm(x, eps), np.stack([norm_of(image, eps, centred) for image in x])
+            assert got.dtype == F32
+            for array in (got, expected):
+                array[np.isnan(array)] = np.nan
+            bits_equal(got, expected)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_norms_are_torchs(groups):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(SEED).standard_normal((2, 7, 5, 12)).astype(F32) * 3 + F32(2)
+    t = torch.from_numpy(x).permute(0, 3, 1, 2).double()
+    expected = torch.nn.functional.group_norm(t, groups, eps=1e-3).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(ops.group_norm(x, np.full(groups, 1e-3, F32)), expected, rtol=1e-5, atol=1e-6)
+    root = (t.reshape(2, groups, -1).square().mean(2) + 1e-3).sqrt().repeat_interleave(12 // groups, 1)
+    expected = (t / root[..., None, None]).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(ops.rms_norm(x, np.full(groups, 1e-3, F32)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [ops.group_norm, ops.rms_norm])
+def test_norms_of_an_image_depend_on_no_other_and_of_one_value_are_what_they_must_be(norm):
+    x = np.random.default_rng(SEED).standard_normal((5, 3, 4, 6)).astype(F32)
+    eps = np.full(3, 1e-5, F32)
+    order = [3, 0, 4, 1, 2]
+    bits_equal(norm(x[order], eps), norm(x, eps)[order])
+    bits_equal(norm(x[2:3], eps), norm(x, eps)[2:3])
+    one = norm(np.array([2.0, -0.5, 0.0], F32).reshape(1, 1, 1, 3), np.zeros(3, F32) + F32(1e-12))
+    expected = [0, 0, 0] if norm is ops.group_norm else [1, -1, 0]
+    np.testing.assert_allclose(one.ravel(), expected, rtol=1e-6)
+
+
 def test_simple_activations_at_their_corners():
     x = np.array([-2.0, -0.5, -0.0, 0.0, 0.5, 2.0], F32)[:, None]
     tau = np.array([0.25], F32)
@@ -285,6 +357,9 @@ WORDS, ONE, TWO = np.zeros((1, 1, 1, 1), np.uint64), np.zeros((1, 1, 1, 3), F32)
         lambda: ops.binary_conv2d(WORDS, WORDS, 1, ops.Window((1, 1)), pad_value=2),
         lambda: ops.binary_conv2d(WORDS, WORDS, 3, ops.Window((1, 1)), groups=2),
         lambda: ops.conv2d(ONE, TWO, None, ops.Window((1, 1))),
+        lambda: ops.group_norm(ONE, np.ones(2, F32)),
+        lambda: ops.rms_norm(ONE, np.ones(0, F32)),
+        lambda: ops.rms_norm(ONE.astype(np.float64), np.ones(1, F32)),
     ],
 )
 def test_what_has_no_meaning_is_refused(bad):

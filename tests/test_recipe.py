@@ -97,6 +97,40 @@ def test_agc_resolved_in_one_recipe_is_still_auto_in_the_next():
     assert [parse(f"model.norm={n}").agc.clip for n in ("free", "free_paper", "free")] == [None, 0.02, None]
 
 
+# options of the normaliser
+
+
+def test_norm_options_reach_the_recipe_from_the_command_line_one_by_one():
+    recipe = parse("model.norm=gn", "model.norm_options.groups=4", "model.norm_options.eps=1e-3")
+    assert recipe.model.norm_options == {"groups": 4, "eps": 1e-3} and parse().model.norm_options == {}
+    assert parse("model.norm=frn", "model.norm_options={tlu: false}").model.norm_options == {"tlu": False}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("model.norm=gn", "model.norm_options.grups=4"), "'gn': got 'grups', expected one of groups, eps. Did you"),
+        (("model.norm=bn", "model.norm_options.groups=4"), "'bn': got 'groups', expected one of eps, momentum."),
+        (("model.norm_options.eps=1",), "'free': got option 'eps', expected none: this norm has no options."),
+        (("model.norm=gn", "model.norm_options.groups=-1"), "groups: got -1 for 16 channels"),
+        (("model.norm=gn", "model.norm_options.groups=true"), "groups: got True (bool), expected int or null."),
+        (("model.norm=kn", "model.norm_options.prior=2"), "prior: got 2, expected a number from 0 to 1."),
+        (
+            ("model.norm=ln_pn", "model.norm_options.activation=null"),
+            "got 'activation', expected one of eps, proxy_eps",
+        ),
+    ],
+)
+def test_a_wrong_norm_option_is_one_line_that_says_what_is_right(overrides, expected):
+    text = message(*overrides)
+    assert "recipes/x.yaml: model.norm_options of" in text and expected in text
+
+
+@pytest.mark.parametrize("value", ["3", "[1]", "{groups: four}", "{1: 2}"])
+def test_norm_options_are_a_table_of_names_and_numbers(value):
+    assert "model.norm_options" in message("model.norm=gn", f"model.norm_options={value}")
+
+
 # unknown keys and names
 
 

@@ -8,7 +8,7 @@ from bnnfree.train import fit, load_checkpoint
 from bnnfree.train.loop import Stage
 from models import MODELS
 
-OPTIONS = ("ema.decay=0.9", "agc.clip=0.02", "accumulate=2")
+OPTIONS = ("ema.decay=0.9", "agc.clip=0.02", "accumulate=2", "optimizer.precondition=bnp")
 
 
 def run(folder, *overrides, **options):
@@ -17,7 +17,7 @@ def run(folder, *overrides, **options):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """A run that was never stopped, with everything that has state: two stages, EMA, AGC, accumulation."""
+    """A run that was never stopped, with everything that has state: two stages, EMA, AGC, accumulation, BNP."""
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
     run(folder, *OPTIONS)
     return folder

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bnnfree.errors import UnknownNameError
-from bnnfree.nn import STE_WINDOWS, STES, Clip, RPReLU, RSign, Sign, anneal_signs, sign, sign_of_weight
+from bnnfree.nn import STE_WINDOWS, STES, Clip, RPReLU, RSign, Sign, anneal, sign, sign_of_weight
 
 
 def logistic(u):
@@ -164,7 +164,7 @@ def test_anneal_moves_ede_log_linearly_and_leaves_the_others_alone(progress, exp
     model = nn.Sequential(*(nn.Sequential(Sign(ste), RSign(3, ste)) for ste in STES))
     before = {m: m.parameter.item() for m in model.modules() if isinstance(m, Sign)}
     assert len(before) == 2 * len(STES)
-    anneal_signs(model, progress)
+    anneal(model, progress)
     for module, was in before.items():
         now = module.parameter.item()
         assert now == (pytest.approx(expected) if module.ste == "ede" else was)

@@ -219,7 +219,7 @@ def test_a_norm_that_cannot_train_on_one_image_is_no_obstacle():
     assert summarize(model, (5, 5)).total.float_macs == 300
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet20"])  # which is real
 @pytest.mark.parametrize("binarize", list(BINARIZE))
 def test_what_is_binarised_decides_the_kind_of_macs(name, binarize):
     model = MODELS[name](3, 2, width=0.25, binarize=binarize, shortcut="binary")

@@ -43,9 +43,14 @@ def test_a_run_leaves_its_artefacts(unbroken):
     assert {"test_top1", "val_top1", "seconds", "seed", "machine", "origin"} <= result.keys()
 
 
-@pytest.mark.parametrize("norm", NORMS)
+QUICK = ("bn", "free", "kn", "ic")  # the others: python -m pytest -m slow tests/test_train.py
+
+
+@pytest.mark.parametrize("norm", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NORMS])
 def test_every_normaliser_learns(tmp_path, norm):
     changes = ("data.samples=240", "stages.0.epochs=2", "stages.1.epochs=4", "data.augment=[]")
+    if norm == "ic_frn":  # its trunk is neither centred nor normalised: with dropout six epochs are too few
+        changes += ("model.norm_options.drop=0",)
     result = run(tmp_path / norm, f"model.norm={norm}", *changes)
     assert result["test_top1"] > 50, norm  # chance is 25
 
@@ -58,7 +63,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
     assert not torch.equal(a["head.weight"], c["head.weight"])
 
 
-@pytest.mark.parametrize("norm", ["free", "free_paper", "none"])
+@pytest.mark.parametrize("norm", ["free", "free_paper", "none", "frn", "gn_pn"])
 def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, norm):
     """4 x 8 == 1 x 32 to 1e-9 in float64; the EMA of input means moves once per step, on all micro-batches."""
     common = (f"model.norm={norm}", "data.samples=120", "agc.clip=0.02")
@@ -180,6 +185,12 @@ def test_evaluate_leaves_the_network_as_it_was(unbroken, monkeypatch):
     figures = evaluate(stage.model, stage.data.test, CPU, batch_size=7)
     assert stage.model.training and figures["top1"] <= figures["top5"] == 100  # four classes
     assert_same(dict(stage.model.state_dict()), before)
+
+
+def test_a_network_whose_logits_are_nan_is_right_about_nothing(unbroken, monkeypatch):
+    stage = double_stage(monkeypatch, tiny())
+    torch.nn.init.constant_(stage.model.get_classifier().bias, float("nan"))
+    assert evaluate(stage.model, stage.data.test, CPU)["top1"] == 0
 
 
 @pytest.mark.slow

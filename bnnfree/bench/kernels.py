@@ -13,7 +13,7 @@ from bnnfree.bench.peak import BASE
 from bnnfree.engine import Engine
 from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
 from bnnfree.format.check import count_classes, sides_of
-from bnnfree.format.schema import OPS
+from bnnfree.format.schema import NORMS, OPS
 from bnnfree.ops import Window, pack_bits, pool_output
 
 BASE_ONLY = "BNNF_AVX512_BASE"  # of the environment: AVX-512 then does without VPOPCNTDQ and VNNI
@@ -62,6 +62,8 @@ SHAPES = [
     Shape("pointwise", 56, 64, 64, epilogue="sign"),
     Shape("concat", 28, 128, 256),
     Shape("softmax", 1, 1000, 1000),
+    Shape("group_norm", 28, 128, 128, epilogue="block"),
+    Shape("rms_norm", 28, 128, 128, epilogue="block"),
 ]
 
 
@@ -158,6 +160,9 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
     written = (rows, columns, shape.outputs)
     if shape.op.endswith("conv2d"):
         fields["weights"] = _weights(make, shape)
+    if shape.op in NORMS:  # 16 channels a group; each of its own
+        groups = shape.channels // (16 if shape.op == "group_norm" else 1)
+        fields["weights"] = make.constant(np.full(groups, 1e-5, np.float32))
     fields |= _epilogue(make, shape, written, window)
     if shape.epilogue != "sign":
         fields["real"] = make.activation("f32", written)

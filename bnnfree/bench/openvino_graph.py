@@ -194,6 +194,19 @@ def _pool(graph: _Graph, op: Op) -> Any:
     return make.avg_pool(x, strides, near, far, kernel, True)
 
 
+def _norm(graph: _Graph, op: Op) -> Any:
+    """Over [1, groups, values of a group]."""
+    make, eps = graph.opset, graph.data(op, "weights")
+    height, width, channels = graph.model.tensors[op.input].shape
+    values = make.constant(np.array([2], np.int64))
+    x = make.reshape(graph.real(op.input), make.constant(np.array([1, len(eps), -1], np.int64)), False)
+    if op.name == "group_norm":
+        x = make.subtract(x, make.reduce_mean(x, values, True))
+    power = make.add(make.reduce_mean(make.multiply(x, x), values, True), make.constant(eps.reshape(1, -1, 1)))
+    shape = make.constant(np.array([1, channels, height, width], np.int64))
+    return make.reshape(make.divide(x, make.sqrt(power)), shape, False)
+
+
 OPS: dict[str, Callable[[_Graph, Op], Any]] = {
     "pointwise": lambda graph, op: graph.real(op.input),
     "binary_conv2d": _binary_conv2d,
@@ -203,4 +216,6 @@ OPS: dict[str, Callable[[_Graph, Op], Any]] = {
     "avg_pool2d": _pool,
     "concat": lambda graph, op: graph.opset.concat([graph.real(op.input), graph.real(op.other)], 1),
     "softmax": lambda graph, op: graph.opset.softmax(graph.real(op.input), 1),
+    "group_norm": _norm,
+    "rms_norm": _norm,
 }

@@ -71,6 +71,8 @@ REFERENCE: dict[str, Kernel] = {
     "avg_pool2d": lambda op, x, _: ops.avg_pool2d(x, window_of(op), ceil_mode=bool(op.ceil)),
     "concat": lambda op, x, constants: ops.concat([x, constants["other"]]),
     "softmax": lambda op, x, _: ops.softmax(x),
+    "group_norm": lambda op, x, constants: ops.group_norm(x, constants["weights"]),
+    "rms_norm": lambda op, x, constants: ops.rms_norm(x, constants["weights"]),
 }
 
 

@@ -17,9 +17,10 @@ from torch import nn
 import bnnfree
 from bnnfree.errors import BnnfreeError
 from bnnfree.export.build import Value
+from bnnfree.export.errors import ExportError
 from bnnfree.export.lower import Lowering
 from bnnfree.export.quantize import quantize_ends
-from bnnfree.export.trace import ExportError, Traced, trace
+from bnnfree.export.trace import Traced, trace
 from bnnfree.format import PackedModel, to_bytes, write
 
 __all__ = ["ExportError", "Packed", "export", "pack", "pack_network", "packed_bytes"]

@@ -19,10 +19,21 @@ from torch import Tensor, fx, nn
 from bnnfree.errors import nearest
 from bnnfree.export.build import Builder, Value
 from bnnfree.export.convolve import lower_linear
+from bnnfree.export.errors import ExportError
+from bnnfree.export.norms import Affine, lower_affine, lower_batch_norm, lower_group_norm, lower_response_norm
 from bnnfree.export.quantize import Int8Layer
-from bnnfree.export.trace import PASSING, ExportError, Traced, constant, is_ours, is_passing, path_of
+from bnnfree.export.trace import PASSING, Traced, constant, is_ours, is_passing, path_of
 from bnnfree.format import PackedModel
-from bnnfree.nn import BinaryConv2d, BinaryLinear, RPReLU, RSign, ScaledStdConv2d, Sign
+from bnnfree.nn import (
+    BinaryConv2d,
+    BinaryLinear,
+    FilterResponseNorm,
+    RPReLU,
+    RSign,
+    ScaledStdConv2d,
+    Sign,
+    ThresholdedLinear,
+)
 from bnnfree.nn.block import Clip
 from bnnfree.ops import Window, pool_output
 
@@ -48,7 +59,8 @@ class Lowering:
                 continue
             value = self._lower(node)
             if isinstance(value, Value):
-                if not is_passing(self.traced, node):  # flattened values have another order
+                signs = value.kind == "bits" and value.tensor in self.meaning  # they stand for the sign, scaled or not
+                if not (is_passing(self.traced, node) or signs):  # flattened values have another order
                     self.meaning[value.tensor] = (node, value)
                 value = self.builder.share(value) if len(node.users) > 1 else value
             self.values[node] = value
@@ -123,23 +135,11 @@ class Lowering:
 
 
 def _remedy(name: str) -> str:
-    known = sorted({kind.__name__ for kind in LAYERS} - {"Int8Layer"})
+    known = sorted({kind.__name__ for kind in LAYERS} - {"Int8Layer", "Affine"})
     return f"Known layers: {', '.join(known)}.{nearest(name, known)} Or add a rule in bnnfree/export/lower.py."
 
 
-# -- affine layers, activations, signs
-
-
-def _batch_norm(low: Lowering, node: fx.Node, x: Value, layer: nn.BatchNorm2d) -> Value:
-    if layer.running_mean is None or layer.running_var is None:
-        raise low.refuse(
-            node, "has no running statistics, so its output depends on the batch", "Use track_running_stats=True."
-        )
-    mean, var = layer.running_mean.double().numpy(), layer.running_var.double().numpy()
-    scale = 1 / np.sqrt(var + layer.eps)
-    scale = scale if layer.weight is None else scale * layer.weight.double().numpy()
-    shift = -mean * scale + (0 if layer.bias is None else layer.bias.double().numpy())
-    return x.affine(low.vector(node, scale, x), low.vector(node, shift, x))
+# -- activations, signs
 
 
 def _sign(low: Lowering, node: fx.Node, x: Value, layer: Sign) -> Value:
@@ -331,7 +331,11 @@ _softmax_call = _on(_softmax, ("dim",), (None,))
 
 LAYERS: dict[type, Rule] = {
     **dict.fromkeys((BinaryConv2d, BinaryLinear, ScaledStdConv2d, Int8Layer, nn.Conv2d, nn.Linear), lower_linear),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), _batch_norm),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), lower_batch_norm),
+    nn.GroupNorm: lower_group_norm,
+    FilterResponseNorm: lower_response_norm,
+    Affine: lower_affine,
+    ThresholdedLinear: lambda low, node, x, layer: low.builder.activate(x, low=low.vector(node, layer.tau, x)),
     Sign: _sign,
     Clip: _clip,
     RPReLU: _rprelu,

@@ -288,6 +288,31 @@ def _avg_pool(graph: _Graph, op: Op) -> list[Step]:
     return [("Conv", [ones], {**_window(op, pads), "group": channels}), ("Div", [count], {})]
 
 
+def _norm(graph: _Graph, op: Op) -> list[Step]:
+    """Over [N, groups, values of a group]. Why not GroupNormalization: it came with opset 18, and has one eps."""
+    (height, width, channels), eps, name = (
+        graph.model.tensors[op.input].shape,
+        graph.data(op, "weights"),
+        graph.name_of(op),
+    )
+    reshape, average = (
+        graph.constant(f"{name}/groups", np.array([0, len(eps), -1], np.int64)),
+        {"axes": [2], "keepdims": 1},
+    )
+    centred: list[Step] = [("Reshape", [reshape], {})]
+    if op.name == "group_norm":
+        mean = graph.unique(f"{name}/mean")
+        graph.chain(mean, graph.values[op.input], [*centred, ("ReduceMean", [], average)])
+        centred.append(("Sub", [mean], {}))
+    deviation = graph.unique(f"{name}/deviation")
+    square = graph.constant(f"{name}/two", np.array(2, F32))
+    added = graph.constant(f"{name}/eps", eps.reshape(-1, 1))
+    root: list[Step] = [("Pow", [square], {}), ("ReduceMean", [], average), ("Add", [added], {}), ("Sqrt", [], {})]
+    graph.chain(deviation, graph.values[op.input], [*centred, *root])
+    back = graph.constant(f"{name}/shape", np.array([0, channels, height, width], np.int64))
+    return [*centred, ("Div", [deviation], {}), ("Reshape", [back], {})]
+
+
 OPS: dict[str, Callable[[_Graph, Op], list[Step]]] = {
     "pointwise": lambda graph, op: [],
     "binary_conv2d": _convolution,
@@ -297,4 +322,6 @@ OPS: dict[str, Callable[[_Graph, Op], list[Step]]] = {
     "avg_pool2d": _avg_pool,
     "concat": lambda graph, op: [("Concat", [graph.values[op.other]], {"axis": 1})],
     "softmax": lambda graph, op: [("Softmax", [], {"axis": 1})],
+    "group_norm": _norm,
+    "rms_norm": _norm,
 }

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bnnfree.errors import pick
-from bnnfree.export.trace import ExportError, Traced, first_layers, last_layer, path_of
+from bnnfree.export.errors import ExportError
+from bnnfree.export.trace import Traced, first_layers, last_layer, path_of
 from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
 from bnnfree.nn.standard import ConvLayer
 

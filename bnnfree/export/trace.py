@@ -18,24 +18,29 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import RPReLU, Sign, WeightLayer
+from bnnfree.export.errors import ExportError
+from bnnfree.export.norms import Affine, freeze_proxies
+from bnnfree.nn import (
+    BatchRenorm2d,
+    FilterResponseNorm,
+    KalmanNorm2d,
+    RPReLU,
+    Sign,
+    ThresholdedLinear,
+    WeightLayer,
+)
 from bnnfree.nn.block import Clip
-
-
-class ExportError(BnnfreeError):
-    """A module that cannot be exported: which layer, why, and what to do."""
-
 
 PASSING = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")  # in eval mode: nothing
 
 
-OURS = (WeightLayer, Sign, RPReLU, Clip)
+OURS = (WeightLayer, Sign, RPReLU, Clip, BatchRenorm2d, KalmanNorm2d, FilterResponseNorm, ThresholdedLinear, Affine)
 
 
 def is_ours(layer: nn.Module) -> bool:
-    """A layer of bnnfree whose forward is its own; a subclass that has another is traced through."""
+    """A layer of bnnfree whose forward is its own or torch's; a subclass that has another is traced through."""
     owner = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
-    return isinstance(layer, OURS) and owner.__module__.startswith("bnnfree.nn.")
+    return isinstance(layer, OURS) and owner.__module__.startswith(("bnnfree.nn.", "bnnfree.export.", "torch.nn."))
 
 
 class _Tracer(fx.Tracer):
@@ -72,7 +77,7 @@ def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Trac
     """The graph of a copy of `module` in eval mode and float32, for images [N, channels, *image_size]."""
     name, tracer = type(module).__name__, _Tracer()
     try:
-        twin = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
+        twin = freeze_proxies(copy.deepcopy(module).cpu().float().eval().requires_grad_(False))
         graph = tracer.trace(twin)
     except BnnfreeError:
         raise

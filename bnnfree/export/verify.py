@@ -30,6 +30,7 @@ from bnnfree.engine.run import first_values
 from bnnfree.errors import BnnfreeError
 from bnnfree.export import Packed
 from bnnfree.format import Op, PackedModel, window_of
+from bnnfree.format.schema import NORMS
 from bnnfree.nn import RSign, Sign
 from bnnfree.ops import border_bias, unpack_bits
 
@@ -338,6 +339,8 @@ def _double_sum(model: PackedModel, op: Op, values: dict[int, Tensor]) -> Tensor
         return torch.cat([x, values[op.other]], 1)
     if op.name == "softmax":
         return torch.softmax(x, 1)
+    if op.name in NORMS:
+        return _double_norm(x, model.tensors[op.weights].data, op.name == "group_norm")
     window = window_of(op)
     if op.name == "max_pool2d":
         shape = (window.size, window.stride, window.padding, window.dilation, bool(op.ceil))
@@ -351,6 +354,15 @@ def _double_sum(model: PackedModel, op: Op, values: dict[int, Tensor]) -> Tensor
     rows, columns = window.padding
     x = F.pad(x, (columns, columns, rows, rows), value=float(op.pad_value))
     return F.conv2d(x, w, None, window.stride, 0, window.dilation, op.groups)
+
+
+def _double_norm(x: Tensor, eps: np.ndarray | None, centred: bool) -> Tensor:
+    """A group of channels for each eps. Shapes: [N, C, H, W], [groups] -> [N, C, H, W]."""
+    added = torch.from_numpy(np.array(eps, np.float64))[:, None]
+    groups = x.reshape(len(x), len(added), -1)
+    if centred:
+        groups = groups - groups.mean(2, keepdim=True)
+    return (groups / (groups.square().mean(2, keepdim=True) + added).sqrt()).view_as(x)
 
 
 def _double_epilogue(model: PackedModel, op: Op, v: Tensor, values: dict[int, Tensor]) -> Tensor:

@@ -183,6 +183,10 @@ def _check_shapes(model: PackedModel, op: Op, where: str) -> Shape:
     if op.name == "softmax":
         return height, width, channels
     outputs = channels
+    if op.name in schema.NORMS:
+        groups = tensors[op.weights].shape
+        if len(groups) != 1 or channels % groups[0]:
+            raise GraphError(f"{where}: got weights {groups}, expected [groups], which divides {channels} channels.")
     if schema.OPS[op.name].window:
         window = window_of(op)
         _check_padded(op, tensors[op.input], where)

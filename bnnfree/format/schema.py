@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MAGIC = b"bnnf\r\n\x1a\n"  # like PNG's: a transfer in text mode breaks it
-VERSION = 1
+VERSION = 2
 ALIGN = 64  # bytes: a section, a constant and an activation each start at a multiple
 NONE = 0xFFFFFFFF  # "no tensor here" in a record
 
@@ -109,7 +109,7 @@ OP = (
     Field("other", "<u4", "second activation: what the epilogue adds, or the second part of a concat"),
     Field("real", "<u4", "activation it writes in float32"),
     Field("bits", "<u4", "activation it writes in bits"),
-    Field("weights", "<u4", "constant [outputs, kernel_h, kernel_w, channels / groups]"),
+    Field("weights", "<u4", "constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps"),
     Field("scale", "<u4", "constant f32 [channels]: factor of the epilogue"),
     Field("bias", "<u4", "constant f32 [channels]; of pixel_conv2d [row, column classes, channels]"),
     Field("slope", "<u4", "constant f32 [channels]: factor of negative values"),
@@ -161,6 +161,7 @@ PLACE_MEANINGS = {
 
 CONVOLUTIONS = ("binary_conv2d", "pixel_conv2d", "conv2d")
 POOLINGS = ("max_pool2d", "avg_pool2d")
+NORMS = ("group_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,22 @@ OPS: dict[str, Op] = {
     ),
     "concat": Op(7, "the channels of input, then those of other", ("f32",), ("other", "real")),
     "softmax": Op(8, "e^(v - max v) over its sum, along the channels", ("f32",), ("real",)),
+    "group_norm": Op(
+        9,
+        "v is the input less the mean of its group of channels over all positions, divided by their deviation",
+        ("f32",),
+        ("weights",),
+        _EPILOGUE,
+        weights=("f32",),
+    ),
+    "rms_norm": Op(
+        10,
+        "v is the input divided by the root mean square of its group of channels over all positions",
+        ("f32",),
+        ("weights",),
+        _EPILOGUE,
+        weights=("f32",),
+    ),
 }
 
 EPILOGUE = """\

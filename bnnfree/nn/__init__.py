@@ -7,10 +7,23 @@ Imports torch only.
 
 from bnnfree.nn.binary import SCALES, BinaryConv2d, BinaryLinear
 from bnnfree.nn.block import BINARIZE, SHORTCUTS, BinaryBlock, Clip, Design
-from bnnfree.nn.calibrate import calibrate, centred_layers, update_input_means
-from bnnfree.nn.norms import NORMS, Norm, make_norm
+from bnnfree.nn.calibrate import anneal, calibrate, centred_layers, update_input_means
+from bnnfree.nn.norms import (
+    NORMS,
+    BatchRenorm2d,
+    Belief,
+    FilterResponseNorm,
+    KalmanNorm2d,
+    Norm,
+    ProxyNorm,
+    ThresholdedLinear,
+    check_norm,
+    first_belief,
+    gaussian_moments,
+    make_norm,
+)
 from bnnfree.nn.react import RPReLU, RSign
-from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, anneal_signs, sign, sign_of_weight
+from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, sign, sign_of_weight
 from bnnfree.nn.standard import ScaledStdConv2d, WeightLayer, standardize_weight
 from bnnfree.nn.variance import BETA_MODES, BlockShape, expected_betas
 
@@ -22,22 +35,31 @@ __all__ = [
     "SHORTCUTS",
     "STES",
     "STE_WINDOWS",
+    "BatchRenorm2d",
+    "Belief",
     "BinaryBlock",
     "BinaryConv2d",
     "BinaryLinear",
     "BlockShape",
     "Clip",
     "Design",
+    "FilterResponseNorm",
+    "KalmanNorm2d",
     "Norm",
+    "ProxyNorm",
     "RPReLU",
     "RSign",
     "ScaledStdConv2d",
     "Sign",
+    "ThresholdedLinear",
     "WeightLayer",
-    "anneal_signs",
+    "anneal",
     "calibrate",
     "centred_layers",
+    "check_norm",
     "expected_betas",
+    "first_belief",
+    "gaussian_moments",
     "make_norm",
     "sign",
     "sign_of_weight",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,10 @@ from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.binary import SCALES, BinaryConv2d
-from bnnfree.nn.norms import NORMS, Norm, make_norm
+from bnnfree.nn.norms import NORMS, Belief, Norm, check_norm, make_dropout, make_norm, run_believing
 from bnnfree.nn.react import RPReLU, RSign
 from bnnfree.nn.sign import STE_WINDOWS, STES, Sign
-from bnnfree.nn.standard import ScaledStdConv2d
+from bnnfree.nn.standard import ConvLayer, ScaledStdConv2d
 from bnnfree.nn.variance import BETA_MODES
 
 BINARIZE = {
@@ -29,19 +31,22 @@ SHORTCUTS = ("real", "binary")
 class Design:
     """What all layers of one network share; None where the normaliser decides.
 
-    norm        a name of bnnfree.nn.norms.NORMS
+    norm        a name of bnnfree.nn.norms.NORMS; norm_options: keyword arguments of its builder
     binarize    "none" | "activations" | "weights" | "both"
     shortcut    weights of the 1x1 shortcut convolutions (their inputs are never signs): "real" | "binary"
     react       learnable thresholds and RPReLU (ReActNet); False: bare sign and identity (Bi-Real, XNOR)
+    real        real convolutions and ReLU in place of all that is binary, whatever binarize and react say
     standardize scaled weight standardisation of all convolutions
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
 
     norm: str = "free"
+    norm_options: Mapping[str, Any] = field(default_factory=dict)
     binarize: str = "both"
     shortcut: str = "binary"
     react: bool = True
+    real: bool = False
     standardize: bool | None = None
     scale: str | None = None
     alpha: float | None = None
@@ -52,6 +57,7 @@ class Design:
     latent_std: float | None = None
 
     def __post_init__(self):
+        check_norm(self.norm, self.norm_options)
         pick(BINARIZE, self.binarize, "binarize")
         pick(dict.fromkeys(SHORTCUTS), self.shortcut, "shortcut")
         pick(BETA_MODES, self.beta_mode, "beta")
@@ -86,9 +92,62 @@ class Design:
     def _standardized(self, options) -> dict:
         return {**options, **({} if self.standardize is None else {"standardize": self.standardize})}
 
-    def make_norm(self, channels: int) -> nn.Module:
-        """The layer after a convolution of `channels` output channels."""
-        return make_norm(self.norm, channels)
+    @property
+    def real_options(self) -> dict:
+        """Options of the real convolutions."""
+        return self._standardized(self.rule.real)
+
+    def make_norm(
+        self, channels: int, activation: nn.Module | None = None, before_sign: bool = False
+    ) -> list[nn.Module]:
+        """The normaliser of a map of `channels` channels and what follows it: `activation`, unless it takes that in.
+
+        FRN's threshold is left out before a sign, which it cannot change from below 0, and in real networks,
+        where `make_activation` makes it.
+        """
+        options = dict(self.norm_options)
+        if self.rule.proxy:
+            return [make_norm(self.norm, channels, activation, **options)]
+        if self.rule.relu is not None and (self.real or before_sign):
+            options["tlu"] = False
+        return [make_norm(self.norm, channels, None, **options), *([] if activation is None else [activation])]
+
+    def make_activation(self, channels: int) -> nn.Module | None:
+        """The activation of real values: ReLU's kind in real networks, RPReLU with react, else None.
+
+        RPReLU goes without the shift that a bias before it makes superfluous; in a proxy normalisation without
+        both, because beta is the one and the other cancels.
+        """
+        if self.real:
+            own = self.rule.relu is not None and self.norm_options.get("tlu", True)
+            return self.rule.relu(channels) if own and self.rule.relu is not None else nn.ReLU()
+        if not self.react:
+            return None
+        if self.rule.proxy:
+            return nn.PReLU(channels)
+        return RPReLU(channels, input_shift=not self.binary_options.get("bias"))
+
+    def make_tail(self, channels: int) -> nn.Module | None:
+        """What stands between the last block and the head's pool: the normaliser of a trunk that has none."""
+        return make_norm(self.norm, channels, None, **self.norm_options) if self.rule.before else None
+
+    def make_unit(self, cin: int, cout: int, kernel: int, stride: int, last: bool) -> list[nn.Module]:
+        """One convolution of a block's branch with its sign, normaliser, dropout and activation, in their order."""
+        rule = self.rule
+        before = self.make_norm(cin) if rule.before else []
+        if not self.real:
+            before.append(self.make_sign(cin))
+        if rule.before and (dropout := make_dropout(**{k: v for k, v in self.norm_options.items() if k == "drop"})):
+            before.append(dropout)
+        conv = self.make_conv(cin, cout, kernel, stride)
+        if isinstance(conv, BinaryConv2d):
+            # the next sign reads this output alone: a sum that is 0 must not be rounded to either side of it
+            conv.exact = not last and conv.binary and conv.binary_input
+        # within a branch a sign is the activation; after the last the block has one, if no proxy holds it
+        inside = rule.proxy if last else self.real
+        act = self.make_activation(cout) if inside else None
+        after = ([] if act is None else [act]) if rule.before else self.make_norm(cout, act, before_sign=not last)
+        return [*before, conv, *after]
 
     def make_sign(self, channels: int) -> nn.Module:
         """The binarisation of a convolution's input: RSign or Sign, or their clipped identity when real.
@@ -99,8 +158,18 @@ class Design:
             return Clip(channels if self.react else None)
         return RSign(channels, self.ste, self.window) if self.react else Sign(self.ste, self.window)
 
-    def make_conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> BinaryConv2d:
-        """A binary convolution of signs, padded to keep the size at stride 1."""
+    def make_conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> ConvLayer:
+        """A binary convolution of signs, or a real one of real values, padded to keep the size at stride 1."""
+        if self.real:
+            return ScaledStdConv2d(
+                cin,
+                cout,
+                kernel,
+                stride=stride,
+                padding=kernel // 2,
+                pad_value=self.pad_value,
+                **self.real_options,
+            )
         signs, binary = BINARIZE[self.binarize]
         return BinaryConv2d(
             cin,
@@ -117,21 +186,27 @@ class Design:
 
     def make_shortcut(self, cin: int, cout: int) -> nn.Sequential:
         """The 1x1 convolution (and its normaliser) of a transition's shortcut; its input is real."""
-        conv = BinaryConv2d(
-            cin,
-            cout,
-            1,
-            binary=BINARIZE[self.binarize][1] and self.shortcut == "binary",
-            latent_std=self.latent_std,
-            **{**self.binary_options, "bias": False},
-        )
-        return nn.Sequential(conv, self.make_norm(cout))
+        conv: ConvLayer
+        if self.real:
+            conv = ScaledStdConv2d(cin, cout, 1, **{**self.real_options, "bias": False})
+        else:
+            conv = BinaryConv2d(
+                cin,
+                cout,
+                1,
+                binary=BINARIZE[self.binarize][1] and self.shortcut == "binary",
+                latent_std=self.latent_std,
+                **{**self.binary_options, "bias": False},
+            )
+        return nn.Sequential(conv, *([] if self.rule.before else self.make_norm(cout)))
 
     def make_stem(self, channels: int, cout: int, kernel: int, stride: int) -> nn.Sequential:
-        """The real convolution on the image, and its normaliser."""
-        options = self._standardized(self.rule.real)
-        conv = ScaledStdConv2d(channels, cout, kernel, stride=stride, padding=kernel // 2, **options)
-        return nn.Sequential(conv, self.make_norm(cout))
+        """The real convolution on the image, its normaliser, and the activation of real networks."""
+        conv = ScaledStdConv2d(channels, cout, kernel, stride=stride, padding=kernel // 2, **self.real_options)
+        act = self.make_activation(cout) if self.real else None
+        if self.rule.before:
+            return nn.Sequential(conv, *([] if act is None else [act]))
+        return nn.Sequential(conv, *self.make_norm(cout, act))
 
 
 class Clip(nn.Module):
@@ -162,6 +237,10 @@ class BinaryBlock(nn.Module):
               shortcut_conv(pool(u))         other width
               [x, x] along the channels      duplicate: twice the width without a convolution (ReActNet-A)
         out = act(alpha h + id)              act: RPReLU, or the identity where design.react is False
+
+    The normaliser may stand elsewhere (bnnfree.nn.norms.Norm): before the sign (ic), or with the activation at the
+    end of the branch and nothing after the sum (ln_pn, gn_pn, in_pn). In a real design no sign stands before a
+    convolution, and ReLU is what follows norms and sum: the block of an ordinary ResNet.
 
     alpha and beta are buffers, so a checkpoint determines the network. With beta mode "measured",
     `bnnfree.nn.calibrate` sets beta = 1 / std(x) over all values of the calibration images.
@@ -198,30 +277,48 @@ class BinaryBlock(nn.Module):
         self.register_load_state_dict_post_hook(_note_factors)
         branch: list[nn.Module] = []
         for i in range(convs):
-            width = cin if i == 0 else cout
-            conv = design.make_conv(width, cout, kernel, stride if i == 0 else 1)
-            # the next sign reads this output alone: a sum that is 0 must not be rounded to either side of it
-            conv.exact = i + 1 < convs and conv.binary and conv.binary_input
-            branch += [design.make_sign(width), conv, design.make_norm(cout)]
+            width, step = (cin, stride) if i == 0 else (cout, 1)
+            branch += design.make_unit(width, cout, kernel, step, last=i + 1 == convs)
         self.branch = nn.Sequential(*branch)
         self.shortcut = design.make_shortcut(cin, cout) if cin != cout and not duplicate else None
-        biased = bool(design.binary_options.get("bias"))
-        self.act = RPReLU(cout, input_shift=not biased) if design.react else nn.Identity()
+        act = None if design.rule.proxy else design.make_activation(cout)
+        self.act = nn.Identity() if act is None else act
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, belief: Belief | None = None) -> Tensor | tuple[Tensor, Belief]:
+        """out; given a belief about x (norm kn, in training): out and the belief about it."""
         if self.calibrating and self.measured:
             self.beta.copy_(1 / x.detach().std(correction=0).clamp_min(1e-5))
         u = x * self.beta if self.scaled else x
-        h = self.branch(u)
-        if self.damped:
-            h = h * self.alpha
-        return self.act(h + self._identity(x, u))
+        if belief is not None:
+            return self._believing(x, u, belief)
+        return self._join(self.branch(u), self._identity(x, u))
+
+    def _join(self, h: Tensor, identity: Tensor) -> Tensor:
+        return self.act((h * self.alpha if self.damped else h) + identity)
 
     def _identity(self, x: Tensor, u: Tensor) -> Tensor:
-        transition = self.stride > 1 or self.shortcut is not None
-        y = u if transition else x
-        if self.stride > 1:
-            y = F.avg_pool2d(y, self.stride, ceil_mode=True, count_include_pad=False)
+        y = self._pooled(u if self.stride > 1 or self.shortcut is not None else x)
         if self.shortcut is not None:
             return self.shortcut(y)
         return torch.cat([y, y], dim=1) if self.duplicate else y
+
+    def _pooled(self, y: Tensor) -> Tensor:
+        if self.stride == 1:
+            return y
+        return F.avg_pool2d(y, self.stride, ceil_mode=True, count_include_pad=False)
+
+    def _believing(self, x: Tensor, u: Tensor, belief: Belief) -> tuple[Tensor, Belief]:
+        """The same, with the belief led through branch and shortcut; see bnnfree.nn.norms.kalman."""
+        scale = self.beta if self.scaled else 1.0
+        ghost = belief.sample(x) * scale
+        h, (mean, var) = run_believing(self.branch, u, ghost)
+        if self.shortcut is not None:
+            identity, (side_mean, side_var) = run_believing(self.shortcut, self._pooled(u), self._pooled(ghost))
+        else:
+            identity, (side_mean, side_var) = self._identity(x, u), belief.moments()
+            if self.stride > 1:
+                side_mean, side_var = side_mean * scale, side_var * scale**2
+            if self.duplicate:
+                side_mean, side_var = torch.cat([side_mean] * 2), torch.cat([side_var] * 2)
+        mean, var = self.alpha * mean + side_mean, self.alpha.square() * var + side_var
+        return self._join(h, identity), Belief(mean, var, self.act)

@@ -1,4 +1,4 @@
-"""Setting the constants of BN-free layers from data. Imports torch and bnnfree.nn only."""
+"""Setting the constants of layers: from data, and by how far training is. Imports torch and bnnfree.nn only."""
 
 from __future__ import annotations
 
@@ -68,3 +68,10 @@ def update_input_means(
         module.input_mean += share * (mean - module.input_mean)
         module.input_sum.zero_()
         module.input_count.zero_()
+
+
+def anneal(model: nn.Module, progress: float) -> None:
+    """Tell every layer that changes with training (a method `anneal`) that a share `progress` in [0, 1] is done."""
+    for module in model.modules():
+        if callable(move := getattr(module, "anneal", None)):
+            move(progress)

@@ -145,13 +145,6 @@ class Sign(nn.Module):
         return f"ste={self.ste}, window={self.window}"
 
 
-def anneal_signs(model: nn.Module, progress: float) -> None:
-    """Tell every Sign of `model` that a share `progress` in [0, 1] of training is done."""
-    for module in model.modules():
-        if isinstance(module, Sign):
-            module.anneal(progress)
-
-
 class _SignOfWeight(torch.autograd.Function):
     """Forward sign(w); backward dL/dw = dL/d(scale * sign(w)), whatever the scale: the scale is undone."""
 

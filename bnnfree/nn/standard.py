@@ -7,6 +7,7 @@ the centring of the layer's input or output, and the constant that gives its out
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from bnnfree.errors import BnnfreeError, pick
 
 EPS = 1e-5
 CENTRES = ("input", "output")
+
+# (weight, factor [O], bias [O], is the factor to stay apart) -> the same values, whose gradients it changes
+Preconditioner = Callable[[Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
@@ -50,6 +54,7 @@ class WeightLayer(nn.Module):
     All of it folds into one weight and one bias per output channel: nothing remains at inference.
     mu follows the inputs only when `update_input_means` is called after an optimiser step (see
     `bnnfree.nn.calibrate`), so micro-batches and processes see one and the same mu within a step.
+    `preconditioner` stands between the effective weight and the map in training (`bnnfree.optim.Precondition`).
     """
 
     input_mean: Tensor
@@ -80,6 +85,7 @@ class WeightLayer(nn.Module):
         self.fan_in = weight[0].numel()
         self.calibrating = False
         self.exact = False  # True: scale after the product, so that the sums of signs are whole numbers
+        self.preconditioner: Preconditioner | None = None
         if centre == "input":
             self.register_buffer("input_mean", torch.zeros(in_channels))
             self.register_buffer("input_sum", torch.zeros(in_channels), persistent=False)
@@ -123,7 +129,11 @@ class WeightLayer(nn.Module):
                 self.input_count += x.shape[0]
         if low is None and self.exact:
             low = x.dtype
-        factor, bias = self._fold(x, weight, scale)
+        factor = self._factor(scale)
+        bias: Tensor | None = self.bias
+        if self.preconditioner is not None and self.training:
+            weight, factor, bias = self.preconditioner(weight, factor, bias, low is not None)
+        bias = self._folded_bias(x, weight, factor, bias)
         if low is None:
             folded = weight if factor is None else weight * _per_row(factor, weight)
             return self.linear(x, folded, bias)
@@ -139,17 +149,19 @@ class WeightLayer(nn.Module):
     def fold(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(W, factor [O], bias [O]) such that y = linear(x, W) factor + bias; None: 1 and 0. Of x the shape counts."""
         weight, scale = self.unit_weight()
-        return weight, *self._fold(x, weight, scale)
+        factor = self._factor(scale)
+        return weight, factor, self._folded_bias(x, weight, factor, self.bias)
 
-    def _fold(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        factor: Tensor | None = scale
+    def _factor(self, factor: Tensor | None) -> Tensor | None:
+        """The scale [O] of `unit_weight`, times what multiplies the output."""
         if self.gain is not None:
             factor = self.gain if factor is None else factor * self.gain
         if self.unit_output:
             factor = 1 / self.output_std if factor is None else factor / self.output_std
-        return factor, self._folded_bias(x, weight, scale, factor)
+        return factor
 
-    def _folded_bias(self, x: Tensor, weight: Tensor, scale, factor) -> Tensor | None:
+    def _folded_bias(self, x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """`bias` less what the layer centres by."""
         centre = None
         if self.centre == "input":
             centre = self.expected_output(weight, x)
@@ -158,8 +170,8 @@ class WeightLayer(nn.Module):
             divisor = self.output_std if self.unit_output else 1.0
             centre = self.output_mean / divisor * (1.0 if self.gain is None else self.gain)
         if centre is None:
-            return self.bias
-        return -centre if self.bias is None else self.bias - centre
+            return bias
+        return -centre if bias is None else bias - centre
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> None:

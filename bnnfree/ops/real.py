@@ -242,6 +242,56 @@ def global_avg_pool(x: np.ndarray) -> np.ndarray:
     return total / F32(height * width)
 
 
+def _sum_along(x: np.ndarray, axis: int) -> np.ndarray:
+    """Term after term. Why + 0: a sum starts at +0, so that none is -0."""
+    return np.add.accumulate(x, axis=axis).take(-1, axis) + F32(0)
+
+
+def _group_means(x: np.ndarray, groups: int) -> np.ndarray:
+    """The mean of each group of channels over all positions: every channel's rows are summed, then its rows' sums, then
+    the group's channels; fl(sum / number). Shapes: [N, H, W, C] -> [N, groups, 1]."""
+    n, height, width, channels = x.shape
+    by_channel = _sum_along(_sum_along(x, 2), 1).reshape(n, groups, channels // groups)
+    return _sum_along(by_channel, 2)[..., None] / F32(height * width * (channels // groups))
+
+
+def _over_deviation(d: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """fl(d r), r = fl(1 / fl(sqrt(fl(p + eps)))), p the mean of fl(d d) of the group."""
+    power = _group_means(d * d, len(eps))
+    factor = F32(1) / np.sqrt(power + _float(eps)[:, None])
+    return d * _per_channel(factor, d)
+
+
+def _per_channel(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """One value per group for each of its channels. Shapes: [N, groups, 1], [N, H, W, C] -> [N, 1, 1, C]."""
+    return np.repeat(values, x.shape[3] // values.shape[1], axis=2).reshape(len(x), 1, 1, x.shape[3])
+
+
+def group_norm(x: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """(x - mean) / sqrt(variance + eps) over each group of channels and all positions, image by image.
+
+    d = fl(x - mean); the variance is the mean of fl(d d); see `_group_means` for the order of the sums. One group is
+    layer normalisation, a group for each channel instance normalisation.
+    Shapes: x [N, H, W, C], eps [groups] -> [N, H, W, C]. Error: groups that do not divide C.
+    """
+    _check_groups("group_norm", x, eps)
+    return _over_deviation(_float(x) - _per_channel(_group_means(_float(x), len(eps)), x), eps)
+
+
+def rms_norm(x: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """x / sqrt(mean of x^2 + eps) over each group and all positions: `group_norm` with a mean of +0.
+
+    A group for each channel is filter response normalisation (Singh & Krishnan 2020). Shapes, error: as there.
+    """
+    _check_groups("rms_norm", x, eps)
+    return _over_deviation(_float(x), eps)
+
+
+def _check_groups(name: str, x: np.ndarray, eps: np.ndarray) -> None:
+    if not len(eps) or x.shape[3] % len(eps):
+        raise BnnfreeError(f"{name}: got {len(eps)} groups for {x.shape[3]} channels.")
+
+
 _LOG2E = F32(1.44269504)
 _LN2_HIGH = F32(0.693359375)  # few bits: its product with a whole number up to 150 is exact
 _LN2_LOW = F32(-2.12194440e-4)

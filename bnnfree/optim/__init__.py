@@ -1,13 +1,15 @@
-"""How weights move: gradient clipping, the flip optimiser, and who gets which. Torch and bnnfree.nn only."""
+"""How weights move: clipping, preconditioning, the flip optimiser, and who gets which. Torch and bnnfree.nn only."""
 
 from bnnfree.optim.agc import ClipRate, adaptive_grad_clip
 from bnnfree.optim.bop import Bop
 from bnnfree.optim.groups import OPTIMIZERS, describe_groups, find_head, make_optimizer, parameter_groups
+from bnnfree.optim.precondition import Precondition
 
 __all__ = [
     "OPTIMIZERS",
     "Bop",
     "ClipRate",
+    "Precondition",
     "adaptive_grad_clip",
     "describe_groups",
     "find_head",

@@ -2,7 +2,8 @@
 
 recipe (the schema), recipes (reading files), data + images + folder (what it trains on), losses, schedule,
 loop (a stage), run (all stages), checkpoint, source (checkpoint, run folder or recipe as a network), report
-(metrics and curves), dist (torchrun).
+(metrics and curves), dist (torchrun). Many at once: sweep (the file) + expression, pool (processes), outcome (what run
+folders hold), tables.
 """
 
 from bnnfree.train.checkpoint import load_checkpoint, load_model

@@ -47,6 +47,8 @@ class DataOptions(Protocol):
     name: str  # a key of DATASETS
     root: str | None  # folder of the images or archives; digits and fake need none
     image_size: int | None  # side in pixels; None: the data set's own
+    train_limit: int | None  # training images to use, validation included; None: all
+    test_limit: int | None  # test images to use; None: all
     val_fraction: float  # share of the training images to validate on, in [0, 1)
     augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), in order
     bad_images: Literal["error", "skip"]
@@ -104,6 +106,9 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     for name in options.augment:  # Why: before minutes of decoding; which table applies is known after
         pick(AUGMENTS | FILE_AUGMENTS, name, f"{where}: augment")
     source = pick(DATASETS, options.name, f"{where}: name")(options, where)
+    for part, limit in (("train", options.train_limit), ("test", options.test_limit)):
+        images, labels = source.parts[part]
+        source.parts[part] = thin(images, labels, limit, f"{where}: {part}_limit")
     if options.val_fraction and "val" not in source.parts:
         images, labels = source.parts["train"]
         train, val = carve(images, labels, options.val_fraction)
@@ -155,15 +160,16 @@ def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
         files = tree.parts["train"][0]
         own = STREAMED_SIZE if options.name == "imagenet" else 0
         size = options.image_size or own or _own_size(files, where)
-        return _shape(tree.classes, 3, size, len(files))
+        return _shape(tree.classes, 3, size, len(files), options)
     if options.name == "fake":
         size = options.image_size or 32
-        return _shape(_numbered(options.classes), options.channels, size, options.samples)
+        return _shape(_numbered(options.classes), options.channels, size, options.samples, options)
     classes, channels, size, samples = KNOWN[options.name]
-    return _shape(_numbered(classes), channels, options.image_size or size, samples)
+    return _shape(_numbered(classes), channels, options.image_size or size, samples, options)
 
 
-def _shape(classes: list[str], channels: int, size: int, samples: int) -> dict[str, Any]:
+def _shape(classes: list[str], channels: int, size: int, samples: int, options: DataOptions) -> dict[str, Any]:
+    samples = min(samples, options.train_limit or samples)
     return {"classes": classes, "channels": channels, "image_size": [size, size], "samples": samples}
 
 
@@ -178,12 +184,35 @@ def carve(images: np.ndarray, labels: np.ndarray, fraction: float):
     """
     counts = np.bincount(labels)
     held = np.minimum(np.maximum(np.rint(counts * fraction), 1), counts - 1)
+    out = _places(labels) < held[labels]
+    return (images[~out], labels[~out]), (images[out], labels[out])
+
+
+def thin(images: np.ndarray, labels: np.ndarray, limit: int | None, where: str):
+    """(images, labels) of `limit` images in the old order, each class by its share; all where there are no more.
+
+    Which ones is the same for every seed, and a smaller limit's are among a larger one's. Errors: DataError where a
+    class is left without an image.
+    """
+    if limit is None or limit >= len(labels):
+        return images, labels
+    counts = np.bincount(labels)
+    share = (_places(labels) + 0.5) / counts[labels]  # of its class that comes before an image
+    kept = np.sort(np.argsort(share, kind="stable")[:limit])
+    lost = np.flatnonzero((np.bincount(labels[kept], minlength=len(counts)) == 0) & (counts > 0))
+    if len(lost):
+        raise DataError(f"{where}: got {limit}, which leaves no image of class {lost[0]}, expected some of each class.")
+    return images[kept], labels[kept]
+
+
+def _places(labels: np.ndarray) -> np.ndarray:
+    """The number of each image within its class, from 0, in an order drawn at random, the same every time."""
+    counts = np.bincount(labels)
     keys = np.random.RandomState(SPLIT_SEED).random_sample(len(labels))  # Why: its stream is frozen for ever
     order = np.lexsort((keys, labels))
-    place_in_class = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
-    out = np.zeros(len(labels), bool)
-    out[order] = place_in_class < held[labels[order]]
-    return (images[~out], labels[~out]), (images[out], labels[out])
+    places = np.empty(len(labels), np.int64)
+    places[order] = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    return places
 
 
 def measure(pixels: np.ndarray) -> Stats:

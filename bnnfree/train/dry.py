@@ -42,6 +42,8 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
             "channels": shape["channels"],
             "image_size": shape["image_size"][0],
             "augment": [],
+            "train_limit": None,
+            "test_limit": None,
             "val_fraction": 0.0,
         }
     )

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import BinaryConv2d, BinaryLinear, anneal_signs, calibrate, update_input_means
-from bnnfree.optim import ClipRate, adaptive_grad_clip, make_optimizer, parameter_groups
+from bnnfree.nn import BinaryConv2d, BinaryLinear, anneal, calibrate, update_input_means
+from bnnfree.optim import ClipRate, Precondition, adaptive_grad_clip, make_optimizer, parameter_groups
 from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist
 from bnnfree.train.images import Split
@@ -38,7 +38,8 @@ class Stage:
     first_epoch          epochs of the stages before: with `epoch` it decides order and augmentation
 
     A step is `recipe.accumulate` forward passes of `data.batch_size` samples over all processes, one
-    backward each, AGC, the optimisers, the running means of centred layers, and the weights' average.
+    backward each, the preconditioner, AGC, the optimisers, the running means of centred layers, and the
+    weights' average.
     """
 
     def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None):
@@ -51,6 +52,9 @@ class Stage:
         self.model = model.to(dist.device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
         self.optimizers = self._make_optimizers()
+        self.precondition: Precondition | None = None
+        if recipe.optimizer.precondition == "bnp":
+            self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
         self.net: nn.Module = self.model
         if dist.world > 1:
             self.net = DistributedDataParallel(
@@ -69,7 +73,8 @@ class Stage:
             affine_lr_mult=options.affine_lr_mult,
             agc=self.recipe.agc.clip is not None,
         )
-        passed = options.model_dump(exclude={"name", "lr", "affine_lr_mult", "weight_decay"})
+        others = {"name", "lr", "affine_lr_mult", "weight_decay", "precondition", "bnp_rho", "bnp_floor"}
+        passed = options.model_dump(exclude=others)
         return make_optimizer(groups, options.name, **passed)
 
     @property
@@ -149,11 +154,13 @@ class Stage:
         factor = lr_factor(recipe.schedule.name, done, total_steps, **options)
         for param_group in self.groups:
             param_group["lr"] = factor * param_group["initial_lr"]
-        anneal_signs(self.model, done / total_steps)
+        anneal(self.model, done / total_steps)
         samples = self.dist.sum_(torch.tensor(float(sum(len(y) for _, y in group)), device=self.dist.device))
         for i, (images, labels) in enumerate(group):
             with self._gradients_shared(i == len(group) - 1):
                 self._backward(images, labels, samples)
+        if self.precondition is not None:
+            self.precondition.step(self.dist.sum_)
         if recipe.agc.clip is not None:
             assert recipe.agc.clip != "auto"  # resolved when the recipe was read
             rates = adaptive_grad_clip(self.groups, recipe.agc.clip, recipe.agc.eps)
@@ -221,6 +228,7 @@ class Stage:
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "precondition": None if self.precondition is None else self.precondition.state_dict(),
             "sums": self.sums,
             "clip_rate": self.clip_rate.state_dict(),
             "signs": self.signs,
@@ -234,6 +242,8 @@ class Stage:
             self.average.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if self.precondition is not None:
+            self.precondition.load_state_dict(state["precondition"])
         self.sums = state["sums"].to(self.dist.device)
         self.clip_rate.load_state_dict(state["clip_rate"])
         self.signs = {name: signs.to(self.dist.device) for name, signs in state["signs"].items()}
@@ -258,7 +268,7 @@ def evaluate(
     for images, labels in split.batches(batch_size, device=dist.device, rank=dist.rank, world=dist.world):
         with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images).float()
-        ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+        ranks = (~(logits <= logits.gather(1, labels[:, None]))).sum(1)  # Why not ">": NaN must not rank first
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += _vector(loss, (ranks < 1).sum(), (ranks < 5).sum(), len(ranks))
     model.train(was_training)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
-from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES
+from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES, check_norm
 from bnnfree.optim import OPTIMIZERS
 from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
@@ -51,8 +51,11 @@ class ModelRecipe(_Part):
 
     name: str
     """architecture: a name of models.MODELS"""
-    norm: _one_of(NORMS) = "free"  # type: ignore[valid-type]
-    """what stands in for batch normalisation: none | bn | free | free_paper"""
+    norm: _one_of(NORMS) = Field(  # type: ignore[valid-type]
+        default="free", description=f"what stands in for batch normalisation: {' | '.join(NORMS)}"
+    )
+    norm_options: dict[str, bool | int | float | None] = {}
+    """of that norm: gn groups; frn learnable_eps, tlu, tau; ic drop; kn prior; brn rmax, dmax; *_pn proxy_eps; eps"""
     width: float = Field(default=1.0, gt=0)
     """multiplier of every layer's channels"""
     binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]
@@ -78,6 +81,14 @@ class ModelRecipe(_Part):
     latent_std: float | None = Field(default=0.04, gt=0)
     """deviation of the initial latent weights, where standardised; about 10 times the learning rate"""
 
+    @model_validator(mode="after")
+    def _norm_takes_its_options(self) -> ModelRecipe:
+        try:
+            check_norm(self.norm, self.norm_options)
+        except errors.BnnfreeError as error:
+            raise _contradiction(f"model.{error}") from None
+        return self
+
 
 class DataRecipe(_Part):
     """What it is trained on."""
@@ -92,6 +103,10 @@ class DataRecipe(_Part):
     """side of the square images, pixels; null: the data set's own"""
     augment: list[_one_of(AUGMENTS)] = []  # type: ignore[valid-type]
     """random changes of training images, in order: flip | crop | shift (small images)"""
+    train_limit: int | None = Field(default=None, ge=1)
+    """training images to use, the same share of each class, validation included; null: all"""
+    test_limit: int | None = Field(default=None, ge=1)
+    """test images to use, likewise; null: all"""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """share of the training images held out to choose the best epoch"""
     download: bool = False
@@ -148,6 +163,12 @@ class OptimizerRecipe(_Part):
     """bop: share of the new gradient in its average"""
     bop_threshold: float = Field(default=1e-8, ge=0)
     """bop: how strong the average must be to flip a bit"""
+    precondition: Literal["bnp"] | None = None
+    """bnp: gradients as if the inputs of every layer were normalised; null: as they are"""
+    bnp_rho: float = Field(default=0.99, ge=0, lt=1)
+    """bnp: share of the inputs' running mean and variance kept per step"""
+    bnp_floor: float = Field(default=1e-2, ge=0)
+    """bnp: smallest variance of a channel, as a share of its layer's largest"""
 
 
 class ScheduleRecipe(_Part):

@@ -90,7 +90,7 @@ def save_recipe(recipe: Recipe, path: str | Path, header: str = "") -> None:
         temporary.write_text(header + text, encoding="utf-8")
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """What `text` says. Errors: RecipeError, of one line."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -101,7 +101,8 @@ def _parse_yaml(text: str) -> Any:
         raise RecipeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path, what: str) -> dict:
+def read_tree(path: Path, what: str, expected: str = "model, data, stages") -> dict:
+    """The keys of a YAML file; `what` names it and `expected` some of its keys in errors. Errors: RecipeError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -110,25 +111,25 @@ def _read(path: Path, what: str) -> dict:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{what}: cannot be read as text ({error}).") from None
     try:
-        tree = _parse_yaml(text)
+        tree = parse_yaml(text)
     except RecipeError as error:
         raise RecipeError(f"{what}: not valid YAML: {error}") from None
     if tree is None:
-        raise RecipeError(f"{what}: is empty, expected keys such as model, data, stages.")
+        raise RecipeError(f"{what}: is empty, expected keys such as {expected}.")
     if not isinstance(tree, dict):
-        raise RecipeError(f"{what}: got a {type(tree).__name__}, expected keys such as model, data, stages.")
+        raise RecipeError(f"{what}: got a {type(tree).__name__}, expected keys such as {expected}.")
     return tree
 
 
 def _read_extended(path: Path) -> tuple[dict, str]:
     """The plain tree of a file and of what it extends, and what errors call it."""
-    tree = _read(path, f"recipe {path}")
+    tree = read_tree(path, f"recipe {path}")
     base_name = tree.pop("extends", None)
     if base_name is None:
         return tree, str(path)
     if not isinstance(base_name, str) or not base_name:
         raise RecipeError(f"recipe {path}: extends: got {_shown(base_name)}, expected the name of a recipe beside it.")
-    base = _read(path.parent / base_name, f"recipe {path}: extends: {_name(base_name)}")
+    base = read_tree(path.parent / base_name, f"recipe {path}: extends: {_name(base_name)}")
     if base.pop("extends", None) is not None:
         raise RecipeError(f"recipe {path}: extends {base_name}, which extends another; one level is allowed.")
     return _merge(base, tree), f"{path} (extends {base_name})"
@@ -149,7 +150,7 @@ def _apply(tree: dict, override: str, where: str) -> None:
     if not equals or not all(path):
         raise RecipeError(f"override {override!r}: expected key=value, for example model.norm=bn.")
     try:
-        value = _parse_yaml(text)
+        value = parse_yaml(text)
     except RecipeError:
         raise RecipeError(
             f"override {override!r}: {text!r} is not a value that YAML knows. Quote a text: {key}=\"'...'\"."

@@ -36,11 +36,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 class Report:
-    """The metrics of a run: a line per epoch in metrics.jsonl, curves.png, TensorBoard events if installed."""
+    """The metrics of a run: a line per epoch in metrics.jsonl, curves.png, TensorBoard events if installed.
 
-    def __init__(self, folder: str | Path, history: list[dict[str, Any]]):
+    curves: False leaves out curves.png, which takes as long as training a second or two.
+    """
+
+    def __init__(self, folder: str | Path, history: list[dict[str, Any]], curves: bool = True):
         self.folder = Path(folder)
         self.history = history
+        self.curves = curves
         self._drawn = -math.inf
         self._write_history()
         try:
@@ -54,7 +58,7 @@ class Report:
         """One epoch."""
         self.history.append(metrics)
         self._write_history()
-        if time.monotonic() - self._drawn > DRAW_SECONDS:
+        if self.curves and time.monotonic() - self._drawn > DRAW_SECONDS:
             self.draw()
         if self.board is not None:
             for key in SCALARS:
@@ -67,7 +71,7 @@ class Report:
 
     def close(self) -> None:
         """No more epochs: draw the curves a last time."""
-        if self.history:
+        if self.curves and self.history:
             self.draw()
         if self.board is not None:
             self.board.close()

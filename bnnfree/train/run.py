@@ -110,11 +110,11 @@ class Run:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         return state["history"]
 
-    def train(self, resumed: dict[str, Any] | None, quiet: bool = False) -> dict[str, Any]:
+    def train(self, resumed: dict[str, Any] | None, quiet: bool = False, curves: bool = True) -> dict[str, Any]:
         """Run every stage that is left, choose the best epoch, test it. Returns what result.json holds."""
         history = self.load(resumed) if resumed is not None else []
         self.started = time.monotonic()
-        self.report = Report(self.folder, history) if self.dist.main else _Silent(history)
+        self.report = Report(self.folder, history, curves) if self.dist.main else _Silent(history)
         try:
             with self._bar(quiet) as self.bar:
                 if resumed is None:
@@ -242,11 +242,12 @@ def fit(
     resume: bool = False,
     where: str = "data",
     quiet: bool = False,
+    curves: bool = True,
 ) -> dict[str, Any]:
     """Train `recipe` into `folder` and return its result: the whole job of tools/train.py.
 
-    folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), curves.png, last.pt (to resume
-    from), best.pt (by validation accuracy in the last stage) and result.json (accuracy on the test split,
+    folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), curves.png (where `curves`), last.pt (to
+    resume from), best.pt (by validation accuracy in the last stage) and result.json (accuracy on the test split,
     looked at once, at the end). A folder with a run in it is refused unless `resume`, which goes on from its
     last.pt and, deterministic, ends with the same bits as a run that was never stopped.
     """
@@ -267,7 +268,7 @@ def fit(
         run = Run(recipe, builders, folder, data, dist)
         if dist.main:
             save_recipe(recipe, folder / "recipe.yaml")
-        return run.train(state, quiet)
+        return run.train(state, quiet, curves)
     finally:
         torch.use_deterministic_algorithms(repeatable)
         processes.stop()

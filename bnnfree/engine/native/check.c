@@ -41,6 +41,8 @@ static const struct rule {
     [BNNF_OP_AVG_POOL2D] = {"avg_pool2d", BIT(REAL), 0, F32, 0, 1},
     [BNNF_OP_CONCAT] = {"concat", BIT(OTHER) | BIT(REAL), 0, F32, 0, 0},
     [BNNF_OP_SOFTMAX] = {"softmax", BIT(REAL), 0, F32, 0, 0},
+    [BNNF_OP_GROUP_NORM] = {"group_norm", BIT(WEIGHTS), EPILOGUE, F32, F32, 0},
+    [BNNF_OP_RMS_NORM] = {"rms_norm", BIT(WEIGHTS), EPILOGUE, F32, F32, 0},
 };
 
 enum mark { USED = 1, HAS_INFINITY = 2, HAS_NAN = 4 };
@@ -267,6 +269,18 @@ static int check_weights(checker *c) {
     return BNNF_OK;
 }
 
+static int check_groups(checker *c) {
+    const bnnf__tensor *eps = &c->model->tensors[c->op->record.weights];
+    if (eps->rank != 1 || c->op->channels % eps->shape[0])
+        return FAIL(c, BNNF_ERROR_GRAPH, "got other weights than [groups], which divides %u channels.",
+                    (unsigned)c->op->channels);
+    c->op->group_channels = c->op->group_outputs = c->op->channels / eps->shape[0];
+    c->op->group_words = (c->op->group_channels + 63) / 64;
+    c->op->weights_dtype = eps->dtype;
+    c->op->weights = eps->data;
+    return BNNF_OK;
+}
+
 /* Positions at which a window has its first or its last tap outside. */
 static int64_t border_positions(const bnnf__side *s) {
     int64_t near = (s->padding + s->stride - 1) / s->stride; /* the first that begins inside */
@@ -302,7 +316,7 @@ static int check_shapes(checker *c) {
     op->input_dtype = input->dtype;
     if (c->field[0] == BNNF_OP_CONCAT) op->outputs += other->shape[2];
     if (c->rule->window && (status = check_sides(c))) return status;
-    if (c->rule->weights && (status = check_weights(c))) return status;
+    if (c->rule->weights && (status = c->rule->window ? check_weights(c) : check_groups(c))) return status;
     if (c->field[0] == BNNF_OP_PIXEL_CONV2D && (status = check_border(c))) return status;
     op->out_words = (op->outputs + 63) / 64;
     for (int f = SCALE; f < WINDOW; f++) {

@@ -8,7 +8,7 @@
 
 #define BNNF_MAGIC "\142\156\156\146\015\012\032\012"
 #define BNNF_MAGIC_BYTES 8
-#define BNNF_VERSION 1u
+#define BNNF_VERSION 2u
 #define BNNF_ALIGN 64u
 #define BNNF_CHECKED_FROM 16u
 #define BNNF_NONE 0xFFFFFFFFu
@@ -63,7 +63,7 @@ enum bnnf_place {
     BNNF_PLACE_IMAGE = 2,
 };
 
-#define BNNF_OP_COUNT 8
+#define BNNF_OP_COUNT 10
 enum bnnf_op {
     /* the epilogue on its own: v is the input, bits as +1 and -1, pixels as 0 to 255 */
     /* input: f32 or bits or u8; may have: other, scale, bias, slope, low, high, threshold, flip, real, bits; no
@@ -95,6 +95,14 @@ enum bnnf_op {
     /* e^(v - max v) over its sum, along the channels */
     /* input: f32; needs: real; no window */
     BNNF_OP_SOFTMAX = 8,
+    /* v is the input less the mean of its group of channels over all positions, divided by their deviation */
+    /* input: f32; weights: f32; needs: weights; may have: other, scale, bias, slope, low, high, threshold, flip,
+       real, bits; no window */
+    BNNF_OP_GROUP_NORM = 9,
+    /* v is the input divided by the root mean square of its group of channels over all positions */
+    /* input: f32; weights: f32; needs: weights; may have: other, scale, bias, slope, low, high, threshold, flip,
+       real, bits; no window */
+    BNNF_OP_RMS_NORM = 10,
     BNNF_OP_END
 };
 _Static_assert(BNNF_OP_END - BNNF_OP_POINTWISE == BNNF_OP_COUNT, "the codes of the ops follow each other");
@@ -138,7 +146,7 @@ struct bnnf_op_record {
     uint32_t other;      /*   8: second activation: what the epilogue adds, or the second part of a concat */
     uint32_t real;       /*  12: activation it writes in float32 */
     uint32_t bits;       /*  16: activation it writes in bits */
-    uint32_t weights;    /*  20: constant [outputs, kernel_h, kernel_w, channels / groups] */
+    uint32_t weights;    /*  20: constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps */
     uint32_t scale;      /*  24: constant f32 [channels]: factor of the epilogue */
     uint32_t bias;       /*  28: constant f32 [channels]; of pixel_conv2d [row, column classes, channels] */
     uint32_t slope;      /*  32: constant f32 [channels]: factor of negative values */

@@ -99,6 +99,16 @@ struct bnnf__op {
     size_t packed_bytes, scratch_bytes;
 };
 
+/* Of a part of a norm: its channels, which are whole groups and whole words, and of each the mean of its group (of
+   rms_norm 0) and what the distance from it is multiplied by, channel `from` first. */
+typedef struct bnnf__statistics {
+    uint32_t from, to; /* from == to: nothing is left for this part */
+    float *mean, *factor;
+} bnnf__statistics;
+/* kernel_scalar.c: for a norm of every instruction set; they stand first in the scratch. */
+#define BNNF__STATISTICS_BYTES(op) (2 * (size_t)(op)->epilogue.lanes * sizeof(float))
+bnnf__statistics bnnf__norm_statistics(const bnnf__op *op, const bnnf__io *io);
+
 /* dispatch.c: does this CPU run `isa`? */
 int bnnf__cpu_runs(const char *isa);
 /* dispatch.c: the first kernel of the table that fits `op`, of instruction set `isa` or a lesser one. */

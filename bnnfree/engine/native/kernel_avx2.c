@@ -401,6 +401,49 @@ AVX2 void bnnf_pointwise__avx2_run(const bnnf__op *op, const bnnf__io *io) {
     else pointwise_u8(op, io);
 }
 
+/* -- norms -- */
+
+int bnnf_group_norm__avx2_fits(const bnnf__op *op) { return bnnf_pointwise__avx2_fits(op); }
+int bnnf_rms_norm__avx2_fits(const bnnf__op *op) { return bnnf_pointwise__avx2_fits(op); }
+
+size_t bnnf_group_norm__avx2_pack(bnnf__op *op, void *memory) {
+    (void)memory;
+    op->scratch_bytes = BNNF__STATISTICS_BYTES(op);
+    return 0;
+}
+
+size_t bnnf_rms_norm__avx2_pack(bnnf__op *op, void *memory) { return bnnf_group_norm__avx2_pack(op, memory); }
+
+/* `count` positions from `pixel` on. */
+INLINE void normed(const bnnf__op *op, const bnnf__io *io, const bnnf__statistics *s, size_t pixel,
+                   const uint32_t count) {
+    for (uint32_t word = s->from; word < s->to; word += 64) {
+        uint64_t bits[TILE] = {0};
+        for (uint32_t lane = word; lane < least(s->to, word + 64); lane += LANES) {
+            const uint32_t valid = (uint32_t)least(s->to - lane, LANES);
+            const __m256 mean = _mm256_loadu_ps(s->mean + (lane - s->from));
+            const __m256 factor = _mm256_loadu_ps(s->factor + (lane - s->from));
+            __m256 v[TILE];
+            UNROLL for (uint32_t i = 0; i < TILE; i++) {
+                const __m256 x = load_input(op, io->input, pixel + (i < count ? i : 0), lane, valid, BNNF_DTYPE_F32);
+                v[i] = _mm256_mul_ps(_mm256_sub_ps(x, mean), factor);
+            }
+            finish(op, io, pixel, count, lane, v, NULL, bits, lane - word);
+        }
+        if (io->bits) put_bits(op, io, pixel, count, word, 64, bits);
+    }
+}
+
+AVX2 void bnnf_group_norm__avx2_run(const bnnf__op *op, const bnnf__io *io) {
+    const bnnf__statistics s = bnnf__norm_statistics(op, io);
+    const size_t pixels = (size_t)op->height * op->width;
+    size_t pixel = 0;
+    for (; pixel + TILE <= pixels; pixel += TILE) normed(op, io, &s, pixel, TILE);
+    if (pixel < pixels) normed(op, io, &s, pixel, (uint32_t)(pixels - pixel));
+}
+
+AVX2 void bnnf_rms_norm__avx2_run(const bnnf__op *op, const bnnf__io *io) { bnnf_group_norm__avx2_run(op, io); }
+
 /* -- poolings -- */
 
 /* The window of one output position: rows and columns of the input from `from`, every `step`, `count` of them. */

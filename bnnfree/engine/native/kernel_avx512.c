@@ -485,6 +485,44 @@ WITH_AVX512 void bnnf_pointwise__avx512_run(const bnnf__op *op, const bnnf__io *
     else run_pointwise(op, io, op->channels, INPUT_U8);
 }
 
+/* -- norms */
+
+int bnnf_group_norm__avx512_fits(const bnnf__op *op) { return bnnf_pointwise__avx512_fits(op); }
+int bnnf_rms_norm__avx512_fits(const bnnf__op *op) { return bnnf_pointwise__avx512_fits(op); }
+
+size_t bnnf_group_norm__avx512_pack(bnnf__op *op, void *memory) {
+    (void)memory;
+    op->scratch_bytes = BNNF__STATISTICS_BYTES(op);
+    return 0;
+}
+
+size_t bnnf_rms_norm__avx512_pack(bnnf__op *op, void *memory) { return bnnf_group_norm__avx512_pack(op, memory); }
+
+WITH_AVX512 void bnnf_group_norm__avx512_run(const bnnf__op *op, const bnnf__io *io) {
+    enum { TOGETHER = 12 }; /* pixels that stay in the cache from panel to panel */
+    const bnnf__statistics s = bnnf__norm_statistics(op, io);
+    const size_t all = (size_t)op->height * op->width;
+    const int parts = parts_of(op, io);
+    float v[TOGETHER * LANES];
+    for (size_t from = 0; s.from < s.to && from < all; from += TOGETHER) {
+        const size_t pixels = all - from < TOGETHER ? all - from : TOGETHER;
+        for (size_t c = s.from; c < s.to; c += LANES) {
+            const __m512 mean = _mm512_loadu_ps(s.mean + (c - s.from));
+            const __m512 factor = _mm512_loadu_ps(s.factor + (c - s.from));
+            const __mmask16 live = s.to - c < LANES ? (__mmask16)((1u << (s.to - c)) - 1) : 0xFFFF;
+            const float *x = (const float *)io->input + from * op->channels + c;
+            for (size_t i = 0; i < pixels; i++, x += op->channels)
+                _mm512_storeu_ps(v + i * LANES,
+                                 _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(live, x), mean), factor));
+            finish(op, io, from, pixels, c / LANES, NULL, (const char *)v, sizeof(float) * LANES, REALS, parts);
+        }
+    }
+}
+
+WITH_AVX512 void bnnf_rms_norm__avx512_run(const bnnf__op *op, const bnnf__io *io) {
+    bnnf_group_norm__avx512_run(op, io);
+}
+
 /* -- poolings */
 
 /* A statement for each i below 4: written out, so that each v[i] is a register. */

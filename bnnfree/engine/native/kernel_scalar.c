@@ -521,3 +521,84 @@ RUNS(softmax__scalar) {
     for (; pixel < last; pixel++)
         softmax((const float *)io->input + pixel * op->channels, io->real + pixel * op->outputs, op->channels);
 }
+
+/* -- norms */
+
+/* Sums over all positions of up to LANES channels from x on: of their values, or, where there is a `mean`, of the
+   squares of their distance from it; that and `to` have LANES floats. */
+static void sum_channels(const bnnf__op *op, const float *x, uint32_t lanes, const float *mean, float *to) {
+    float total[LANES] = {0}, last[LANES] = {0};
+    for (uint32_t i = 0; i < op->height; i++) {
+        float sums[LANES] = {0};
+        for (uint32_t j = 0; j < op->width; j++, x += op->channels) {
+            const float *values = x;
+            if (lanes < LANES) values = memcpy(last, x, lanes * sizeof *x);
+            if (!mean) {
+                for (uint32_t k = 0; k < LANES; k++) sums[k] = sums[k] + values[k];
+            } else {
+                for (uint32_t k = 0; k < LANES; k++) {
+                    const float d = values[k] - mean[k];
+                    sums[k] = sums[k] + d * d;
+                }
+            }
+        }
+        for (uint32_t k = 0; k < LANES; k++) total[k] = total[k] + sums[k];
+    }
+    memcpy(to, total, sizeof total);
+}
+
+/* The same of the channels from..behind, added up in each group and divided by how many values they are of: stored at
+   every channel of the group, the first channel being to[0]. */
+static void group_means(const bnnf__op *op, const bnnf__io *io, uint32_t from, uint32_t behind, const float *mean,
+                        float *to) {
+    const float count = (float)((uint64_t)op->height * op->width * op->group_channels);
+    for (uint32_t c = from; c < behind; c += LANES)
+        sum_channels(op, (const float *)io->input + c, (uint32_t)least(LANES, behind - c),
+                     mean ? mean + (c - from) : NULL, to + (c - from));
+    for (float *group = to; group < to + (behind - from); group += op->group_channels) {
+        float sum = 0;
+        for (uint32_t k = 0; k < op->group_channels; k++) sum = sum + group[k];
+        sum = sum / count;
+        for (uint32_t k = 0; k < op->group_channels; k++) group[k] = sum;
+    }
+}
+
+bnnf__statistics bnnf__norm_statistics(const bnnf__op *op, const bnnf__io *io) {
+    const size_t lanes = op->epilogue.lanes;
+    const float *eps = op->weights;
+    bnnf__statistics s = {.mean = io->scratch};
+    size_t together = op->group_channels, first, behind;
+    while (together % 64) together += op->group_channels;
+    bnnf__share((op->channels + together - 1) / together, io->part, io->parts, &first, &behind);
+    s.from = (uint32_t)least(first * together, op->channels);
+    s.to = (uint32_t)least(behind * together, op->channels);
+    s.factor = s.mean + lanes;
+    if (s.from == s.to) return s;
+    memset(s.mean, 0, lanes * sizeof *s.mean);
+    if (op->record.code == BNNF_OP_GROUP_NORM) group_means(op, io, s.from, s.to, NULL, s.mean);
+    group_means(op, io, s.from, s.to, s.mean, s.factor);
+    for (uint32_t c = s.from; c < s.to; c++)
+        s.factor[c - s.from] = 1.0f / sqrtf(s.factor[c - s.from] + eps[c / op->group_channels]);
+    return s;
+}
+
+FITS(group_norm__scalar)
+PACKS_NOTHING(group_norm__scalar, BNNF__STATISTICS_BYTES(op) + (size_t)op->outputs * sizeof(float))
+
+RUNS(group_norm__scalar);
+RUNS(group_norm__scalar) {
+    const bnnf__statistics s = bnnf__norm_statistics(op, io);
+    const size_t pixels = (size_t)op->height * op->width;
+    const float *x = (const float *)io->input + s.from;
+    float *v = s.factor + op->epilogue.lanes;
+    for (size_t pixel = 0; s.from < s.to && pixel < pixels; pixel++, x += op->channels) {
+        for (uint32_t c = 0; c < s.to - s.from; c++) v[c] = (x[c] - s.mean[c]) * s.factor[c];
+        finish(op, io, pixel, s.from, s.to, v, op->epilogue.bias);
+    }
+}
+
+FITS(rms_norm__scalar)
+PACKS(rms_norm__scalar);
+PACKS(rms_norm__scalar) { return bnnf_group_norm__scalar_pack(op, memory); }
+RUNS(rms_norm__scalar);
+RUNS(rms_norm__scalar) { bnnf_group_norm__scalar_run(op, io); }

@@ -29,7 +29,9 @@
     K(CONV2D, "avx512", conv2d__avx512_6x32) \
     K(POINTWISE, "avx512", pointwise__avx512) \
     K(MAX_POOL2D, "avx512", max_pool2d__avx512) \
-    K(AVG_POOL2D, "avx512", avg_pool2d__avx512)
+    K(AVG_POOL2D, "avx512", avg_pool2d__avx512) \
+    K(GROUP_NORM, "avx512", group_norm__avx512) \
+    K(RMS_NORM, "avx512", rms_norm__avx512)
 #else
 #define BNNF__KERNELS_AVX512(K)
 #endif
@@ -41,7 +43,9 @@
     K(CONV2D, "avx2", conv2d__avx2_4x16) \
     K(POINTWISE, "avx2", pointwise__avx2) \
     K(MAX_POOL2D, "avx2", max_pool2d__avx2) \
-    K(AVG_POOL2D, "avx2", avg_pool2d__avx2)
+    K(AVG_POOL2D, "avx2", avg_pool2d__avx2) \
+    K(GROUP_NORM, "avx2", group_norm__avx2) \
+    K(RMS_NORM, "avx2", rms_norm__avx2)
 #else
 #define BNNF__KERNELS_AVX2(K)
 #endif
@@ -56,6 +60,8 @@
     K(MAX_POOL2D, "scalar", max_pool2d__scalar) \
     K(AVG_POOL2D, "scalar", avg_pool2d__scalar) \
     K(CONCAT, "scalar", concat__scalar) \
-    K(SOFTMAX, "scalar", softmax__scalar)
+    K(SOFTMAX, "scalar", softmax__scalar) \
+    K(GROUP_NORM, "scalar", group_norm__scalar) \
+    K(RMS_NORM, "scalar", rms_norm__scalar)
 
 #endif

@@ -1,0 +1,7 @@
+"""What the exporter raises."""
+
+from bnnfree.errors import BnnfreeError
+
+
+class ExportError(BnnfreeError):
+    """A module that cannot be exported: which layer, why, and what to do."""

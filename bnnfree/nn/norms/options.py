@@ -1,0 +1,49 @@
+"""The options of a normaliser are the keyword arguments of its builder: checking them. Imports bnnfree.errors only."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from bnnfree.errors import BnnfreeError, unknown_name
+
+NOT_FOR_RECIPES = ("activation",)  # modules: what builds the network passes them
+
+
+def check_options(builder: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
+    """Is every option a keyword argument of `builder`, and of its annotated type (int serves as float)?
+
+    Errors: UnknownNameError, BnnfreeError. Ranges are the builder's to check.
+    """
+    known = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(builder, eval_str=True).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_FOR_RECIPES
+    }
+    for name, value in options.items():
+        if name not in known:
+            if not known:
+                raise BnnfreeError(f"{where}: got option {name!r}, expected none: this norm has no options.")
+            raise unknown_name(where, name, known)
+        kinds = get_args(known[name]) or (known[name],)
+        whole_for_real = float in kinds and isinstance(value, int) and not isinstance(value, bool)
+        if not whole_for_real and type(value) not in kinds:
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise BnnfreeError(f"{where}: {name}: got {value!r} ({type(value).__name__}), expected {expected}.")
+
+
+def positive_eps(value: float, name: str = "eps") -> float:
+    """An eps that keeps a division finite: the value, or an error if it is not clearly above 0."""
+    return within(name, value, low=1e-12)
+
+
+def within(
+    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_high: bool = False
+) -> float:
+    """`value` if it lies in [low, high] (open_high: below high), else an error that says so."""
+    if not low <= value <= high or (open_high and value == high):
+        bounds = f"from {low:g} on" if high == math.inf else f"from {low:g} to {'below ' if open_high else ''}{high:g}"
+        raise BnnfreeError(f"{name}: got {value!r}, expected a number {bounds}.")
+    return float(value)
