@@ -73,7 +73,7 @@ def xnor_resnet18(classes: int, channels: int = 3, **options) -> Trunk:
 
 
 def resnet20(classes: int, channels: int = 3, **options) -> Trunk:
-    """The CIFAR ResNet-20 of real weights and ReLU, ReactNet-20's twin: same widths and depth, same normalisers.
+    """The CIFAR ResNet-20 of real weights and ReLU, ReActNet-20's twin: same widths and depth, same normalisers.
 
     It stays real whatever `binarize` says; `standardize=False` makes its convolutions the ordinary ones. The
     shortcuts of its transitions are pooled 1x1 convolutions, as in the other networks here.
