@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bnnfree.files import replacing
+from bnnfree.train.grid import Axis, short
 from bnnfree.train.outcome import Entry
-from bnnfree.train.sweep import Axis, short
 
 FIGURES = {"test_top1": 2, "val_top1": 2, "test_loss": 3, "minutes": 1}  # figure -> decimals
 TITLES = {
