@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "bnnfree" / "engine" / "native"
 HERE = ROOT / "tests" / "native"
 STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
+TSAN = ["-fsanitize=thread", "-g1"]
+ASAN_FINDS, TSAN_FINDS = "bol", "r"  # letters of WRONG
 WRAPPED = [f"-Wl,--wrap={name}" for name in ("malloc", "calloc", "pthread_create", "bnnf__alloc", "bnnf__free")]
 
 # What a sanitizer must find before it is trusted to find nothing. By its argument this reads a byte Beyond memory, adds

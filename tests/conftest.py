@@ -1,6 +1,27 @@
-"""Every test process and its children compute with one thread: the suite runs one process per core."""
+"""Every test process and its children compute with one thread: the suite runs one process per core.
+
+And the cases of the C program native/suite.c, which two files of tests run.
+"""
 
 import os
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def goldens(tmp_path_factory):
+    """Cases that run."""
+    from cases import write_goldens  # here: torch, which reads the variables above, is imported by it
+
+    return write_goldens(tmp_path_factory.mktemp("goldens"), randoms=18, wides=2)
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory):
+    """Cases to refuse, and damaged ones."""
+    from cases import write_hostile
+
+    return write_hostile(tmp_path_factory.mktemp("hostile"), damages=300)

@@ -1,10 +1,12 @@
-"""What several test files need: tiny recipes, and a stage in float64."""
+"""What several test files need: noise, narrow models, tiny recipes, and a stage in float64."""
 
 import json
 from pathlib import Path
 
 import torch
 
+from bnnfree.nn import NORMS
+from bnnfree.train import fit
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
@@ -25,10 +27,36 @@ TINY = {
     "free": {"calibration": 32},
 }  # fmt: skip
 
+BATCH_FREE = ("none", "free", "free_paper", "gn", "ln", "in", "frn", "ic_gn", "ic_frn", "ln_pn", "gn_pn", "in_pn")
+BATCH = ("bn", "brn", "ic", "kn")
+NARROW = {"reactnet20": 0.5, "resnet20": 0.5}  # the others 1/8: 8 channels in their first stage
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    """Normal values."""
+    print(f"seed {seed}")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make_model(name, norm, seed=0, **options):
+    """A narrow model of three classes."""
+    torch.manual_seed(seed)
+    return MODELS[name](3, norm=norm, width=NARROW.get(name, 0.125), stem="cifar", **options)
+
+
+def without_drop(norm):
+    """Options of a normaliser in which training draws nothing at random."""
+    return {"norm_options": {"drop": 0.0}} if NORMS[norm].before else {}
+
 
 def tiny(*overrides: str):
     """The recipe TINY with `key=value` overrides."""
     return parse_recipe(TINY, "tiny.yaml", MODELS, overrides)
+
+
+def train(folder: Path, *overrides: str, curves=False, **options) -> dict:
+    """A run of the recipe TINY; what fit returns. Why no curves: to draw them takes as long as the rest."""
+    return fit(tiny(*overrides), MODELS, folder, quiet=True, curves=curves, **options)
 
 
 def double_stage(monkeypatch, recipe, dist: Dist | None = None) -> Stage:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import noise
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, UnknownNameError
@@ -27,11 +28,6 @@ PADS = (0, 1, -1)
 # kernel, stride, dilation, groups, pad_value; the padding grows with the kernel, unlike in rows and columns
 GEOMETRIES = list(itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2), (1, 2), PADS))
 FEW = [(3, 2, 1, 1, 0), (2, 1, 2, 2, 1), (1, 1, 1, 1, 0), (3, 3, 1, 2, -1), (5, 1, 1, 1, 1)]
-
-
-def noise(*shape, seed):
-    print(f"seed {seed}")
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def randomise(layer, seed):

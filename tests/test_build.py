@@ -56,8 +56,14 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else(library):
 # -- in C
 
 
-@pytest.mark.parametrize("options", [[], ["-DBNNF_NO_THREADS", "-DBNNF_NO_SIMD"]], ids=["all", "bare"])
-@pytest.mark.parametrize("command", ["gcc", "clang", "aarch64-linux-gnu-gcc"])
+BARE = ["-DBNNF_NO_THREADS", "-DBNNF_NO_SIMD"]
+SLOW = pytest.mark.slow  # little that the others do not see: python -m pytest -m slow tests/test_build.py
+
+
+@pytest.mark.parametrize(("command", "options"), [
+    ("gcc", []), ("gcc", BARE), ("clang", []), ("aarch64-linux-gnu-gcc", BARE),
+    pytest.param("clang", BARE, marks=SLOW), pytest.param("aarch64-linux-gnu-gcc", [], marks=SLOW),
+])  # fmt: skip
 def test_the_sources_compile_without_a_warning(command, options, tmp_path):
     """Optimised, since some warnings need that. Texts above 4095 bytes: assembly, for these compilers alone."""
     tool_of(command)
@@ -95,7 +101,7 @@ def test_the_program_in_the_header_classifies(options, tmp_path):
     assert [line[7:] for line in program.strip("\n ").splitlines()][1:] == example.read_text().splitlines()[1:]
     sources = [example, *sorted(NATIVE.glob("*.c"))]
     libraries = ["-lm", *([] if options else ["-pthread"])]
-    flags = ["-std=c11", "-O0" if options else "-O2", "-ffp-contract=off", *options, f"-I{NATIVE}"]
+    flags = ["-std=c11", "-O0", "-ffp-contract=off", *options, f"-I{NATIVE}"]
     output_of(*compiler(), *flags, *sources, "-o", tmp_path / "minimal", *libraries)
     (tmp_path / "m.bnnf").write_bytes(bases()[2])
     model = from_bytes(bases()[2])
@@ -190,11 +196,6 @@ def test_a_compiler_that_is_none_is_named(monkeypatch, tmp_path, capsys, variabl
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_prints_the_path_last(library):
-    printed = output_of(sys.executable, "-m", "bnnfree.engine.build", cwd=ROOT)
-    assert printed.splitlines()[-1] == str(build.PLACE / build.name())
-
-
 # -- without it
 
 
@@ -243,7 +244,7 @@ def test_without_a_compiler_a_native_backend_is_an_error_that_says_why(bare, bac
 
 @pytest.fixture
 def sources(tmp_path):
-    """What an install needs, as in a clean checkout."""
+    """What an install needs, as in a clean checkout; its C code is next to nothing."""
     pytest.importorskip("setuptools")
     clean = shutil.ignore_patterns("_native", "__pycache__")
     shutil.copytree(ROOT / "bnnfree", tmp_path / "checkout" / "bnnfree", ignore=clean)
@@ -252,6 +253,13 @@ def sources(tmp_path):
     for source in (tmp_path / "checkout" / "bnnfree" / "engine" / "native").glob("*.c"):
         source.write_text(f"int bnnf_{source.stem}(void) {{ return 1; }}\n")  # compiles in no time
     return tmp_path / "checkout"
+
+
+def test_the_command_prints_the_path_last(sources):
+    compiler()
+    printed = output_of(sys.executable, "-m", "bnnfree.engine.build", cwd=sources)
+    (made,) = (sources / "bnnfree" / "engine" / "_native").iterdir()
+    assert printed.splitlines()[-1] == str(made) and LIBRARY.fullmatch(made.relative_to(sources).as_posix())
 
 
 def wheel_of(sources, **environment):

@@ -6,21 +6,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, TINY, tiny
+from helpers import ROOT, TINY, train
 from PIL import Image
 from test_published import THEIRS, make_file, save
 from test_tools import tool  # noqa: F401
 
 from bnnfree.engine import load
-from bnnfree.train import fit
-from models import MODELS
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder of a tiny network, trained for two epochs on fake data."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    fit(tiny("stages=[{epochs: 2}]"), MODELS, folder, quiet=True)
+    train(folder, "stages=[{epochs: 2}]", curves=True)
     return folder
 
 

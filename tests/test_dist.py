@@ -27,7 +27,7 @@ def worker(rank: int, port: int, folder: str, options: tuple[str, ...]) -> None:
     "options",
     [
         ("model.norm=free",),
-        ("model.norm=free_paper",),
+        pytest.param(("model.norm=free_paper",), marks=pytest.mark.slow),  # python -m pytest -m slow tests/test_dist.py
         ("model.norm=free", "optimizer.precondition=bnp", "optimizer.name=sgd", "accumulate=2"),
     ],
     ids=["free", "free_paper", "bnp"],

@@ -65,17 +65,16 @@ def check(model, size, channels=3, images=64, agreement=0.0, **options):
 
 PLAIN = ("none", "bn", "free", "free_paper")  # the other norms are tried with one model; the slow test has all pairs
 PAIRS = [(name, norm) for name in MODELS for norm in NORMS if norm in PLAIN or name == "reactnet20"]
+SMALL, LARGE = ("cifar", (13, 16)), ("imagenet", (65, 42))
+RUNS = [(*pair, *stem) for pair in PAIRS for stem in (SMALL, LARGE) if stem is SMALL or pair[1] in ("bn", "free")]
 
 
-@pytest.mark.parametrize("stem, size", [("cifar", (13, 16)), ("imagenet", (65, 42))])
-@pytest.mark.parametrize("name, norm", PAIRS)
+@pytest.mark.parametrize("name, norm, stem, size", RUNS)
 def test_every_model_and_every_norm_and_stem_runs_in_the_engine_as_in_torch(name, norm, stem, size):
-    if norm not in PLAIN:
-        size = (13, 16)  # the pool of the stem, on a small map
     torch.manual_seed(0)
     model = MODELS[name](7, norm=norm, width=0.125, stem=stem)
     calibrate(model, torch.randn(16, 3, *size))
-    check(disturb(model), size)
+    check(disturb(model), size, images=16)
 
 
 @pytest.mark.slow
@@ -511,11 +510,11 @@ def test_export_leaves_the_module_as_it_was(tmp_path):
 def test_ops_and_file_size_do_not_depend_on_the_values_of_parameters(name, norm):
     """So the size is known before training."""
     sizes = []
-    for seed in (None, 0, 1):
+    for seed in (None, 0):
         model = MODELS[name](4, norm=norm, width=0.125)
         packed = pack(model if seed is None else disturb(model, seed), image_size=(9, 9), **CIFAR)
         sizes.append((packed_bytes(packed.model), [op.name for op in packed.model.ops]))
-    assert sizes[0] == sizes[1] == sizes[2]
+    assert sizes[0] == sizes[1]
 
 
 def test_the_same_network_gives_the_same_bytes(tmp_path):

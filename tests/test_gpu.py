@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import assert_same, tiny
+from helpers import assert_same, tiny, train
 
 from bnnfree.nn import BinaryConv2d, Sign, calibrate
-from bnnfree.train import fit, load_checkpoint, load_data
+from bnnfree.train import load_checkpoint, load_data
 from models import MODELS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -57,7 +57,7 @@ def test_a_run_cut_in_two_ends_with_the_same_bits(tmp_path, monkeypatch):
     from bnnfree.train.loop import Stage
 
     options = ("device=cuda", "checkpoint_minutes=0.0001")
-    fit(tiny(*options), MODELS, tmp_path / "whole", quiet=True)
+    train(tmp_path / "whole", *options)
     take, taken = Stage._take_step, 0
 
     def cut(self, group):
@@ -69,7 +69,7 @@ def test_a_run_cut_in_two_ends_with_the_same_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Stage, "_take_step", cut)
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny(*options), MODELS, tmp_path / "cut", quiet=True)
+        train(tmp_path / "cut", *options)
     monkeypatch.setattr(Stage, "_take_step", take)
-    fit(tiny(*options), MODELS, tmp_path / "cut", quiet=True, resume=True)
+    train(tmp_path / "cut", *options, resume=True)
     assert_same(load_checkpoint(tmp_path / "cut" / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt"))

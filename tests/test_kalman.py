@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_model, noise
 from torch import nn
 
 from bnnfree.nn import (
@@ -19,20 +22,7 @@ from bnnfree.nn import (
 from bnnfree.nn.norms.kalman import mixture
 from models import MODELS
 
-NARROW = {"reactnet20": 0.5, "resnet20": 0.5}
-
-
 M, S = torch.tensor([0.0, -1.1, 0.7]).double(), torch.tensor([1.0, 0.6, 1.7]).double()
-
-
-def noise(*shape, seed, dtype=torch.float64):
-    print(f"seed {seed}")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def make_model(name, norm, seed=0, **options):
-    torch.manual_seed(seed)
-    return MODELS[name](3, norm=norm, width=NARROW.get(name, 0.125), stem="cifar", **options)
 
 
 def test_kalman_without_a_prior_is_bn_to_the_bit():
@@ -85,7 +75,7 @@ def test_gradients_flow_through_batch_and_prior():
     assert torch.autograd.gradcheck(lambda x, m, v, *_: layer.correct(x, m, v), (*inputs, *layer.parameters()))
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-4, 1e4])
+@pytest.mark.parametrize("factor", [0.0, 1e-4, 1e4, math.inf])
 def test_a_prior_of_degenerate_variance_is_not_fused(factor):
     layer, x = kalman(0.9), noise(3, 4, 5, 7, seed=71) * 2 + 1
     prior = torch.full((4,), 50.0).double(), x.var((0, 2, 3)) * factor

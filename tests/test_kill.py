@@ -10,7 +10,7 @@ from helpers import ROOT, TINY, assert_same, metrics_of
 
 from bnnfree.train import load_checkpoint
 
-STAGES = [{"name": "activations", "binarize": "activations", "epochs": 3}, {"name": "both", "epochs": 3}]
+STAGES = [{"name": "activations", "binarize": "activations", "epochs": 2}, {"name": "both", "epochs": 2}]
 RECIPE = {**TINY, "data": {**TINY["data"], "samples": 320}, "stages": STAGES, "checkpoint_minutes": 0.002}
 
 
@@ -35,7 +35,7 @@ def test_a_run_killed_in_both_stages_resumes_to_the_same_bits(tmp_path):
     subprocess.run([*train, str(whole)], cwd=ROOT, check=True, capture_output=True)
     kill_in_epoch([*train, str(cut)], cut, 2)
     assert load_checkpoint(cut / "last.pt")["stage"] == 0
-    kill_in_epoch([*train, str(cut), "--resume"], cut, 5)
+    kill_in_epoch([*train, str(cut), "--resume"], cut, 4)
     assert load_checkpoint(cut / "last.pt")["stage"] == 1 and not (cut / "result.json").exists()
     subprocess.run([*train, str(cut), "--resume"], cwd=ROOT, check=True, capture_output=True)
     for name in ("last.pt", "best.pt"):

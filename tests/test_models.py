@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import noise, without_drop
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, UnknownNameError
@@ -14,11 +15,6 @@ from models import MODELS
 
 SHAPES = [(norm, binarize) for norm in NORMS for binarize in BINARIZE if binarize == "both" or "free" in norm]
 NARROW = 0.125  # 8 channels where the table has 64; never fewer than 8
-
-
-def make_images(*shape, seed):
-    print(f"seed {seed}")
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_model(name, classes=3, seed=0, **options):
@@ -37,7 +33,7 @@ def test_every_parameter_of_every_model_gets_a_gradient(name, norm, binarize):
         for p in model.parameters():
             if p.dim() == 1:  # shifts and biases off 0, so that both sides of every RPReLU are met
                 p.add_(0.3 * torch.randn_like(p))
-    images = make_images(2, 3, 19, 13, seed=1)
+    images = noise(2, 3, 19, 13, seed=1, dtype=torch.float32)
     calibrate(model, images)
     logits = model(images)
     assert logits.shape == (2, 3)
@@ -87,7 +83,7 @@ def test_maps_halve_where_the_layout_says_for_odd_and_oblong_images(name, stem, 
     model, sizes = make_model(name, stem=stem, classes=7, channels=1), []
     for block in model.blocks:
         block.register_forward_hook(lambda _, args, out: sizes.append(tuple(out.shape[2:])))
-    assert model(make_images(2, 1, *size, seed=2)).shape == (2, 7)
+    assert model(noise(2, 1, *size, seed=2, dtype=torch.float32)).shape == (2, 7)
     blocks, halvings, stem_halvings = LAYOUT[name]
     start = stem_halvings if stem == "imagenet" else 0
     assert len(sizes) == blocks
@@ -111,7 +107,7 @@ def test_width_multiplies_the_channels_to_multiples_of_8(name, width, expected):
     model, seen = make_model(name, width=width), []
     for block in model.blocks:
         block.register_forward_hook(lambda _, args, out: seen.extend([args[0].shape[1], out.shape[1]]))
-    model(make_images(1, 3, 9, 7, seed=3))
+    model(noise(1, 3, 9, 7, seed=3, dtype=torch.float32))
     assert sorted(set(seen)) == sorted(set(expected))
     assert model.get_classifier() is model.head and model.head.in_features == expected[-1]
 
@@ -180,7 +176,7 @@ def test_initial_binary_convolutions_of_random_signs_have_unit_variance(name, no
         if layer.in_channels > 64:
             continue
         layer.padding = (0, 0)  # zeros at the border would lower it
-        x = make_images(16, layer.in_channels, 9, 9, seed=5)
+        x = noise(16, layer.in_channels, 9, 9, seed=5, dtype=torch.float32)
         got = layer(torch.where(x < 0, -1.0, 1.0)).var().item()
         assert got == pytest.approx(variance, rel=0.12), shape
 
@@ -190,9 +186,8 @@ def test_initial_binary_convolutions_of_random_signs_have_unit_variance(name, no
 def test_signs_under_bfloat16_autocast_are_those_of_float32(name, width, norm):
     # xnor: a sign reads whole sums of signs, many of them 0; reactnet: it reads the trunk
     # dropout leaves no signs to the convolution, so it is off; a prior is drawn at random, so it has a seed
-    options = {"drop": 0.0} if NORMS[norm].before else {}
-    model = make_model(name, norm=norm, width=width, norm_options=options)
-    images = make_images(2, 3, 12, 11, seed=6)
+    model = make_model(name, norm=norm, width=width, **without_drop(norm))
+    images = noise(2, 3, 12, 11, seed=6, dtype=torch.float32)
     calibrate(model, images)
     model.train()
     signs = []

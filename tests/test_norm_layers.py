@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import make_model, noise
 from torch import nn
 
 from bnnfree.nn import (
@@ -19,20 +20,6 @@ from bnnfree.nn import (
     anneal,
     make_norm,
 )
-from models import MODELS
-
-NARROW = {"reactnet20": 0.5, "resnet20": 0.5}
-
-
-def noise(*shape, seed, dtype=torch.float64):
-    print(f"seed {seed}")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def make_model(name, norm, seed=0, **options):
-    torch.manual_seed(seed)
-    return MODELS[name](3, norm=norm, width=NARROW.get(name, 0.125), stem="cifar", **options)
-
 
 # -- filter response
 
@@ -78,9 +65,10 @@ def test_frn_takes_no_mean_off_and_forgets_the_scale():
 def test_frn_of_half_precision_has_statistics_of_float32():
     layer, x = FilterResponseNorm(3), torch.full((2, 3, 40, 40), 300.0).half()  # its square overflows in float16
     torch.testing.assert_close(layer(x), torch.ones(2, 3, 40, 40))
+    x = noise(2, 3, 9, 9, seed=10).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        x = noise(2, 3, 9, 9, seed=10, dtype=torch.float32)
-        assert torch.equal(layer(x), layer(x.clone())) and layer(x).dtype == torch.float32
+        y = layer(x)
+    assert y.dtype == torch.float32 and torch.equal(y, layer(x.float()))
 
 
 def test_frn_of_a_map_of_zeros_is_beta_with_a_finite_gradient():

@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import BATCH, BATCH_FREE, make_model, noise, without_drop
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, UnknownNameError
@@ -23,16 +24,8 @@ from bnnfree.nn import (
     make_norm,
 )
 from bnnfree.nn.norms.group import default_groups
-from models import MODELS
 
-BATCH_FREE = ("none", "free", "free_paper", "gn", "ln", "in", "frn", "ic_gn", "ic_frn", "ln_pn", "gn_pn", "in_pn")
-BATCH = ("bn", "brn", "ic", "kn")
-NARROW = {"reactnet20": 0.5, "resnet20": 0.5}
-
-
-def noise(*shape, seed, dtype=torch.float64):
-    print(f"seed {seed}")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+KINDS = ("reactnet20", "xnor_resnet18", "resnet20")  # a block each: RPReLU, two binary convolutions, real
 
 
 def make_layer(name, channels=6, **options):
@@ -43,11 +36,6 @@ def make_layer(name, channels=6, **options):
         for i, p in enumerate(layer.parameters()):
             p.add_(0.3 * noise(*p.shape, seed=50 + i))
     return layer
-
-
-def make_model(name, norm, seed=0, **options):
-    torch.manual_seed(seed)
-    return MODELS[name](3, norm=norm, width=NARROW.get(name, 0.125), stem="cifar", **options)
 
 
 def test_every_normaliser_is_known_as_batch_free_or_not():
@@ -70,7 +58,7 @@ def test_a_batch_free_layer_gives_a_sample_alone_what_it_gives_it_in_any_batch(n
         assert torch.equal(layer(x[i : i + 1])[0], together[i])
 
 
-@pytest.mark.parametrize("name", ["bn", "brn", "kn", "ic"])
+@pytest.mark.parametrize("name", BATCH)
 def test_a_batch_layer_does_not(name):
     layer, x = make_layer(name).train(), noise(5, 6, 7, 5, seed=1)
     assert not torch.allclose(layer(x)[:2], layer(x[:2]), atol=1e-3)
@@ -78,11 +66,10 @@ def test_a_batch_layer_does_not(name):
 
 
 @pytest.mark.parametrize("norm", BATCH_FREE)
-@pytest.mark.parametrize("name", ["reactnet20", "xnor_resnet18", "resnet20"])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_batch_free_network_has_no_batch_effect(name, norm):
     """To float64's tolerance: a convolution may sum in another order for another batch size."""
-    options = {"norm_options": {"drop": 0.0}} if NORMS[norm].before else {}
-    model, x = make_model(name, norm, **options).double(), noise(3, 3, 16, 16, seed=2)
+    model, x = make_model(name, norm, **without_drop(norm)).double(), noise(3, 3, 16, 16, seed=2)
     calibrate(model, x)
     trained = model.train()(x)
     for got, wanted in [
@@ -93,12 +80,12 @@ def test_a_batch_free_network_has_no_batch_effect(name, norm):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
-# -- every model with every normaliser
+# -- a step of training; the gradients of every model: test_models.py
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_trains_a_step_and_is_deterministic_after(name, norm):
+@pytest.mark.parametrize("name", KINDS)
+def test_a_network_trains_a_step_and_is_deterministic_after(name, norm):
     model, images = make_model(name, norm), noise(3, 3, 16, 16, seed=3, dtype=torch.float32)
     calibrate(model, images)
     loss = F.cross_entropy(model.train()(images), torch.tensor([0, 2, 1]))
@@ -110,7 +97,7 @@ def test_every_model_trains_a_step_and_is_deterministic_after(name, norm):
     assert torch.isfinite(first).all() and torch.equal(model(images), first) and torch.equal(copied(images), first)
 
 
-@pytest.mark.parametrize("norm", ["bn", "brn", "ic", "kn"])
+@pytest.mark.parametrize("norm", BATCH)
 def test_what_folds_is_batch_normalisation_to_the_keys(norm):
     keys = [k for k in make_model("reactnet18", norm).state_dict() if k.startswith("blocks.3.branch")]
     if norm == "ic":
@@ -177,10 +164,10 @@ def test_default_groups_have_16_channels_or_a_few_more_and_divide(channels, grou
 def test_a_compiled_network_of_any_normaliser_is_the_eager_one(norm):
     """Of reactnet20 stem, two blocks and head. With a prior only that it trains: a compiler draws other noise."""
     torch._dynamo.reset()
-    options = {"drop": 0.0} if NORMS[norm].before else {}
-    model, x = make_model("reactnet20", norm, norm_options=options), noise(3, 3, 9, 9, seed=78)
+    options = without_drop(norm)
+    model, x = make_model("reactnet20", norm, **options), noise(3, 3, 9, 9, seed=78)
     model.blocks = model.blocks[:2]
-    model.tail, model.head = Design(norm=norm, norm_options=options).make_tail(8), nn.Linear(8, 3)
+    model.tail, model.head = Design(norm=norm, **options).make_tail(8), nn.Linear(8, 3)
     calibrate(model.double(), x)
     eager = copy.deepcopy(model).train()(x)
     logits = torch.compile(model.train())(x)

@@ -5,22 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, tiny
+from helpers import assert_same, noise, train
 from torch import nn
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BinaryConv2d, BinaryLinear, ScaledStdConv2d
 from bnnfree.optim import OPTIMIZERS, Precondition, adaptive_grad_clip, make_optimizer, parameter_groups
 from bnnfree.optim.precondition import whiten
-from bnnfree.train import fit
-from models import MODELS
 
 PLAIN = dict(floor=0.0, absolute_floor=0.0, sign_floor=0.0, warmup=1, batch_scale=False)
 """The method without what keeps it safe: P P^T g to the digit."""
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def skewed(*shape, seed=0):
@@ -554,8 +548,7 @@ def test_layers_it_cannot_treat_are_named_and_may_be_left_out():
 )
 def test_a_recipe_with_it_learns(tmp_path, choice):
     options = ("optimizer.precondition=bnp", "data.samples=240", "data.augment=[]", "stages=[{epochs: 3}]")
-    result = fit(tiny(*choice, *options), MODELS, tmp_path / "r", quiet=True)
-    assert result["test_top1"] > 50  # chance is 25
+    assert train(tmp_path / "r", *choice, *options)["test_top1"] > 50  # chance is 25
 
 
 @pytest.mark.slow
@@ -566,12 +559,11 @@ def test_with_sgd_the_digits_are_learned_better_than_without_it(tmp_path, norm):
     options = (f"model.norm={norm}", "stages=[{epochs: 4}]", data, "optimizer={name: sgd, lr: 0.05}")
     top1 = {}
     for choice in ("null", "bnp"):
-        recipe = tiny(*options, f"optimizer.precondition={choice}")
-        top1[choice] = fit(recipe, MODELS, tmp_path / choice, quiet=True)["test_top1"]
+        top1[choice] = train(tmp_path / choice, *options, f"optimizer.precondition={choice}")["test_top1"]
     assert top1["bnp"] > top1["null"] + 3, top1
 
 
 @pytest.mark.slow
 def test_a_compiled_run_with_it_trains(tmp_path):
     options = ("optimizer.precondition=bnp", "compile=true", "stages=[{epochs: 1}]")
-    assert fit(tiny(*options), MODELS, tmp_path / "r", quiet=True)["epochs"] == 1
+    assert train(tmp_path / "r", *options)["epochs"] == 1

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import noise
 from torch import nn
 
 from bnnfree.nn import (
@@ -21,11 +22,6 @@ from bnnfree.nn import (
     make_norm,
 )
 from bnnfree.nn.norms.gaussian import MOMENTS
-
-
-def noise(*shape, seed, dtype=torch.float64):
-    print(f"seed {seed}")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def activations(channels=3):

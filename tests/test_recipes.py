@@ -12,7 +12,6 @@ import yaml
 from bnnfree.train import fit, load_checkpoint, load_recipe
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.data import KNOWN
-from bnnfree.train.report import Report
 from bnnfree.train.run import ARTEFACTS
 from models import MODELS
 
@@ -130,8 +129,7 @@ def test_network_builds_at_full_width(path):
 
 
 @every_recipe
-def test_recipe_trains_two_steps_of_each_stage(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(Report, "draw", lambda self: None)  # half of the time; test_train.py draws
+def test_recipe_trains_two_steps_of_each_stage(path, tmp_path):
     whole = load_recipe(path, models=MODELS)
     large = whole.data.name == "imagenet"
     overrides = ["device=cpu", "model.width=0.125", "data.name=fake", "data.classes=2", "data.batch_size=4"]
@@ -141,7 +139,7 @@ def test_recipe_trains_two_steps_of_each_stage(path, tmp_path, monkeypatch):
     if whole.loss.teacher is not None:
         overrides += ["loss.name=cross_entropy", "loss.teacher=null"]
     recipe = load_recipe(path, overrides, MODELS)
-    result = fit(recipe, MODELS, tmp_path / "run", quiet=True)
+    result = fit(recipe, MODELS, tmp_path / "run", quiet=True, curves=False)  # test_train.py draws
     assert {p.name for p in (tmp_path / "run").iterdir()} >= set(ARTEFACTS) - {"curves.png"}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == [stage.name for stage in whole.stages]

@@ -1,25 +1,20 @@
 """A run can be cut at any step and goes on to the same bits; what it left is never overwritten."""
 
 import pytest
-from helpers import assert_same, metrics_of, tiny
+from helpers import assert_same, metrics_of, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
-from bnnfree.train import fit, load_checkpoint
+from bnnfree.train import load_checkpoint
 from bnnfree.train.loop import Stage
-from models import MODELS
 
 OPTIONS = ("ema.decay=0.9", "agc.clip=0.02", "accumulate=2", "optimizer.precondition=bnp")
-
-
-def run(folder, *overrides, **options):
-    return fit(tiny(*overrides), MODELS, folder, quiet=True, **options)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A run that was never stopped, with everything that has state: two stages, EMA, AGC, accumulation, BNP."""
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    run(folder, *OPTIONS)
+    train(folder, *OPTIONS)
     return folder
 
 
@@ -38,9 +33,9 @@ def test_a_run_cut_at_any_step_resumes_to_the_same_bits(tmp_path, monkeypatch, u
     # a checkpoint after every third step or so: the cut falls between checkpoints, on one, and at an epoch's end
     monkeypatch.setattr(Stage, "_take_step", cut)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, *OPTIONS, "checkpoint_minutes=0.0001")
+        train(folder, *OPTIONS, "checkpoint_minutes=0.0001")
     monkeypatch.setattr(Stage, "_take_step", take)
-    run(folder, *OPTIONS, resume=True)
+    train(folder, *OPTIONS, resume=True)
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
         for state in (ours, theirs):
@@ -50,9 +45,9 @@ def test_a_run_cut_at_any_step_resumes_to_the_same_bits(tmp_path, monkeypatch, u
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    first = run(tmp_path / "r")
+    first = train(tmp_path / "r")
     before = load_checkpoint(tmp_path / "r" / "last.pt")
-    again = run(tmp_path / "r", resume=True)
+    again = train(tmp_path / "r", resume=True)
     assert_same(load_checkpoint(tmp_path / "r" / "last.pt"), before)
     assert first["test_top1"] == again["test_top1"]
 
@@ -60,13 +55,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path, unbroken):
     before = (unbroken / "last.pt").read_bytes()
     with pytest.raises(BnnfreeError, match="--resume"):
-        run(unbroken)
+        train(unbroken)
     assert (unbroken / "last.pt").read_bytes() == before
 
 
 def test_resuming_with_another_recipe_is_an_error_that_names_the_difference(unbroken):
     with pytest.raises(CheckpointError, match=r"differs: seed \(0 -> 5\)\."):
-        run(unbroken, *OPTIONS, "seed=5", resume=True)
+        train(unbroken, *OPTIONS, "seed=5", resume=True)
 
 
 def test_a_run_may_resume_with_its_data_in_another_place(tmp_path, unbroken):
@@ -75,7 +70,7 @@ def test_a_run_may_resume_with_its_data_in_another_place(tmp_path, unbroken):
     moved = tmp_path / "moved"
     shutil.copytree(unbroken, moved)
     elsewhere = (f"data.cache={tmp_path}", "data.workers=1", "data.root=elsewhere", "checkpoint_minutes=9")
-    run(moved, *OPTIONS, *elsewhere, resume=True)
+    train(moved, *OPTIONS, *elsewhere, resume=True)
     assert_same(load_checkpoint(moved / "best.pt"), load_checkpoint(unbroken / "best.pt"))
     with pytest.raises(CheckpointError, match=r"stages\.1\.epochs \(2 -> 3\)"):
-        run(moved, *OPTIONS, "stages.1.epochs=3", resume=True)
+        train(moved, *OPTIONS, "stages.1.epochs=3", resume=True)

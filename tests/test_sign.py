@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import noise
 from torch import nn
 
 from bnnfree.errors import UnknownNameError
@@ -44,11 +45,6 @@ def grid(parameter):
     edges = [parameter * f for f in (1 - 1e-9, 1.0, 1 + 1e-9, 0.5)]
     half = [0.0, 0.01, 0.25, 0.5, 1.0, 1.5, 3.0, 300.0, 1e4, *edges]
     return torch.tensor([*half, *(-v for v in half)], dtype=torch.float64)
-
-
-def noise(*shape, seed, dtype=torch.float64):
-    print(f"seed {seed}")
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def gradient(module, x, upstream):

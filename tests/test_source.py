@@ -1,5 +1,6 @@
 """Opening a network: a recipe is as good as a checkpoint, the same bits each time, and anything else is named."""
 
+import itertools
 import json
 import re
 import runpy
@@ -8,11 +9,11 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import ROOT, TINY, assert_same, tiny
+from helpers import ROOT, TINY, assert_same, tiny, train
 
 from bnnfree.errors import CheckpointError, DataError
 from bnnfree.nn import NORMS
-from bnnfree.train import RecipeError, fit, load_model, open_source, source_kind
+from bnnfree.train import RecipeError, load_model, open_source, source_kind
 from bnnfree.train import source as source_module
 from bnnfree.train.data import CIFAR10, CIFAR100, IMAGENET, load_data
 from bnnfree.train.source import STAND_IN
@@ -32,7 +33,7 @@ def recipe(tmp_path):
 def run_folder(tmp_path_factory):
     """A run of two stages of one epoch."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    fit(tiny("stages.0.epochs=1", "stages.1.epochs=1"), MODELS, folder, quiet=True)
+    train(folder, "stages.0.epochs=1", "stages.1.epochs=1")
     return folder
 
 
@@ -63,8 +64,14 @@ def test_a_recipes_network_is_its_last_stages_and_says_what_it_is(recipe):
     assert open_source(recipe, MODELS, ["stages.1.binarize=null", "model.binarize=none"]).binarize == "none"
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("norm", list(NORMS))
+def pairs():
+    """Each model and each norm with a few of the others; all pairs: python -m pytest -m slow tests/test_source.py"""
+    for name, norm in itertools.product(MODELS, NORMS):
+        quick = name in ("reactnet20", "birealnet18") or norm in ("free", "bn", "in", "in_pn")
+        yield pytest.param(name, norm, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, norm", list(pairs()))
 def test_random_networks_tell_images_apart(recipe, name, norm):
     network = open_source(recipe, MODELS, [f"model.name={name}", f"model.norm={norm}", "data.image_size=17"])
     random = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from cases import FIRST_ERROR, check, link, program, write_goldens, write_hostile
-from cc import HERE, compiler, engine_sources, needs, objects, output_of
+from cc import ASAN, ASAN_FINDS, HERE, TSAN, TSAN_FINDS, compiler, engine_sources, needs, objects, output_of
 from corpus import CORPUS, RUNS
 
 from bnnfree.engine.binding import isa_names, load_library
@@ -22,19 +22,6 @@ pytestmark = [
 ]
 
 ISAS = len(isa_names())
-ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
-TSAN = ["-fsanitize=thread", "-g1"]
-ASAN_FINDS, TSAN_FINDS = "bol", "r"  # letters of cc.WRONG
-
-
-@pytest.fixture(scope="module")
-def goldens(tmp_path_factory):
-    return write_goldens(tmp_path_factory.mktemp("cases"), randoms=18, wides=2)
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    return write_hostile(tmp_path_factory.mktemp("cases"), damages=300)
 
 
 def test_memory_ends_where_it_was_said_to_end(tmp_path, goldens, hostile):

@@ -6,9 +6,8 @@ Skipped, with the reason, where a compiler, the sanitizer or an emulator is miss
 import sys
 
 import pytest
-from cases import check, program, write_goldens, write_hostile
-from cc import compiler, needs, tool_of
-from test_suite_c import TSAN, TSAN_FINDS
+from cases import check, program, write_goldens
+from cc import TSAN, TSAN_FINDS, compiler, needs, tool_of
 
 from bnnfree.engine.binding import isa_names, load_library
 
@@ -22,18 +21,8 @@ CPUS = [  # the cross compiler and its options, the emulator
 
 
 @pytest.fixture(scope="module")
-def goldens(tmp_path_factory):
-    return write_goldens(tmp_path_factory.mktemp("cases"), randoms=18, wides=2)
-
-
-@pytest.fixture(scope="module")
 def few_goldens(tmp_path_factory):
     return write_goldens(tmp_path_factory.mktemp("cases"), randoms=6, wides=1)
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    return write_hostile(tmp_path_factory.mktemp("cases"), damages=300)
 
 
 @pytest.mark.skipif(not isa_names(), reason=load_library()[1])

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same, double_stage, metrics_of, tiny
+from helpers import assert_same, double_stage, metrics_of, tiny, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import NORMS, WeightLayer
-from bnnfree.train import evaluate, fit, load_checkpoint, load_model
+from bnnfree.train import evaluate, load_checkpoint, load_model
 from bnnfree.train.checkpoint import load_weights
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import TrainingError
@@ -17,15 +17,11 @@ from models import MODELS
 CPU = Dist(0, 1, torch.device("cpu"))
 
 
-def run(folder, *overrides, **options):
-    return fit(tiny(*overrides), MODELS, folder, quiet=True, **options)
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A run that was never stopped, with everything that has state: two stages, EMA, AGC, accumulation."""
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    run(folder, "ema.decay=0.9", "agc.clip=0.02", "accumulate=2")
+    train(folder, "ema.decay=0.9", "agc.clip=0.02", "accumulate=2", curves=True)
     return folder
 
 
@@ -43,21 +39,22 @@ def test_a_run_leaves_its_artefacts(unbroken):
     assert {"test_top1", "val_top1", "seconds", "seed", "machine", "origin"} <= result.keys()
 
 
-QUICK = ("bn", "free", "kn", "ic")  # the others: python -m pytest -m slow tests/test_train.py
+EARLY = ("bn", "free", "kn", "ln_pn")  # learn from fewer images
+QUICK = (*EARLY, "frn")  # the others: python -m pytest -m slow tests/test_train.py
 
 
 @pytest.mark.parametrize("norm", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NORMS])
 def test_every_normaliser_learns(tmp_path, norm):
-    changes = ("data.samples=240", "stages.0.epochs=2", "stages.1.epochs=4", "data.augment=[]")
+    changes = (f"data.samples={160 if norm in EARLY else 240}", "stages.1.epochs=4", "data.augment=[]")
     if norm == "ic_frn":  # its trunk is neither centred nor normalised: with dropout six epochs are too few
         changes += ("model.norm_options.drop=0",)
-    result = run(tmp_path / norm, f"model.norm={norm}", *changes)
+    result = train(tmp_path / norm, f"model.norm={norm}", *changes)
     assert result["test_top1"] > 50, norm  # chance is 25
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        run(tmp_path / name, f"seed={seed}", "stages.0.epochs=1", "stages.1.epochs=1")
+        train(tmp_path / name, f"seed={seed}", "data.samples=40", "stages.0.epochs=1", "stages.1.epochs=1")
     a, b, c = (load_checkpoint(tmp_path / name)["model"] for name in "abc")
     assert_same(a, b)
     assert not torch.equal(a["head.weight"], c["head.weight"])
@@ -105,7 +102,14 @@ def test_input_means_stay_at_their_calibration_when_not_tracked(monkeypatch):
 
 
 def test_each_stage_is_calibrated_from_its_own_network(tmp_path):
-    run(tmp_path / "r", "stages.0.epochs=1", "stages.1.epochs=1", "optimizer.lr=1e-30", "free.track=false")
+    train(
+        tmp_path / "r",
+        "data.samples=40",
+        "stages.0.epochs=1",
+        "stages.1.epochs=1",
+        "optimizer.lr=1e-30",
+        "free.track=false",
+    )
     model, _ = load_model(tmp_path / "r", MODELS)
     layers = [m for m in model.modules() if isinstance(m, WeightLayer) and m.unit_output]
     assert layers and all((m.output_std != 1).any() for m in layers)
@@ -116,22 +120,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_hint(tmp_path, monkeypat
 
     monkeypatch.setitem(loop.LOSSES, "cross_entropy", lambda z, *_: z.sum() * float("nan"))
     with pytest.raises(TrainingError, match="not finite.*optimizer.lr"):
-        run(tmp_path / "r")
+        train(tmp_path / "r")
     assert not (tmp_path / "r" / "best.pt").exists()
 
 
 def test_a_teacher_of_ours_teaches(tmp_path, unbroken):
     options = ("loss.name=distribution", f"loss.teacher={unbroken}", "stages.0.epochs=1", "stages.1.epochs=1")
-    run(tmp_path / "pupil", *options)
-    run(tmp_path / "alone", *options[2:])
+    train(tmp_path / "pupil", *options)
+    train(tmp_path / "alone", *options[2:])
     taught, alone = (metrics_of(tmp_path / name)[0]["loss"] for name in ("pupil", "alone"))
     assert 0 < taught != alone  # the same network, data and seed, but another target
     with pytest.raises(BnnfreeError, match="other classes"):
-        run(tmp_path / "other", *options, "data.classes=5")
+        train(tmp_path / "other", *options, "data.classes=5")
     with pytest.raises(CheckpointError, match="no such"):
-        run(tmp_path / "none", "loss.name=distribution", "loss.teacher=nowhere.pt")
+        train(tmp_path / "none", "loss.name=distribution", "loss.teacher=nowhere.pt")
     with pytest.raises(BnnfreeError, match="no model 'resnte'"):
-        run(tmp_path / "zoo", "loss.name=distribution", "loss.teacher=torchvision:resnte")
+        train(tmp_path / "zoo", "loss.name=distribution", "loss.teacher=torchvision:resnte")
 
 
 @pytest.mark.parametrize(
@@ -147,14 +151,14 @@ def test_a_teacher_of_ours_teaches(tmp_path, unbroken):
     ],
 )
 def test_a_recipe_with_another_choice_runs_to_a_result(tmp_path, change):
-    result = run(tmp_path / "r", change, "stages.0.epochs=1", "stages.1.epochs=1")
+    result = train(tmp_path / "r", change, "stages.0.epochs=1", "stages.1.epochs=1")
     assert 0 <= result["test_top1"] <= 100
 
 
 def test_one_sample_at_a_time_trains(tmp_path):
     """Batch size 1, which batch normalisation does not survive."""
     options = ("data.batch_size=1", "data.samples=60", "stages=[{epochs: 3}]", "optimizer.lr=1e-3", "data.augment=[]")
-    assert run(tmp_path / "r", *options)["test_top1"] > 50  # chance is 25
+    assert train(tmp_path / "r", *options)["test_top1"] > 50  # chance is 25
 
 
 def test_weights_that_do_not_fit_are_named_and_none_is_loaded():
@@ -170,8 +174,8 @@ def test_weights_that_do_not_fit_are_named_and_none_is_loaded():
 
 
 def test_bop_trains_signs(tmp_path):
-    options = ("optimizer.name=bop", "model.norm=bn", "model.standardize=false", "stages.0.binarize=both")
-    run(tmp_path / "r", *options, "optimizer.bop_gamma=0.1", "optimizer.bop_threshold=1e-6")
+    options = ("optimizer.name=bop", "model.norm=bn", "model.standardize=false", "stages=[{epochs: 1}]")
+    train(tmp_path / "r", *options, "optimizer.bop_gamma=0.1", "optimizer.bop_threshold=1e-6")
     state = load_checkpoint(tmp_path / "r")
     weight = state["model"]["blocks.0.branch.1.weight"]
     assert (weight.abs() == 1).all()
@@ -195,4 +199,4 @@ def test_a_network_whose_logits_are_nan_is_right_about_nothing(unbroken, monkeyp
 
 @pytest.mark.slow
 def test_a_compiled_run_trains(tmp_path):
-    assert run(tmp_path / "r", "compile=true", "stages.0.epochs=1", "stages.1.epochs=1")["epochs"] == 2
+    assert train(tmp_path / "r", "compile=true", "stages.0.epochs=1", "stages.1.epochs=1")["epochs"] == 2

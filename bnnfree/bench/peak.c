@@ -13,17 +13,23 @@
 
 #ifdef X86
 
-/* Twelve sums that do not wait for each other, each in a register of its own: why no array and no loop. */
+/* Sums that do not wait for each other, each in a register of its own: why no array and no loop. */
 #define TWELVE(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
+#define SIX(F) F(0) F(1) F(2) F(3) F(4) F(5)
+#define FOUR(F) F(0) F(1) F(2) F(3)
+
+/* The macros START, STEP and END of a sum, for each of them. */
+#define RUN(MANY) \
+    MANY(START) \
+    for (uint64_t r = 0; r < rounds; r++) { MANY(STEP) } \
+    MANY(END)
 
 TARGET("avx512f,avx512vpopcntdq") static uint64_t run_avx512(uint64_t rounds) {
     __m512i x = _mm512_set1_epi64(0x0123456789ABCDEF), w = _mm512_set1_epi64(0x5A5A3C3C0F0F1111);
 #define START(i) __m512i sum##i = _mm512_setzero_si512();
 #define STEP(i) CHANGES(x); sum##i = _mm512_add_epi32(sum##i, _mm512_popcnt_epi32(_mm512_xor_si512(x, w)));
 #define END(i) CHANGES(sum##i);
-    TWELVE(START)
-    for (uint64_t r = 0; r < rounds; r++) { TWELVE(STEP) }
-    TWELVE(END)
+    RUN(TWELVE)
 #undef START
 #undef STEP
 #undef END
@@ -48,10 +54,7 @@ TARGET("avx512f,avx512bw") static uint64_t run_avx512_base(uint64_t rounds) {
         sum##i = _mm512_add_epi8(sum##i, _mm512_shuffle_epi8(table, low)); \
         sum##i = _mm512_add_epi8(sum##i, _mm512_shuffle_epi8(table, high)); }
 #define END(i) CHANGES(sum##i); CHANGES(odd##i); CHANGES(twos##i);
-#define SIX(F) F(0) F(1) F(2) F(3) F(4) F(5)
-    SIX(START)
-    for (uint64_t r = 0; r < rounds; r++) { SIX(STEP) }
-    SIX(END)
+    RUN(SIX)
 #undef START
 #undef STEP
 #undef END
@@ -69,11 +72,10 @@ TARGET("avx2") static uint64_t run_avx2(uint64_t rounds) {
         sum##i = _mm256_add_epi8(sum##i, block); \
         high##i = _mm256_add_epi16(high##i, _mm256_srli_epi16(block, 4)); }
 #define END(i) CHANGES(sum##i); CHANGES(high##i);
-#define FOUR(F) F(0) F(1) F(2) F(3)
-    FOUR(START)
-    for (uint64_t r = 0; r < rounds; r++) { FOUR(STEP) }
-    FOUR(END)
+    RUN(FOUR)
+#undef START
 #undef STEP
+#undef END
     return rounds * 4 * 768;
 }
 
@@ -91,7 +93,8 @@ static uint64_t run_scalar(uint64_t rounds) {
     return rounds * 4 * 64;
 }
 
-/* isa: 0 scalar, 1 avx2, 2 avx512, 3 avx512 without VPOPCNTDQ, which the caller knows to run here. Returns how many products that were. */
+/* isa: 0 scalar, 1 avx2, 2 avx512, 3 avx512 without VPOPCNTDQ, which the caller knows to run here. Returns how many
+   products that were. */
 __attribute__((visibility("default"))) uint64_t bench_products(int isa, uint64_t rounds) {
 #ifdef X86
     if (isa == 2 && __builtin_cpu_supports("avx512vpopcntdq")) return run_avx512(rounds);

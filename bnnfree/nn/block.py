@@ -37,6 +37,8 @@ class Design:
     react       learnable thresholds and RPReLU (ReActNet); False: bare sign and identity (Bi-Real, XNOR)
     real        real convolutions and ReLU in place of all that is binary, whatever binarize and react say
     standardize scaled weight standardisation of all convolutions
+    centre      taking out the expected mean: of binary convolutions by their inputs' running mean, of real ones by
+                their outputs' at calibration (WeightLayer, centre "input" and "output")
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
@@ -48,6 +50,7 @@ class Design:
     react: bool = True
     real: bool = False
     standardize: bool | None = None
+    centre: bool | None = None
     scale: str | None = None
     alpha: float | None = None
     beta: str | None = None
@@ -64,6 +67,8 @@ class Design:
         if self.scale is not None:
             pick(dict.fromkeys(SCALES), self.scale, "scale")
         pick(STES, self.ste, "ste")
+        if self.centre and self.norm == "kn":
+            raise BnnfreeError("centre: got true with norm 'kn', whose priors pass through the layers, expected false.")
         pick(dict.fromkeys(STE_WINDOWS), self.window, "ste_window")
 
     @property
@@ -86,16 +91,18 @@ class Design:
     @property
     def binary_options(self) -> dict:
         """Options of the binary convolutions."""
-        options = self._standardized(self.rule.binary)
+        options = self._asked(self.rule.binary, "input")
         return options if self.scale is None else {**options, "scale": self.scale}
 
-    def _standardized(self, options) -> dict:
-        return {**options, **({} if self.standardize is None else {"standardize": self.standardize})}
+    def _asked(self, options: Mapping[str, Any], centre: str) -> dict:
+        """The normaliser's options, and those that are set here; `centre` is the kind that such layers have."""
+        own = {} if self.standardize is None else {"standardize": self.standardize}
+        return {**options, **own, **({} if self.centre is None else {"centre": centre if self.centre else None})}
 
     @property
     def real_options(self) -> dict:
         """Options of the real convolutions."""
-        return self._standardized(self.rule.real)
+        return self._asked(self.rule.real, "output")
 
     def make_norm(
         self, channels: int, activation: nn.Module | None = None, before_sign: bool = False
@@ -119,8 +126,9 @@ class Design:
         both, because beta is the one and the other cancels.
         """
         if self.real:
-            own = self.rule.relu is not None and self.norm_options.get("tlu", True)
-            return self.rule.relu(channels) if own and self.rule.relu is not None else nn.ReLU()
+            if self.rule.relu is None or not self.norm_options.get("tlu", True):
+                return nn.ReLU()
+            return self.rule.relu(channels, **{k: v for k, v in self.norm_options.items() if k == "tau"})
         if not self.react:
             return None
         if self.rule.proxy:
@@ -160,44 +168,21 @@ class Design:
 
     def make_conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> ConvLayer:
         """A binary convolution of signs, or a real one of real values, padded to keep the size at stride 1."""
-        if self.real:
-            return ScaledStdConv2d(
-                cin,
-                cout,
-                kernel,
-                stride=stride,
-                padding=kernel // 2,
-                pad_value=self.pad_value,
-                **self.real_options,
-            )
         signs, binary = BINARIZE[self.binarize]
-        return BinaryConv2d(
-            cin,
-            cout,
-            kernel,
-            stride=stride,
-            padding=kernel // 2,
-            pad_value=self.pad_value,
-            binary=binary,
-            binary_input=signs,
-            latent_std=self.latent_std,
-            **self.binary_options,
-        )
+        place = {"stride": stride, "padding": kernel // 2, "pad_value": self.pad_value}
+        return self._conv(cin, cout, kernel, binary=binary, binary_input=signs, **place)
+
+    def _conv(self, cin: int, cout: int, kernel: int, *, binary: bool, binary_input: bool, **options) -> ConvLayer:
+        """A convolution with the normaliser's options and these; in real designs a real one, whatever is binary."""
+        if self.real:
+            return ScaledStdConv2d(cin, cout, kernel, **{**self.real_options, **options})
+        options |= {"binary": binary, "binary_input": binary_input, "latent_std": self.latent_std}
+        return BinaryConv2d(cin, cout, kernel, **{**self.binary_options, **options})
 
     def make_shortcut(self, cin: int, cout: int) -> nn.Sequential:
         """The 1x1 convolution (and its normaliser) of a transition's shortcut; its input is real."""
-        conv: ConvLayer
-        if self.real:
-            conv = ScaledStdConv2d(cin, cout, 1, **{**self.real_options, "bias": False})
-        else:
-            conv = BinaryConv2d(
-                cin,
-                cout,
-                1,
-                binary=BINARIZE[self.binarize][1] and self.shortcut == "binary",
-                latent_std=self.latent_std,
-                **{**self.binary_options, "bias": False},
-            )
+        binary = BINARIZE[self.binarize][1] and self.shortcut == "binary"
+        conv = self._conv(cin, cout, 1, binary=binary, binary_input=False, bias=False)
         return nn.Sequential(conv, *([] if self.rule.before else self.make_norm(cout)))
 
     def make_stem(self, channels: int, cout: int, kernel: int, stride: int) -> nn.Sequential:

@@ -292,7 +292,7 @@ class _Layer:
         effective = weight if factor is None else weight * factor.view(-1, *[1] * (weight.dim() - 1))
         assert isinstance(self.module, WeightLayer)
         mean = self.mean - self.module.input_mean if self.module.centre == "input" else self.mean
-        if bias is None:
+        if bias is None or not bias.requires_grad:
             effective = _WhitenWeight.apply(effective, mean, self.inverse, self.groups)
         else:
             effective, bias = _Whiten.apply(effective, bias, mean, self.inverse, self.groups)

@@ -41,6 +41,7 @@ class Outcome:
     error: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    folder: Path = Path()
 
     @property
     def over(self) -> bool:
@@ -73,14 +74,17 @@ def read_run(folder: str | Path, expected: Recipe | None = None) -> Outcome:
     curves = _curves(folder / "metrics.jsonl")
     if (folder / "result.json").is_file():
         result = _json(folder / "result.json")
-        if not math.isfinite(result.get("test_loss", 0.0)):
-            return Outcome("diverged", result, "the loss on the test images is not finite", recipe, curves)
-        return Outcome("done", result, "", recipe, curves)
+        loss = result.get("test_loss", 0.0)
+        if not isinstance(loss, int | float):
+            raise OutcomeError(f"{folder / 'result.json'}: test_loss: got {loss!r}, expected a number.")
+        if not math.isfinite(loss):
+            return Outcome("diverged", result, "the loss on the test images is not finite", recipe, curves, folder)
+        return Outcome("done", result, "", recipe, curves, folder)
     if (folder / FAILURE).is_file():
         failure = _json(folder / FAILURE)
         state: State = "diverged" if failure.get("diverged") and recipe else "failed"
-        return Outcome(state, {}, str(failure.get("error", "")), recipe, curves)
-    return Outcome("interrupted" if (folder / "last.pt").is_file() else "new", {}, "", recipe, curves)
+        return Outcome(state, {}, str(failure.get("error", "")), recipe, curves, folder)
+    return Outcome("interrupted" if (folder / "last.pt").is_file() else "new", {}, "", recipe, curves, folder)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -100,6 +104,8 @@ def _curves(path: Path) -> dict[str, list[float]]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise OutcomeError(f"{path}: cannot be read ({error}).") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise OutcomeError(f"{path}: got a line that is no object, expected the metrics of an epoch in each.")
     return {key: [line[key] for line in lines] for key in CURVES if lines and all(key in line for line in lines)}
 
 

@@ -55,7 +55,7 @@ class ModelRecipe(_Part):
         default="free", description=f"what stands in for batch normalisation: {' | '.join(NORMS)}"
     )
     norm_options: dict[str, bool | int | float | None] = {}
-    """of that norm: gn groups; frn learnable_eps, tlu, tau; ic drop; kn prior; brn rmax, dmax; *_pn proxy_eps; eps"""
+    """of that norm: eps; batch norms momentum; brn rmax, dmax; *gn* groups; frn tlu, tau; ic* drop; kn prior"""
     width: float = Field(default=1.0, gt=0)
     """multiplier of every layer's channels"""
     binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]
@@ -66,6 +66,8 @@ class ModelRecipe(_Part):
     """weights of the 1x1 shortcut convolutions: real | binary (their inputs are real)"""
     standardize: bool | None = None
     """scaled weight standardisation; null: the normaliser's own"""
+    centre: bool | None = None
+    """takes the expected mean out of each convolution's output; null: the normaliser's own"""
     scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
     """size of the binary weights: fan_in | mean_abs | learned | none; null: the normaliser's own"""
     alpha: float | None = None
@@ -168,7 +170,7 @@ class OptimizerRecipe(_Part):
     bnp_rho: float = Field(default=0.99, ge=0, lt=1)
     """bnp: share of the inputs' running mean and variance kept per step"""
     bnp_floor: float = Field(default=1e-2, ge=0)
-    """bnp: smallest variance of a channel, as a share of its layer's largest"""
+    """bnp: what is added to each channel's variance, as a share of its layer's largest"""
 
 
 class ScheduleRecipe(_Part):

@@ -42,6 +42,7 @@ from bnnfree.train.recipes import RecipeError, load_recipe, parse_yaml, read_tre
 KEYS = ("recipe", "set", "constants", "grid", "seeds", "scale", "scales", "plot")
 LEVEL_KEYS = ("about", "set", "constants", "grid", "seeds")
 MOST = 20_000  # runs of one sweep
+LONGEST = 200  # bytes of a run folder's name: file systems take 255
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,10 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
         changes = dict(settings)
         put(changes, _merged(sweep.axes, point, here))
         put(changes, forced)
-        known = {**names, **{k: v for k, v in changes.items() if not is_expression(v)}, **constants}
-        changes = {key: _computed(value, known, f"{here}: {key}") for key, value in changes.items()}
+        if "seed" in changes:
+            raise SweepError(f"{here}: seed is set by seeds. Use seeds=[...].")
+        known = _Names({**names, **constants}, changes, constants, here)
+        changes = {key: known.computed(key) for key in changes}
         texts = [f"{key}={_text(value, f'{here}: {key}')}" for key, value in changes.items()]
         try:
             recipe = load_recipe(sweep.base, texts, models)
@@ -236,6 +239,9 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
             seeded = recipe.model_copy(update={"seed": seed})
             sweep.runs.append(Planned(point, seed, [*texts, f"seed={seed}"], seeded, _folder(point, seed)))
     sweep.runs.sort(key=lambda run: sweep.seeds.index(run.seed))  # stable: the grid's order within a seed
+    if long := next((run.folder for run in sweep.runs if len(run.folder.encode()) > LONGEST), None):
+        raise SweepError(f"{where}: the folder {long[:60]}... would have a name of more than {LONGEST} bytes. "
+                         "Give variants shorter labels.")  # fmt: skip
     folders = {run.folder for run in sweep.runs}
     if len(folders) < len(sweep.runs):
         raise SweepError(f"{where}: two points of the grid would have one folder. Give variants other labels.")
@@ -251,12 +257,40 @@ def _merged(axes: list[Axis], point: Mapping[str, str], here: str) -> dict[str, 
     return found
 
 
-def _computed(value: Any, names: Mapping[str, Any], where: str) -> Any:
-    if isinstance(value, list):
-        return [_computed(item, names, where) for item in value]
-    if isinstance(value, dict):
-        return {key: _computed(item, names, where) for key, item in value.items()}
-    return compute(value, names, where) if is_expression(value) else value
+class _Names(Mapping[str, Any]):
+    """What formulas may name: constants, changed keys (computed when asked for), keys of the base recipe."""
+
+    def __init__(self, known: Mapping[str, Any], changes: Mapping[str, Any], constants: Iterable[str], where: str):
+        self.known, self.where = known, where
+        self.changes = {key: value for key, value in changes.items()}
+        self.constants = set(constants)
+        self.busy: list[str] = []
+
+    def __getitem__(self, name: str) -> Any:
+        changed = name in self.changes and name not in self.constants
+        return self.computed(name) if changed else self.known[name]
+
+    def __iter__(self):
+        return iter({**self.known, **self.changes})
+
+    def __len__(self) -> int:
+        return len({**self.known, **self.changes})
+
+    def computed(self, key: str) -> Any:
+        """The changed value of `key`, its formulas computed. Errors: SweepError of one that needs itself."""
+        if key in self.busy:
+            raise SweepError(f"{self.where}: {' needs '.join([*self.busy, key])}: expected formulas without a circle.")
+        self.busy.append(key)
+        value = self._value(self.changes[key], f"{self.where}: {key}")
+        self.busy.pop()
+        return value
+
+    def _value(self, value: Any, where: str) -> Any:
+        if isinstance(value, list):
+            return [self._value(item, where) for item in value]
+        if isinstance(value, dict):
+            return {key: self._value(item, where) for key, item in value.items()}
+        return compute(value, self, where) if is_expression(value) else value
 
 
 def _text(value: Any, where: str) -> str:

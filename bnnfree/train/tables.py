@@ -184,6 +184,27 @@ def draw_curves(path: Path, entries: list[Entry], title: str, metric: str | None
         axis.set_ylabel(TITLES.get(metric, metric))
 
 
+def draw_panels(path: Path, panels: dict[str, dict[str, list[float]]], x: str) -> None:
+    """Panels beside each other, title -> name -> values along x, counted from 1; a name has one style in all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 5), layout="constrained", squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for (name, values), style in zip(lines.items(), _styles(len(lines)), strict=True):
+            axis.plot(range(1, len(values) + 1), values, label=name, **{**style, "markersize": 4})
+        axis.set(title=title, xlabel=x)
+        axis.grid(alpha=0.3)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    if len(names) <= LEGEND:
+        figure.legend(handles, names, loc="outside lower center", ncols=4)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    pyplot.close(figure)
+
+
 def compare_rows(entries: list[Entry], differing: dict[str, list[Any]]) -> list[list[str]]:
     """Head and a row per entry: name, figures, best epoch, then the recipe keys that are not the same in all."""
     head = ["", *(TITLES.get(name, name) for name in FIGURES), "best epoch", "runs", *(short(key) for key in differing)]

@@ -59,7 +59,7 @@ class Norm:
              none, and one stands before the head's pool
     proxy    the layer takes the activation in (option `activation`): a block then has it at the end of its
              branch, and nothing after the residual sum
-    relu     channels -> what has the place of ReLU in networks of real weights (None: ReLU)
+    relu     channels, tau -> what has the place of ReLU in networks of real weights (None: ReLU)
     """
 
     summary: str
@@ -72,7 +72,7 @@ class Norm:
     agc: float | None = None
     before: bool = False
     proxy: bool = False
-    relu: Callable[[int], nn.Module] | None = None
+    relu: Callable[..., nn.Module] | None = None
 
 
 def _twin(summary: str, layer: Callable[..., nn.Module], **places) -> Norm:
@@ -127,10 +127,14 @@ NORMS: dict[str, Norm] = {
     "ic_frn": _twin("ic with filter response normalisation (ours)", independent.independent_response, before=True),
     "kn": _twin("batch Kalman: batch statistics fused with a prior from the layers before", kalman.kalman_norm),
     "ln_pn": _twin(
-        "layer normalisation, then proxy normalisation of the activation", group.proxied_layer_norm, proxy=True
+        "layer normalisation, then proxy normalisation of the activation; without one (Bi-Real, XNOR) nothing follows",
+        group.proxied_layer_norm,
+        proxy=True,
     ),
     "gn_pn": _twin(
-        "group normalisation, then proxy normalisation of the activation", group.proxied_group_norm, proxy=True
+        "group normalisation, then proxy normalisation of the activation; without one (Bi-Real, XNOR) nothing follows",
+        group.proxied_group_norm,
+        proxy=True,
     ),
     "in_pn": _twin(
         "instance normalisation, then proxy normalisation of the activation; constants where `in` gives them",

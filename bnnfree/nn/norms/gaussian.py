@@ -89,7 +89,8 @@ def _by_points(activation: nn.Module, m: Tensor, s: Tensor) -> Pair:
     steps = torch.arange(POINTS, dtype=m.dtype, device=m.device)
     y = math.sqrt(2) * torch.erfinv(2 * (steps + 0.5) / POINTS - 1)
     # one sample of 256 positions: what an activation does per sample, it does to the whole distribution
-    z = activation((m[:, None] + s[:, None] * y).view(1, -1, POINTS, 1)).view(-1, POINTS)
+    # and forward(), for hooks are for real maps
+    z = activation.forward((m[:, None] + s[:, None] * y).view(1, -1, POINTS, 1)).view(-1, POINTS)
     var, mean = torch.var_mean(z, dim=1, correction=0)
     return mean, var
 

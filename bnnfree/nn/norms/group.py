@@ -68,7 +68,7 @@ def proxied_instance_norm(
 
 
 def _grouped(channels: int, groups: int, eps: float, affine: bool = True) -> nn.GroupNorm:
-    if groups < 1 or channels % groups:
+    if not 1 <= groups <= channels or channels % groups:
         raise BnnfreeError(f"groups: got {groups} for {channels} channels, expected a whole number that divides them.")
     return nn.GroupNorm(groups, channels, eps=positive_eps(eps), affine=affine)
 

@@ -97,8 +97,11 @@ class KalmanNorm2d(nn.BatchNorm2d):
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
         with torch.no_grad():
             ratio = (prior.var / var.clamp_min(self.eps)).mean()
-            p = share * ((ratio < TRUSTED) & (ratio > 1 / TRUSTED)).to(x.dtype)
-        fused_mean, fused_var = mixture(p, prior.mean, prior.var, mean, var)
+            trusted = (ratio < TRUSTED) & (ratio > 1 / TRUSTED)
+            p = share * trusted.to(x.dtype)
+        # Why where: 0 times a prior that is not finite would not be 0
+        prior_mean, prior_var = torch.where(trusted, prior.mean, mean), torch.where(trusted, prior.var, var)
+        fused_mean, fused_var = mixture(p, prior_mean, prior_var, mean, var)
         with torch.no_grad():
             count = x.numel() / x.shape[1]
             unbiased = fused_var + (1 - p) * var / max(count - 1, 1)

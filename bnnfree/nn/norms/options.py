@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from bnnfree.errors import BnnfreeError, unknown_name
 
+LARGEST = 3e38  # what float32 holds
 NOT_FOR_RECIPES = ("activation",)  # modules: what builds the network passes them
 
 
@@ -39,11 +40,9 @@ def positive_eps(value: float, name: str = "eps") -> float:
     return within(name, value, low=1e-12)
 
 
-def within(
-    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_high: bool = False
-) -> float:
-    """`value` if it lies in [low, high] (open_high: below high), else an error that says so."""
-    if not low <= value <= high or (open_high and value == high):
-        bounds = f"from {low:g} on" if high == math.inf else f"from {low:g} to {'below ' if open_high else ''}{high:g}"
+def within(name: str, value: float, *, low: float = -math.inf, high: float = LARGEST) -> float:
+    """`value` if it lies in [low, high], else an error that says so."""
+    if not low <= value <= high:
+        bounds = f"from {low:g} on" if high == LARGEST else f"from {low:g} to {high:g}"
         raise BnnfreeError(f"{name}: got {value!r}, expected a number {bounds}.")
     return float(value)

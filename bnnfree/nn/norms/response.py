@@ -25,7 +25,8 @@ def filter_response(
 
     Unlike the class, eps is learned unless told otherwise: maps of 1x1, where it must be, are common at the end of
     networks for small images, and elsewhere 1e-4 beside a mean square near 1 changes nothing.
-    Why tau is not 0, the paper's start: a sign that reads max(y, 0) is +1 everywhere, and says nothing.
+    Why tau is not 0, the paper's start: a sign that reads max(y, 0) is +1 everywhere, and says nothing. In networks
+    of real weights the threshold stands in ReLU's place and starts at 0, unless tau is given.
     """
     norm = FilterResponseNorm(channels, positive_eps(eps), learnable_eps)
     return nn.Sequential(norm, ThresholdedLinear(channels, tau)) if tlu else norm
