@@ -84,7 +84,7 @@ def named(sources: list[str]) -> list[tuple[str, list[Path]]]:
         if not points:
             raise BnnfreeError(f"{source}: no run of this sweep is done.")
         prefix = f"{name}: " if len(sources) > 1 else ""
-        found += [(prefix + " | ".join(labels), paths) for labels, paths in points.items()]
+        found += [(prefix + ", ".join(labels), paths) for labels, paths in points.items()]
     return found
 
 
