@@ -28,6 +28,7 @@ from bnnfree.nn import (
     BinaryConv2d,
     BinaryLinear,
     FilterResponseNorm,
+    GroupNorm,
     RPReLU,
     RSign,
     ScaledStdConv2d,
@@ -332,7 +333,7 @@ _softmax_call = _on(_softmax, ("dim",), (None,))
 LAYERS: dict[type, Rule] = {
     **dict.fromkeys((BinaryConv2d, BinaryLinear, ScaledStdConv2d, Int8Layer, nn.Conv2d, nn.Linear), lower_linear),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), lower_batch_norm),
-    nn.GroupNorm: lower_group_norm,
+    **dict.fromkeys((nn.GroupNorm, GroupNorm), lower_group_norm),
     FilterResponseNorm: lower_response_norm,
     Affine: lower_affine,
     ThresholdedLinear: lambda low, node, x, layer: low.builder.activate(x, low=low.vector(node, layer.tau, x)),

@@ -23,6 +23,7 @@ from bnnfree.export.norms import Affine, freeze_proxies
 from bnnfree.nn import (
     BatchRenorm2d,
     FilterResponseNorm,
+    GroupNorm,
     KalmanNorm2d,
     RPReLU,
     Sign,
@@ -34,7 +35,8 @@ from bnnfree.nn.block import Clip
 PASSING = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")  # in eval mode: nothing
 
 
-OURS = (WeightLayer, Sign, RPReLU, Clip, BatchRenorm2d, KalmanNorm2d, FilterResponseNorm, ThresholdedLinear, Affine)
+NORM_LAYERS = (BatchRenorm2d, KalmanNorm2d, GroupNorm, FilterResponseNorm)
+OURS = (WeightLayer, Sign, RPReLU, Clip, *NORM_LAYERS, ThresholdedLinear, Affine)
 
 
 def is_ours(layer: nn.Module) -> bool:

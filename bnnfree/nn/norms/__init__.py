@@ -28,6 +28,7 @@ from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.norms import batch, group, independent, kalman, response
 from bnnfree.nn.norms.batch import BatchRenorm2d
 from bnnfree.nn.norms.gaussian import gaussian_moments
+from bnnfree.nn.norms.group import GroupNorm
 from bnnfree.nn.norms.independent import make_dropout
 from bnnfree.nn.norms.kalman import Belief, KalmanNorm2d, first_belief, run_believing
 from bnnfree.nn.norms.options import check_options
@@ -177,6 +178,7 @@ __all__ = [
     "BatchRenorm2d",
     "Belief",
     "FilterResponseNorm",
+    "GroupNorm",
     "KalmanNorm2d",
     "Norm",
     "ProxyNorm",

@@ -8,7 +8,8 @@ Ref: Wu & He 2018 (group); Ba et al. 2016 (layer: one group); Ulyanov et al. 201
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn.norms.options import positive_eps
@@ -16,6 +17,14 @@ from bnnfree.nn.norms.proxy import EPS as PROXY_EPS
 from bnnfree.nn.norms.proxy import ProxyNorm
 
 GROUP_SIZE = 16
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, for one value in a group too: the output is beta there. Why: torch refuses it when a sample comes alone
+    and takes it in a batch, and here no sample's output may depend on the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def default_groups(channels: int) -> int:
@@ -67,10 +76,10 @@ def proxied_instance_norm(
     return _proxied(channels, channels, eps, proxy_eps, activation)
 
 
-def _grouped(channels: int, groups: int, eps: float, affine: bool = True) -> nn.GroupNorm:
+def _grouped(channels: int, groups: int, eps: float, affine: bool = True) -> GroupNorm:
     if not 1 <= groups <= channels or channels % groups:
         raise BnnfreeError(f"groups: got {groups} for {channels} channels, expected a whole number that divides them.")
-    return nn.GroupNorm(groups, channels, eps=positive_eps(eps), affine=affine)
+    return GroupNorm(groups, channels, eps=positive_eps(eps), affine=affine)
 
 
 def _proxied(channels: int, groups: int, eps: float, proxy_eps: float, activation: nn.Module | None) -> nn.Module:
