@@ -20,7 +20,20 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize("step", [1, 4, 7, 8, 11])
 def test_a_run_cut_at_any_step_resumes_to_the_same_bits(tmp_path, monkeypatch, unbroken, step):
-    folder = tmp_path / "cut"
+    check_cut(tmp_path / "cut", unbroken, monkeypatch, step, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "norm", ["kn", pytest.param("ic", marks=pytest.mark.slow), pytest.param("brn", marks=pytest.mark.slow)]
+)
+def test_so_does_one_whose_normaliser_draws_at_random_or_has_a_state(tmp_path, monkeypatch, norm):
+    options = (*OPTIONS, f"model.norm={norm}")
+    train(tmp_path / "unbroken", *options)
+    check_cut(tmp_path / "cut", tmp_path / "unbroken", monkeypatch, 8, options)
+
+
+def check_cut(folder, unbroken, monkeypatch, step, options):
+    """A run that is cut before its step `step` and goes on equals the unbroken one."""
     take, taken = Stage._take_step, 0
 
     def cut(self, group):
@@ -33,9 +46,9 @@ def test_a_run_cut_at_any_step_resumes_to_the_same_bits(tmp_path, monkeypatch, u
     # a checkpoint after every third step or so: the cut falls between checkpoints, on one, and at an epoch's end
     monkeypatch.setattr(Stage, "_take_step", cut)
     with pytest.raises(KeyboardInterrupt):
-        train(folder, *OPTIONS, "checkpoint_minutes=0.0001")
+        train(folder, *options, "checkpoint_minutes=0.0001")
     monkeypatch.setattr(Stage, "_take_step", take)
-    train(folder, *OPTIONS, resume=True)
+    train(folder, *options, resume=True)
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
         for state in (ours, theirs):

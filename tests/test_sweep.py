@@ -25,7 +25,7 @@ from bnnfree.train.recipes import RecipeError
 from bnnfree.train.report import Report
 from bnnfree.train.run import Run
 from bnnfree.train.sweep import MOST, SweepError, read_sweep
-from bnnfree.train.tables import cell, draw_sweep, markdown, sweep_csv
+from bnnfree.train.tables import cell, draw_sweep, markdown, sweep_csv, sweep_rows
 from models import MODELS
 
 SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))
@@ -525,3 +525,19 @@ def one_thread():
     """Keep the tests from competing with each other for cores."""
     torch.set_num_threads(1)
     os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def test_axes_whose_last_words_are_the_same_stand_whole_in_the_table():
+    point = {"model.name": "a", "optimizer.name": "b", "model.norm": "c"}
+    assert sweep_rows([Entry("", [Outcome("new")], point)], list(point))[0][:3] == [
+        "model.name",
+        "optimizer.name",
+        "norm",
+    ]
+
+
+def test_the_command_line_chooses_among_variants_that_a_scale_brings(tmp_path):
+    path = tmp_path / "s.yaml"
+    scales = "{a: {grid: {case: {x: {model.norm: bn}, y: {model.norm: ln}}}}}"
+    path.write_text(f"recipe: {BASE}\nscale: a\nscales: {scales}\n", encoding="utf-8")
+    assert [run.recipe.model.norm for run in read_sweep(path, ["grid.case=[y]"], MODELS).runs] == ["ln"]

@@ -27,5 +27,7 @@ def run(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted; a training goes on from its last checkpoint with --resume", file=sys.stderr)
+        print(
+            "interrupted; trainings keep a checkpoint: train.py --resume and sweep.py go on", file=sys.stderr
+        )
         raise SystemExit(130) from None

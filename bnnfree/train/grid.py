@@ -56,6 +56,8 @@ def read_axes(parts: list[Mapping[str, Any]], where: str) -> list[Axis]:
                 axes[name] = _axis(name, value, f"{where}: grid.{name}")
             else:
                 raise unknown_name(f"{where}: grid", name, axes)
+            if part is level and isinstance(value, dict):
+                whole[name] = axes[name]  # the scale has variants of its own
     if not axes:
         raise SweepError(f"{where}: grid: got no axis, expected one at least, such as data.batch_size: [2, 128].")
     return list(axes.values())

@@ -36,8 +36,9 @@ def cell(entry: Entry, figure: str, decimals: int) -> str:
 
 def sweep_rows(entries: list[Entry], axes: list[str]) -> list[list[str]]:
     """Head and a row per point: its labels, its figures, how many runs are behind them."""
-    head = [short(axis) for axis in axes] + [TITLES.get(name, name) for name in FIGURES] + ["runs"]
-    rows = [head]
+    shorts = [short(axis) for axis in axes]
+    labels = [name if shorts.count(name) == 1 else axis for axis, name in zip(axes, shorts, strict=True)]
+    rows = [labels + [TITLES.get(name, name) for name in FIGURES] + ["runs"]]
     for entry in entries:
         cells = [cell(entry, name, decimals) for name, decimals in FIGURES.items()]
         rows.append([*(entry.point[axis] for axis in axes), *cells, entry.runs])
