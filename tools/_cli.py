@@ -27,7 +27,5 @@ def run(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(
-            "interrupted; trainings keep a checkpoint: train.py --resume and sweep.py go on", file=sys.stderr
-        )
+        print("interrupted; trainings keep a checkpoint: train.py --resume and sweep.py go on", file=sys.stderr)
         raise SystemExit(130) from None
