@@ -1,6 +1,6 @@
-"""Shim for pip: every setting is in setup.cfg. What stands here: the native engine is compiled on the way.
+"""Shim for pip: every setting is in setup.cfg. What stands here: the C libraries are compiled on the way.
 
-Without a compiler the package installs all the same, as pure Python; a wheel that holds the library is one for the
+Without a compiler the package installs all the same, as pure Python; a wheel that holds one is for the
 platform and for any Python 3.
 """
 
@@ -16,39 +16,47 @@ try:
 except ImportError:  # setuptools below 70
     from wheel.bdist_wheel import bdist_wheel
 
-ENGINE = "bnnfree/engine"
-# Why by its path: importing bnnfree.engine needs numpy, which is not there yet
-spec = importlib.util.spec_from_file_location("build_native", Path(__file__).resolve().parent / ENGINE / "build.py")
+ROOT = Path(__file__).resolve().parent
+# Why by its path: the folder of this file is not where pip looks for packages
+spec = importlib.util.spec_from_file_location("build_library", ROOT / "bnnfree" / "library.py")
 native = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = native  # a dataclass looks itself up there
 spec.loader.exec_module(native)
 
 
 class BuildPy(build_py):
-    """Python files as ever, then the library: beside them, or for an editable install in the checkout."""
+    """Python files as ever, then the libraries: beside them, or for an editable install in the checkout."""
 
-    library = None  # where it is, once built
+    libraries: tuple[Path, ...] = ()  # where they are, once built
 
     def run(self):
         super().run()
-        folder = native.PLACE if self.editable_mode else Path(self.build_lib) / ENGINE / native.PLACE.name
-        for old in [] if self.editable_mode else folder.glob("*"):  # of an earlier build with other sources
-            old.unlink()
-        self.library = native.build(folder / native.name(), verbose=True)
-        if self.library is None:
-            print("warning: bnnfree: native engine not built, numpy runs the models: slower, same results",
-                  file=sys.stderr)  # fmt: skip
+        made = [self.make(library) for library in native.LIBRARIES]
+        self.libraries = tuple(path for path in made if path is not None)
+
+    def make(self, library):
+        """Where the library is, or None, with a line of warning."""
+        folder = library.place
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / folder.relative_to(ROOT)
+            for old in folder.glob("*"):  # of an earlier build with other sources
+                old.unlink()
+        path = library.build(folder / library.name(), verbose=True)
+        if path is None:
+            print(f"warning: bnnfree: {library.without}", file=sys.stderr)
+        return path
 
     def get_outputs(self, include_bytecode=1):
-        library = [] if self.library is None or self.editable_mode else [str(self.library)]
-        return super().get_outputs(include_bytecode) + library
+        made = [] if self.editable_mode else [str(path) for path in self.libraries]
+        return super().get_outputs(include_bytecode) + made
 
 
 class Wheel(bdist_wheel):
-    """py3-none-<platform> with the library, py3-none-any without."""
+    """py3-none-<platform> with a library, py3-none-any without."""
 
     def run(self):
         self.run_command("build")
-        self.root_is_pure = self.get_finalized_command("build_py").library is None
+        self.root_is_pure = not self.get_finalized_command("build_py").libraries
         self.distribution.has_ext_modules = lambda: not self.root_is_pure
         super().run()
 

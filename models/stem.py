@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn import Design, first_belief
+from bnnfree.nn.fused import Fusion, run_blocks
 
 STEMS = ("cifar", "imagenet")
 
@@ -38,6 +39,7 @@ class Trunk(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, classes)
         self.believes = first_belief(stem) is not None
+        self.fusion: Fusion | None = None  # how blocks are fused in training; see bnnfree.nn.fused
 
     def get_classifier(self) -> nn.Module:
         """The layer that gives the logits."""
@@ -45,7 +47,12 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        x = self._believing(x) if self.believes and self.training else self.blocks(x)
+        if self.believes and self.training:
+            x = self._believing(x)
+        elif self.fusion is not None and self.training:
+            x = run_blocks(self.blocks, x, self.fusion)
+        else:
+            x = self.blocks(x)
         x = x if self.tail is None else self.tail(x)
         return self.head(self.pool(x).flatten(1))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bnnfree.engine import build
+from bnnfree import library
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "bnnfree" / "engine" / "native"
@@ -50,8 +50,8 @@ int main(int argc, char **argv) {
 def compiler() -> list[str]:
     """The command that builds the engine."""
     try:
-        return build.compiler()
-    except build.BuildFailure as failure:
+        return library.compiler()
+    except library.BuildFailure as failure:
         pytest.skip(str(failure))
 
 

@@ -13,10 +13,12 @@ from cc import HERE, NATIVE, ROOT, STRICT, compiler, done, output_of, tool_of
 from damage import bases
 from packed import images
 
-from bnnfree.engine import Engine, build
+from bnnfree import library as build
+from bnnfree.engine import Engine
 from bnnfree.engine.binding import isa_names, load_library
 from bnnfree.format import from_bytes
 
+ENGINE = build.ENGINE
 LIBRARY = re.compile(rf"bnnfree/engine/_native/bnnfree-[0-9a-f]{{16}}\{build.SUFFIX}")
 SOURCES = [*(path for folder in (NATIVE, NATIVE / "examples", HERE) for path in sorted(folder.glob("*.c"))),
            ROOT / "bnnfree" / "bench" / "peak.c"]  # fmt: skip
@@ -26,7 +28,7 @@ SOURCES = [*(path for folder in (NATIVE, NATIVE / "examples", HERE) for path in 
 def library():
     if not isa_names():
         pytest.skip(load_library()[1])
-    return build.library()
+    return ENGINE.path()
 
 
 # -- what the library is
@@ -124,7 +126,7 @@ def little(tmp_path, monkeypatch):
     folder = tmp_path / "native"
     folder.mkdir()
     (folder / "x.c").write_text("int bnnf_x(void) { return 1; }\n")
-    monkeypatch.setattr(build, "SOURCES", folder)
+    monkeypatch.setattr(ENGINE, "sources", folder)
     return folder
 
 
@@ -132,67 +134,67 @@ def little(tmp_path, monkeypatch):
 def test_a_function_that_is_declared_but_missing_fails_the_build(little, tmp_path, capsys):
     """As of a line of kernels.h without its kernel; else it would be whoever loads the library that fails."""
     (little / "x.c").write_text("int bnnf_y(void);\nint bnnf_x(void) { return bnnf_y(); }\n")
-    assert build.build(tmp_path / "x.so", verbose=True) is None
+    assert ENGINE.build(tmp_path / "x.so", verbose=True) is None
     assert "bnnf_y" in capsys.readouterr().out.splitlines()[-1] and not (tmp_path / "x.so").exists()
     (little / "y.c").write_text("int bnnf_y(void) { return 1; }\n")
-    assert build.build(tmp_path / "x.so") == tmp_path / "x.so"
+    assert ENGINE.build(tmp_path / "x.so") == tmp_path / "x.so"
 
 
 def test_the_library_is_called_after_what_it_is_made_of_and_for(tmp_path, monkeypatch, library):
-    assert library.name == build.name()
+    assert library.name == ENGINE.name()
     shutil.copytree(NATIVE, tmp_path / "native")
-    monkeypatch.setattr(build, "SOURCES", tmp_path / "native")
-    assert library.name == build.name()
+    monkeypatch.setattr(ENGINE, "sources", tmp_path / "native")
+    assert library.name == ENGINE.name()
     for name in ("run.c", "internal.h"):
-        before = build.name()
+        before = ENGINE.name()
         with open(tmp_path / "native" / name, "a") as file:
             file.write("\n")
-        assert build.name() != before
+        assert ENGINE.name() != before
     (tmp_path / "native" / "run.c").rename(tmp_path / "native" / "go.c")
-    names = {before, build.name()}
-    for where, what, value in ((build, "FLAGS", [*build.FLAGS, "-g"]), (build.platform, "machine", lambda: "vax"),
+    names = {before, ENGINE.name()}
+    for where, what, value in ((ENGINE, "flags", [*ENGINE.flags, "-g"]), (build.platform, "machine", lambda: "vax"),
                                (sys, "maxsize", 2**31 - 1 if sys.maxsize > 2**32 else 2**63 - 1)):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(where, what, value)
-            names.add(build.name())
+            names.add(ENGINE.name())
     assert len(names) == 5
 
 
 def test_build_writes_where_it_is_told_and_nothing_else(tmp_path, little):
-    out = build.build(tmp_path / "deep" / "x.so")
+    out = ENGINE.build(tmp_path / "deep" / "x.so")
     assert out == tmp_path / "deep" / "x.so" and [p.name for p in out.parent.iterdir()] == ["x.so"]
     (little / "x.c").write_text("no C")
     before = out.read_bytes()
-    assert build.build(out) is None and out.read_bytes() == before and list(out.parent.iterdir()) == [out]
+    assert ENGINE.build(out) is None and out.read_bytes() == before and list(out.parent.iterdir()) == [out]
 
 
 def test_changed_sources_are_compiled_again_and_old_libraries_go(tmp_path, monkeypatch, little):
-    monkeypatch.setattr(build, "PLACE", tmp_path / "_native")
+    monkeypatch.setattr(ENGINE, "place", tmp_path / "_native")
     monkeypatch.setattr(build, "cache", lambda: None)
-    first = build.library()
-    assert build.library() == first and first.parent == tmp_path / "_native"
+    first = ENGINE.path()
+    assert ENGINE.path() == first and first.parent == tmp_path / "_native"
     os.utime(first, (0, 0))
     (little / "x.c").write_text("int bnnf_x(void) { return 2; }\n")
-    second = build.library()
+    second = ENGINE.path()
     assert second != first and list(second.parent.iterdir()) == [second]
 
 
 def test_where_the_package_cannot_be_written_the_cache_takes_it(tmp_path, monkeypatch, little):
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(build, "PLACE", tmp_path / "file" / "_native")
+    monkeypatch.setattr(ENGINE, "place", tmp_path / "file" / "_native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "cache"))
-    path = build.library()
-    assert (tmp_path / "cache") in path.parents and build.library() == path
+    path = ENGINE.path()
+    assert (tmp_path / "cache") in path.parents and ENGINE.path() == path
 
 
 @pytest.mark.parametrize(("variable", "said"), [("none-such", "none-such"), ("false", "false failed")])
 def test_a_compiler_that_is_none_is_named(monkeypatch, tmp_path, capsys, variable, said):
     tool_of("false")
     monkeypatch.setenv("CC", variable)
-    assert build.build(tmp_path / "x.so") is None and capsys.readouterr().out == ""
-    assert build.build(tmp_path / "x.so", verbose=True) is None and said in capsys.readouterr().out
+    assert ENGINE.build(tmp_path / "x.so") is None and capsys.readouterr().out == ""
+    assert ENGINE.build(tmp_path / "x.so", verbose=True) is None and said in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,7 +259,7 @@ def sources(tmp_path):
 
 def test_the_command_prints_the_path_last(sources):
     compiler()
-    printed = output_of(sys.executable, "-m", "bnnfree.engine.build", cwd=sources)
+    printed = output_of(sys.executable, "-m", "bnnfree.library", cwd=sources)
     (made,) = (sources / "bnnfree" / "engine" / "_native").iterdir()
     assert printed.splitlines()[-1] == str(made) and LIBRARY.fullmatch(made.relative_to(sources).as_posix())
 

@@ -33,6 +33,8 @@ def options(**changes):
     values = dict(
         name="fake",
         root=None,
+        test_root=None,
+        val_root=None,
         image_size=None,
         train_limit=None,
         test_limit=None,
@@ -42,6 +44,7 @@ def options(**changes):
         workers=0,
         download=False,
         cache=None,
+        cache_gb=None,
         samples=300,
         classes=3,
         channels=3,
@@ -159,6 +162,17 @@ def test_imagenet_is_a_folder_with_known_statistics(tmp_path):
     loaded = load_data(options(name="imagenet", root=str(root)))
     assert loaded.image_size == (224, 224) and tuple(loaded.mean) == data.IMAGENET[0]
     assert next(loaded.test.batches(4))[0].shape == (4, 3, 224, 224)
+
+
+def test_files_in_folders_of_a_class_are_listed_at_any_depth(tree):
+    place = os.path.join(tree.root, "train", "bee")
+    os.makedirs(os.path.join(place, "deep", "er"))
+    os.rename(os.path.join(place, "2.png"), os.path.join(place, "deep", "er", "2.png"))
+    listed = folder.list_tree(tree.root + os.sep, "data").parts["train"]
+    assert listed[0][3:] == [
+        os.path.join(place, name) for name in ("0.png", "1.png", os.path.join("deep", "er", "2.png"))
+    ]
+    assert listed[1] == [0, 0, 0, 1, 1, 1] and len(load_data(tree).train) == 6
 
 
 def test_folder_images_are_those_of_the_files_in_class_order(tree):

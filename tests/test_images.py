@@ -14,7 +14,8 @@ from PIL import Image
 from test_data import options, spoil, write_tree
 
 from bnnfree.errors import BnnfreeWarning, DataError, UnknownNameError
-from bnnfree.train import data, images
+from bnnfree.preprocess import read_image
+from bnnfree.train import data, images, streamed
 from bnnfree.train.data import load_data, measure
 
 SEED = 7
@@ -163,6 +164,92 @@ def test_worker_count_does_not_change_a_pixel(large):
     assert same(trained[0], trained[1]) and same(trained[0], trained[2])
 
 
+# ---- reading in processes of their own
+
+
+def test_processes_are_kept_from_epoch_to_epoch(large):
+    large.workers = 2
+    split = load_data(large).train
+    epochs, processes = [], []
+    for epoch in (0, 1, 0):
+        epochs.append(joined(split.train_batches(3, seed=SEED, epoch=epoch)))
+        ((_, loader),) = split._idle.values()
+        processes.append([worker.pid for worker in loader._iterator._workers])
+    assert processes[0] == processes[1] == processes[2] and len(processes[0]) == 2
+    assert same(epochs[0], epochs[2]) and not same(epochs[0], epochs[1])
+
+
+def test_an_epoch_left_early_and_two_at_a_time_disturb_no_other(large):
+    expected = joined(load_data(large).train.train_batches(3, seed=SEED, epoch=1))
+    large.workers = 1
+    split = load_data(large).train
+    for _ in split.train_batches(3, seed=SEED, epoch=0):
+        break
+    assert same(joined(split.train_batches(3, seed=SEED, epoch=1)), expected)
+    one, other = (split.train_batches(3, seed=SEED, epoch=1) for _ in range(2))
+    pairs = list(zip(one, other, strict=True))
+    assert len(pairs) == split.train_steps(3) and all(same(a, b) for a, b in pairs)
+    assert same(joined(a for a, _ in pairs), expected)
+
+
+@pytest.mark.slow  # 5 s: python -m pytest -m slow tests/test_images.py
+def test_a_process_that_is_killed_is_one_error(large):
+    large.workers = 1
+    split = load_data(large).train
+    joined(split.train_batches(3, seed=SEED, epoch=0))
+    ((_, loader),) = split._idle.values()
+    os.kill(loader._iterator._workers[0].pid, 9)
+    loader._iterator._workers[0].join(10)
+    with pytest.raises(DataError, match=r"^data: one of 1 processes that read images has ended .*data\.workers"):
+        joined(split.train_batches(3, seed=SEED, epoch=1))
+    assert len(joined(split.train_batches(3, seed=SEED, epoch=1))[1]) == len(split)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_one_ahead_yields_all_in_order_and_reads_one_more_than_it_gave(count):
+    read = []
+
+    def source():
+        for number in range(count):
+            read.append(number)
+            yield torch.full((2, 3), number), torch.tensor([number])
+
+    for number, (pixels, label) in enumerate(streamed.one_ahead(source(), "cpu")):
+        assert label.tolist() == [number] and (pixels == number).all()
+        assert len(read) == min(number + 2, count)
+    assert read == list(range(count))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_on_a_gpu_are_those_of_the_cpu(large, workers):
+    large.workers = workers
+    split = load_data(large).train
+    on_gpu = [
+        (pixels.cpu(), labels.cpu()) for pixels, labels in split.train_batches(3, seed=SEED, epoch=1, device="cuda")
+    ]
+    assert same(joined(on_gpu), joined(split.train_batches(3, seed=SEED, epoch=1)))
+
+
+def test_usual_jpegs_take_the_short_way_and_other_files_give_what_preprocess_gives(large, monkeypatch):
+    asked = []
+    original = streamed.Files.checked
+    monkeypatch.setattr(streamed.Files, "checked", lambda self, index: asked.append(index) or original(self, index))
+    place = os.path.join(large.root, "train", "ant")
+    with Image.open(os.path.join(place, "0.jpg")) as image:
+        image.convert("L").save(os.path.join(place, "1.jpg"))
+        image.convert("CMYK").save(os.path.join(place, "2.jpg"))
+        image.save(os.path.join(place, "3.jpg"), "PNG")
+        image.convert("P").save(os.path.join(place, "4.jpg"), "GIF")
+    large.augment = []
+    split = load_data(large).train
+    reader = streamed.Reader(split.files, 65, ())
+    for index in range(10):
+        expected = streamed.middle(read_image(split.files.name(index)), 65)
+        assert torch.equal(reader.sample(index, -1), expected), index
+    assert asked == [3, 4]
+
+
 # ---- augmentation
 
 
@@ -226,6 +313,42 @@ def test_streamed_evaluation_is_resize_and_centre_crop(large):
     mean, std = (torch.tensor(values) for values in data.IMAGENET)
     scaled = (torch.from_numpy(np.array(expected)) / 255 - mean) / std
     assert torch.allclose(pixels[0], scaled.permute(2, 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(90, 65), (400, 300), (331, 700)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_streamed_crop_is_torchvisions(tmp_path, size, mode):
+    from torchvision.transforms import RandomResizedCrop
+
+    x, y = np.meshgrid(np.linspace(0, 9, size[0]), np.linspace(0, 7, size[1]))
+    waves = 127 + 60 * np.stack([np.sin(x + y), np.cos(x - y), np.sin(2 * x)], 2)
+    Image.fromarray(waves.astype(np.uint8)).convert(mode).save(tmp_path / "a.jpg", quality=95)
+    reduced = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        with Image.open(tmp_path / "a.jpg") as image:
+            result = streamed.crop(image, 33)
+            smaller = image.size != size
+        torch.manual_seed(seed)
+        with Image.open(tmp_path / "a.jpg") as image:
+            expected = RandomResizedCrop(33, scale=(0.08, 1.0))(image.convert("RGB"))
+        assert result.shape == (3, 33, 33) and result.dtype == torch.uint8
+        difference = (result.permute(1, 2, 0).float() - torch.from_numpy(np.array(expected)).float()).abs()
+        assert difference.mean() < (8 if smaller else 1), seed
+        reduced += smaller
+    assert reduced == 0 if min(size) < 2 * 33 else reduced > 10
+
+
+def test_the_same_seed_gives_the_same_crop_and_others_differ(large):
+    split = load_data(large).train
+    reader = streamed.Reader(split.files, 65, ("crop", "flip"))
+    samples = [reader.sample(0, seed) for seed in (5, 5, *range(6, 26))]
+    assert torch.equal(samples[0], samples[1])
+    assert len({tuple(sample.flatten().tolist()) for sample in samples}) == 21
+    turned = streamed.Reader(split.files, 65, ("flip",))
+    seen = {tuple(turned.sample(0, seed).flatten().tolist()) for seed in range(20)}
+    plain = turned.sample(0, -1)
+    assert seen == {tuple(image.flatten().tolist()) for image in (plain, plain.flip(2))}
 
 
 def test_streamed_augmentation_can_be_switched_off(large):

@@ -177,7 +177,7 @@ def test_an_unknown_key_names_file_key_and_the_nearest(override, key, hint):
         ("optimizer.name=adan", "adam, adamw, sgd, bop", "adam"),
         ("schedule.name=cosin", "linear, cosine, step, constant", "cosine"),
         ("loss.name=crossentropy", "cross_entropy, distribution", "cross_entropy"),
-        ("precision=bf32", "'fp32' or 'bf16'", "fp32"),
+        ("precision=bf32", "fp32, bf16, bf16_trunk", "fp32"),
         ("agc.clip=aut", "a valid number or 'auto'", "auto"),
     ],
 )

@@ -1,10 +1,15 @@
 """Measure how fast a network runs, one image at a time; beside other runtimes, by layer, or kernel by kernel.
 
+With --train: how fast a recipe trains; with --data: how fast its images come.
+
 examples:
   python tools/bench.py model.bnnf
   python tools/bench.py model.bnnf --threads 2 --against onnxruntime openvino --json bench.json
   python tools/bench.py recipes/imagenet_reactnet18.yaml --layers
   python tools/bench.py --kernels
+  python tools/bench.py --train recipes/cifar10_reactnet18.yaml data.root=FOLDER --batch 32 --precision fp32
+  python tools/bench.py --train recipes/cifar10_reactnet20.yaml data.name=fake --contenders plain bn --json train.json
+  python tools/bench.py --train recipes/cifar10_reactnet18.yaml data.root=FOLDER --against BNN_NoBN
 
 SOURCE is a packed file, or what tools/export.py takes, with the same key=value: a recipe stands for its network with
 random weights, which are as fast as trained ones. --against builds the same network from the same file: for ONNX
@@ -18,11 +23,26 @@ registers alone, measured in the same run on as many threads; a kernel that save
 --kernels takes single ops of usual shapes with each instruction set ("avx512 base": AVX-512 made to do without
 VPOPCNTDQ and VNNI; "sign": a threshold and bits out, "float": scale and bias, floats out, "block": the whole end of a
 block, floats and bits out). With --json the file's path is printed last.
+
+--train lets contenders take whole training steps in turns, on the recipe's data (data.name=fake: noise), last stage:
+  ours            the recipe as it is
+  layers          module by module
+  compiled        its modules compiled by torch
+  plain           the same function as the papers' code writes it (bnnfree.analysis.plain), stepped as released
+  plain_compiled  that, compiled by torch
+  bn, float       the recipe with model.norm=bn; with real weights and activations
+  reference       the released code itself, from its checkout (--against FOLDER, of BNN_NoBN): its files are run
+ratio: the median over rounds of a contender's step over ours, above 1 where ours is faster. data: waiting for a batch;
+forward with the loss; agc with the preconditioner; optimizer with what follows it. saved: what autograd keeps for the
+backward pass, the part that grows with the batch, and the part that does not (fixed). peak: growth of a process that
+has only this contender, or of a GPU's memory all of it. % matmul: 6 flops a multiply-accumulate over the speed of a
+large bfloat16 product; % copy: the bytes that must move (saved ones twice, 40 a parameter) over that of a large copy.
 """
 
 import argparse
 import functools
 import json
+import sys
 from pathlib import Path
 
 import _cli
@@ -41,25 +61,78 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", metavar="NAME", help="of bnnfree.engine (default: auto)")
     parser.add_argument("--layers", action="store_true", help="time each layer")
     parser.add_argument("--kernels", action="store_true", help="time single ops; then SOURCE may be missing")
-    parser.add_argument("--against", nargs="+", default=[], metavar="PACKAGE", help="onnxruntime, openvino")
-    parser.add_argument("--seconds", type=float, default=10, metavar="S", help="for the contenders (default: 10)")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="WHAT", help="onnxruntime, openvino; with --train: a checkout"
+    )
+    parser.add_argument("--train", action="store_true", help="time training steps of SOURCE, a recipe")
+    parser.add_argument("--batch", nargs="+", type=int, default=[], metavar="N", help="with --train: batch sizes")
+    parser.add_argument("--precision", nargs="+", default=[], metavar="P", help="with --train: fp32, bf16 (both)")
+    parser.add_argument("--contenders", nargs="+", default=[], metavar="C", help="with --train: those beside ours")
+    parser.add_argument("--data", action="store_true", help="time the input pipeline of SOURCE")
+    parser.add_argument("--feeds", type=float, metavar="IMAGES_PER_SECOND", help="with --data: what it has to feed")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="for the contenders (10; with --train 60 a precision and batch)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     args = parser.parse_intermixed_args()
 
     from bnnfree.bench.machine import machine
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.files import replacing
+
+    check_mode(args)
+    if args.seconds is not None and not 0 < args.seconds <= 3600:
+        raise BnnfreeError(f"--seconds: got {args.seconds}, expected more than 0 and up to 3600.")
+    about = {**machine(), "threads": args.threads}
+    report: dict = {"machine": about}
+    sys.path.append(str(Path(__file__).resolve().parent))  # Why last: a tool's name must hide no module, see _cli
+    if args.train:
+        from _bench_train import bench_train
+
+        print_machine(about)
+        report["train"] = bench_train(args, print_table)
+    elif args.data:
+        from _bench_data import bench_data
+
+        report["data"] = bench_data(args)
+    else:
+        report |= bench_inference(args, about)
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(args.json)
+
+
+def check_mode(args) -> None:
+    """Errors: BnnfreeError where options of one kind of measurement meet those of another."""
+    from bnnfree.errors import BnnfreeError
+
+    modes = [f"--{name}" for name in ("train", "data", "kernels") if getattr(args, name)]
+    others = {"--train": ("layers",), "--data": ("layers", "against")}
+    if len(modes) > 1:
+        raise BnnfreeError(f"{' '.join(modes)}: got {len(modes)} kinds of measurement, expected one.")
+    for mode, names in others.items():
+        if mode in modes and any(getattr(args, name) for name in names):
+            raise BnnfreeError(f"{mode}: got --{' or --'.join(names)} beside it, which belongs to inference.")
+    for name in ("batch", "precision", "contenders"):
+        if getattr(args, name) and not args.train:
+            raise BnnfreeError(f"--{name}: got {getattr(args, name)} without --train, expected both.")
+    if args.feeds is not None and not args.data:
+        raise BnnfreeError("--feeds: got it without --data, expected both.")
+
+
+def bench_inference(args, about: dict) -> dict:
+    """The report of a network, of single ops, or of both."""
     from bnnfree.bench.peers import PACKAGES
     from bnnfree.errors import BnnfreeError, unknown_name
-    from bnnfree.files import replacing
 
     if args.source is None and not args.kernels:
         raise BnnfreeError("SOURCE: got none, expected a network, or --kernels.")
-    if not 0 < args.seconds <= 3600:
-        raise BnnfreeError(f"--seconds: got {args.seconds}, expected more than 0 and up to 3600.")
     for name in args.against:
         if name not in PACKAGES:
             raise unknown_name("--against", name, PACKAGES)
-    about = {**machine(), "threads": args.threads}
-    report = {"machine": about}
+    args.seconds = args.seconds or 10
+    report: dict = {}
     if args.source is not None:
         engine = open_engine(args)
         about["isa"] = engine.backend
@@ -69,10 +142,7 @@ def main() -> None:
         if args.source is None:
             print_machine(about)
         report |= bench_kernels(args)
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(args.json)
+    return report
 
 
 def open_engine(args):

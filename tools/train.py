@@ -7,8 +7,11 @@ examples:
   python tools/train.py recipes/cifar10_reactnet20.yaml --dry-run
   python tools/train.py recipes/reactnet_nobn.yaml --resume
   python tools/train.py --keys
-  torchrun --nproc_per_node 2 tools/train.py recipes/cifar10_reactnet18.yaml
+  torchrun --standalone --nproc_per_node 2 tools/train.py recipes/cifar10_reactnet18.yaml
+  torchrun --standalone --nproc_per_node 8 --max-restarts 3 tools/train.py recipes/imagenet_reactnet18.yaml
 
+data.batch_size counts the images of all processes together. When a process is killed, torchrun --max-restarts
+starts all again and they go on from the last checkpoint by themselves; after the whole job: --resume.
 Prints the run folder last; it holds recipe.yaml, metrics.jsonl, curves.png, last.pt, best.pt, result.json.
 """
 
@@ -38,9 +41,18 @@ def main() -> None:
     if args.recipe is None:
         parser.error("a recipe is needed, for example recipes/reactnet_nobn.yaml")
 
+    from bnnfree.train import dist as processes
+
+    with processes.one_voice():
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """What is left when the command line is read."""
     import torch
 
-    from bnnfree.train import load_recipe
+    from bnnfree.train import dist as processes
+    from bnnfree.train import fit, load_recipe
     from models import MODELS
 
     if args.threads:
@@ -50,14 +62,16 @@ def main() -> None:
     if args.dry_run:
         from bnnfree.train.dry import dry_run
 
-        print(dry_run(recipe, MODELS, where))
+        text = dry_run(recipe, MODELS, where)
+        processes.stop()
+        if processes.speaks():
+            print(text)
         return
-    from bnnfree.train import fit
-
     out = Path(args.out or Path("runs") / Path(args.recipe).stem)
     result = fit(recipe, MODELS, out, resume=args.resume, where=where)
-    print(f"test top-1 {result['test_top1']:.2f} % after {result['epochs']} epochs, {result['seconds']:.0f} s")
-    print(out)
+    if processes.speaks():
+        print(f"test top-1 {result['test_top1']:.2f} % after {result['epochs']} epochs, {result['seconds']:.0f} s")
+        print(out)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,19 @@ def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-def saved_per_image(model: nn.Module, shape: tuple[int, int, int], classes: int, batch: int = 4) -> tuple[float, float]:
+def saved_per_image(
+    model: nn.Module, shape: tuple[int, int, int], classes: int, batch: int = 4, other: int | None = None
+) -> tuple[float, float]:
     """(bytes that grow with each image of a batch, bytes that do not, such as standardised weights).
 
-    Measured at two batch sizes, on noise. Shape: channels, height, width.
+    Measured at two batch sizes, `batch` and `other` (None: twice that), on noise, where the model's parameters are.
+    Shape: channels, height, width.
     """
+    other = 2 * batch if other is None else other
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found = []
-    for count in (batch, 2 * batch):
-        images = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
-        found.append(saved_bytes(model, images, torch.arange(count) % classes))
-    each = (found[1] - found[0]) / batch
+    for count in (batch, other):
+        images = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        found.append(saved_bytes(model, images, (torch.arange(count) % classes).to(device)))
+    each = (found[1] - found[0]) / (other - batch)
     return each, found[0] - batch * each

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnnfree.engine.build import compile_library
+from bnnfree.library import compile_library
 
 BASE = "avx512 base"  # AVX-512 where it is made to do without VPOPCNTDQ and VNNI
 CODES = {"scalar": 0, "avx2": 1, "avx512": 2, BASE: 3}

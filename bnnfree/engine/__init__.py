@@ -170,7 +170,7 @@ def _resolve(backend: str) -> str:
         if names[0] in BACKENDS and not _told:
             _told.append(
                 f"native engine: {load_library()[1]} {names[0]} runs the models: the same results, many times slower. "
-                f"Once that is mended, python -m bnnfree.engine.build compiles it."
+                f"Once that is mended, python -m bnnfree.library compiles it."
             )
             warnings.warn(_told[0], BnnfreeWarning, stacklevel=3)
         return names[0]

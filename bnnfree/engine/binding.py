@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bnnfree.engine.errors import EngineError
+from bnnfree.library import ENGINE, BuildFailure
 
 ISAS = ("avx512", "avx2", "scalar")  # names that the library may know, run here or not
 MESSAGE = 256  # bytes
@@ -70,10 +71,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 @functools.cache
 def load_library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none. The first call may compile it."""
-    from bnnfree.engine.build import BuildFailure, library  # Why here: python -m bnnfree.engine.build would meet itself
-
     try:
-        lib = ctypes.CDLL(str(library()))
+        lib = ctypes.CDLL(str(ENGINE.path()))
         for name, (result, arguments) in FUNCTIONS.items():
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments

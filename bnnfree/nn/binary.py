@@ -54,17 +54,19 @@ class _BinaryWeight(WeightLayer):
             if self.scale is None:
                 return latent, None
             return latent, self.scale / self._mean_abs(latent).clamp_min(1e-12)
-        scale: Tensor
-        if self.scale is not None:
-            scale = self.scale
-        elif self.scale_rule == "mean_abs":
-            scale = self._mean_abs(latent)
-        elif self.scale_rule == "fan_in":
-            scale = latent.new_full((latent.shape[0],), 1 / math.sqrt(self.fan_in))
-        else:
+        scale = self._mean_abs(latent) if self.scale_rule == "mean_abs" else self.known_scale()
+        if scale is None:
             return sign_of_weight(latent, latent.new_ones(())), None
         undo = scale.detach().abs().clamp_min(1e-12)
         return sign_of_weight(latent, undo.view(-1, *[1] * (latent.dim() - 1))), scale
+
+    def known_scale(self) -> Tensor | None:
+        """The scale [O] of binary weights, as far as it does not come from them (mean_abs); None: 1."""
+        if self.scale is not None:
+            return self.scale
+        if self.scale_rule == "fan_in" and self.binary:
+            return self.weight.new_full((self.weight.shape[0],), 1 / math.sqrt(self.fan_in))
+        return None
 
     def low_precision(self) -> bool:
         """Autocast may run +-1 times +-1 in its dtype: sums up to 256 (512 when even) are exact in bfloat16.

@@ -282,7 +282,10 @@ class BinaryBlock(nn.Module):
         return self.act((h * self.alpha if self.damped else h) + identity)
 
     def _identity(self, x: Tensor, u: Tensor) -> Tensor:
-        y = self._pooled(u if self.stride > 1 or self.shortcut is not None else x)
+        return self.widened(self._pooled(u if self.stride > 1 or self.shortcut is not None else x))
+
+    def widened(self, y: Tensor) -> Tensor:
+        """The shortcut of the pooled map y."""
         if self.shortcut is not None:
             return self.shortcut(y)
         return torch.cat([y, y], dim=1) if self.duplicate else y

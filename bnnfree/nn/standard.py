@@ -129,7 +129,7 @@ class WeightLayer(nn.Module):
                 self.input_count += x.shape[0]
         if low is None and self.exact:
             low = x.dtype
-        factor = self._factor(scale)
+        factor = self.output_factor(scale)
         bias: Tensor | None = self.bias
         if self.preconditioner is not None and self.training:
             weight, factor, bias = self.preconditioner(weight, factor, bias, low is not None)
@@ -149,10 +149,10 @@ class WeightLayer(nn.Module):
     def fold(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(W, factor [O], bias [O]) such that y = linear(x, W) factor + bias; None: 1 and 0. Of x the shape counts."""
         weight, scale = self.unit_weight()
-        factor = self._factor(scale)
+        factor = self.output_factor(scale)
         return weight, factor, self._folded_bias(x, weight, factor, self.bias)
 
-    def _factor(self, factor: Tensor | None) -> Tensor | None:
+    def output_factor(self, factor: Tensor | None) -> Tensor | None:
         """The scale [O] of `unit_weight`, times what multiplies the output."""
         if self.gain is not None:
             factor = self.gain if factor is None else factor * self.gain
@@ -250,13 +250,17 @@ class ConvLayer(WeightLayer):
             padding = (0, 0)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def expected_output(self, weight: Tensor, x: Tensor) -> Tensor:
+    def expected_input(self, x: Tensor) -> Tensor:
+        """[groups * I, kh, kw]: what each tap sees of `input_mean` on average over positions of a map like x."""
         sides = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         rows, columns = (torch.tensor(tap_coverage(*side), dtype=x.dtype, device=x.device) for side in sides)
         inside = rows[:, None] * columns
-        mean = self.input_mean.to(x.dtype).view(self.groups, -1, 1, 1) * inside
-        if self.pad_value:
-            mean = mean + self.pad_value * (1 - inside)
+        mean = self.input_mean.to(x.dtype).view(-1, 1, 1) * inside
+        return mean + self.pad_value * (1 - inside) if self.pad_value else mean
+
+    def expected_output(self, weight: Tensor, x: Tensor) -> Tensor:
+        mean = self.expected_input(x)
+        mean = mean.view(self.groups, -1, *mean.shape[1:])
         taps = weight.view(self.groups, -1, *weight.shape[1:])
         return (taps * mean[:, None]).sum((2, 3, 4)).flatten()
 

@@ -129,8 +129,7 @@ def make_optimizer(
 
     Each takes its own options and ignores the others, so a recipe can pass them all. Each group keeps its lr
     under "initial_lr": a schedule with factor f sets lr = f * initial_lr in every group of every optimiser.
-    torch picks the implementation: foreach on a GPU, one parameter at a time on a CPU; both repeat exactly.
-    Why not fused: torch's CPU kernel mixes up the values when weight and gradient differ in memory order.
+    Where torch has fused kernels for the parameters' device they take the steps; they repeat exactly.
     Errors: UnknownNameError; BnnfreeError from Bop, or when there is no latent group for it.
     """
     build = pick(OPTIMIZERS, name, "optimizer")
@@ -155,15 +154,35 @@ def _kinds(model: nn.Module) -> dict[Tensor, str]:
 
 
 def _adam(groups, *, betas, eps, **_) -> list[torch.optim.Optimizer]:
-    return [torch.optim.Adam(groups, betas=betas, eps=eps)]
+    return [_aligned(torch.optim.Adam(groups, betas=betas, eps=eps, fused=_fusible(groups)))]
 
 
 def _adamw(groups, *, betas, eps, **_) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(groups, betas=betas, eps=eps)]
+    return [_aligned(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=_fusible(groups)))]
 
 
 def _sgd(groups, *, momentum, nesterov, **_) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)]
+    return [_aligned(torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, fused=_fusible(groups)))]
+
+
+def _fusible(groups) -> bool:
+    """Are all parameters real numbers on one kind of device for which torch has fused kernels?"""
+    params = [param for group in groups for param in group["params"]]
+    kinds = {param.device.type for param in params}
+    return len(kinds) == 1 and kinds <= {"cpu", "cuda"} and all(param.is_floating_point() for param in params)
+
+
+def _aligned(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Gradients get the memory order of their parameters before each step: fused CPU kernels take it for given."""
+    optimizer.register_step_pre_hook(_align)
+    return optimizer
+
+
+def _align(optimizer: torch.optim.Optimizer, *_) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.stride() != param.stride():
+                param.grad = torch.empty_like(param).copy_(param.grad)
 
 
 def _bop(groups, *, bop_gamma, bop_threshold, **options) -> list[torch.optim.Optimizer]:

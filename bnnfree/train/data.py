@@ -1,7 +1,7 @@
 """Data sets by name: `load_data(options)` finds one, splits it into train, val and test and measures it.
 
 To add a data set: one function (options, where) -> Source and one line of DATASETS. A source gives images as
-one uint8 array [N,H,W,C] per part, or as a list of files; everything after that is the same for all.
+one uint8 array [N,H,W,C] per part, or as an array of what its `files` opens; all after that is the same.
 
 The validation split is carved from the training images, the same way for every seed, unless the data set
 brings its own. Batches are the business of images.py, folders and decoding that of folder.py.
@@ -22,8 +22,10 @@ from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError, pick
 from bnnfree.preprocess import DECODED_SIZE, read_image, square
-from bnnfree.train.folder import check_root, decode_cached, list_tree
-from bnnfree.train.images import AUGMENTS, FILE_AUGMENTS, FileSplit, PixelSplit, Split
+from bnnfree.train.folder import cache_folder, check_root, decode_cached, list_tree
+from bnnfree.train.images import AUGMENTS, PixelSplit, Split
+from bnnfree.train.shards import Found, find_shards
+from bnnfree.train.streamed import FILE_AUGMENTS, Files, FileSplit
 
 STREAMED_SIZE = 224  # the size of larger images where the recipe names none
 SPLIT_SEED = 20  # carves validation (and digits' test) images; no recipe changes it
@@ -45,7 +47,9 @@ class DataOptions(Protocol):
     """The `data` section of a recipe, as far as this file reads it."""
 
     name: str  # a key of DATASETS
-    root: str | None  # folder of the images or archives; digits and fake need none
+    root: str | None  # folder of the images or archives, or shards; digits and fake need none
+    test_root: str | None  # shards only, where root is a pattern
+    val_root: str | None  # likewise
     image_size: int | None  # side in pixels; None: the data set's own
     train_limit: int | None  # training images to use, validation included; None: all
     test_limit: int | None  # test images to use; None: all
@@ -54,9 +58,10 @@ class DataOptions(Protocol):
     bad_images: Literal["error", "skip"]
     workers: int  # processes that read streamed images
     download: bool  # fetch cifar10 or cifar100 if root lacks it
-    cache: str | None  # folder of decoded images; None: bnnfree/ in the user's cache folder
+    cache: str | None  # folder of decoded images and fetched shards; None: bnnfree/ in the user's cache folder
+    cache_gb: float | None  # shards only: about so much of fetched ones stays; None: all
     samples: int  # fake only: training images
-    classes: int  # fake only
+    classes: int  # fake, and shards without an index
     channels: int  # fake only
 
 
@@ -84,7 +89,7 @@ class Data:
 class Source:
     """What a data set function returns: parts[train|test|val] = (images, labels) as the file's head says.
 
-    `stats` None means: measured on the training images.
+    `stats` None means: measured on the training images. `files` opens images that are not pixels.
     """
 
     classes: list[str]
@@ -93,6 +98,7 @@ class Source:
     channels: int = 3
     stats: Stats | None = None
     bad: dict[str, str] = field(default_factory=dict)
+    files: Callable[[np.ndarray], Files] = Files
 
 
 def load_data(options: DataOptions, *, where: str = "data") -> Data:
@@ -144,14 +150,15 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     if decoded:
         return PixelSplit(images, labels, *stats, augment)
     skip_bad = options.bad_images == "skip"
-    return FileSplit(images, labels, *stats, augment, size=source.size, workers=options.workers, skip_bad=skip_bad)
+    files = source.files(images)
+    return FileSplit(files, labels, *stats, augment, size=source.size, workers=options.workers, skip_bad=skip_bad)
 
 
 def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
     """What a network must know of the data, without reading it: classes, channels, image_size, samples.
 
     samples: training images, validation included. Only image_folder and an imagenet that is there are looked
-    at (the names in their folders, and the size of one image). Errors: as load_data, for image_folder.
+    at (the names in their folders, and the size of one image), and shards (their index). Errors: as load_data.
     """
     pick(DATASETS, options.name, f"{where}: name")
     there = options.root is not None and Path(options.root).expanduser().is_dir()
@@ -161,6 +168,10 @@ def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
         own = STREAMED_SIZE if options.name == "imagenet" else 0
         size = options.image_size or own or _own_size(files, where)
         return _shape(tree.classes, 3, size, len(files), options)
+    if options.name == "shards":
+        found = _find(options, where)
+        size = options.image_size or STREAMED_SIZE
+        return _shape(found.classes, 3, size, len(found.parts["train"][1]), options)
     if options.name == "fake":
         size = options.image_size or 32
         return _shape(_numbered(options.classes), options.channels, size, options.samples, options)
@@ -321,6 +332,24 @@ def image_folder(options: DataOptions, where: str, size: int | None = None) -> S
     return Source(tree.classes, parts, size, stats=stats, bad=tree.bad)
 
 
+def shards(options: DataOptions, where: str) -> Source:
+    """Tar shards by index or pattern, local or by URL (see shards.py); validated and tested as image_folder."""
+    size = options.image_size or STREAMED_SIZE
+    if size <= DECODED_SIZE:
+        raise DataError(
+            f"{where}: image_size: got {size}, expected more than {DECODED_SIZE}: shards are for large images."
+            " data.name=image_folder reads small ones."
+        )
+    found = _find(options, where)
+    return Source(found.classes, found.parts, size, stats=IMAGENET, files=found.files)
+
+
+def _find(options: DataOptions, where: str) -> Found:
+    roots = options.root, options.test_root, options.val_root
+    limit = None if options.cache_gb is None else int(options.cache_gb * 1e9)
+    return find_shards(*roots, classes=options.classes, cache=cache_folder(options.cache), limit=limit, where=where)
+
+
 def _rejecter(options: DataOptions, where: str, bad: dict[str, str]) -> Callable[[str, str], None]:
     """What to do with a bad file: note it in `bad` under bad_images=skip, else raise; `bad` itself counts."""
 
@@ -372,5 +401,6 @@ DATASETS: dict[str, Callable[[DataOptions, str], Source]] = {
     "cifar100": cifar100,
     "imagenet": imagenet,
     "image_folder": image_folder,
+    "shards": shards,
     "fake": fake,
 }

@@ -101,7 +101,7 @@ def _list_part(folder: Path, tree: Tree, where: str) -> tuple[list[str], list[in
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        inside = list(_walk(folder / name))
+        inside = list(_walk(str(folder / name)))
         images = [path for path in inside if os.path.splitext(path)[1].lower() in image_endings()]
         if not images:
             raise DataError(
@@ -114,19 +114,19 @@ def _list_part(folder: Path, tree: Tree, where: str) -> tuple[list[str], list[in
     return files, labels
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
+def _entries(folder: str | Path) -> tuple[list[str], list[str]]:
     """The sorted names of the folders and of the files in `folder`, without hidden ones and sidecars."""
     with os.scandir(folder) as entries:
         seen = sorted((entry.name, entry.is_dir()) for entry in entries if _counts(entry.name))
     return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
 
 
-def _walk(folder: Path):
+def _walk(folder: str):
     """Every counting file at any depth below `folder`, in a fixed order."""
     folders, files = _entries(folder)
-    yield from (str(folder / name) for name in files)
+    yield from (os.path.join(folder, name) for name in files)  # Why no Path: a million of them take seconds
     for name in folders:
-        yield from _walk(folder / name)
+        yield from _walk(os.path.join(folder, name))
 
 
 def _counts(name: str) -> bool:
@@ -172,13 +172,13 @@ def decode(files: list[str], size: int, on_bad: Callable[[str, str], None]) -> t
 
 
 def decode_cached(
-    files: list[str], size: int, on_bad: Callable[[str, str], None], cache_folder: str | None
+    files: list[str], size: int, on_bad: Callable[[str, str], None], cache: str | None
 ) -> tuple[np.ndarray, list[int]]:
     """What `decode` returns, from the cache file of exactly these files and this size where there is one.
 
     A damaged cache is rebuilt and an unwritable folder is gone without, each with a BnnfreeWarning.
     """
-    path = _cache_path(files, size, cache_folder)
+    path = _cache_path(files, size, cache)
     try:
         with np.load(path, allow_pickle=False) as saved:
             pixels, bad, reasons = saved["pixels"], saved["bad"].tolist(), saved["reasons"].tolist()
@@ -216,15 +216,19 @@ def decode_cached(
     return pixels, bad
 
 
-def _cache_path(files: list[str], size: int, cache_folder: str | None) -> Path:
+def _cache_path(files: list[str], size: int, cache: str | None) -> Path:
     """The cache file named by a hash of each file's path, length and modification time, and of `size`."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {size}".encode())
     for file in files:
         length, modified = _stat(file)
         digest.update(os.fsencode(os.path.abspath(file)) + f"\0{length} {modified}\n".encode())
+    return cache_folder(cache) / f"images-{digest.hexdigest()[:24]}.npz"
+
+
+def cache_folder(cache: str | None) -> Path:
+    """The folder that data.cache names, or bnnfree/ in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(cache_folder or os.path.join(base, "bnnfree")).expanduser()
-    return folder / f"images-{digest.hexdigest()[:24]}.npz"
+    return Path(cache or os.path.join(base, "bnnfree")).expanduser()
 
 
 def _stat(file: str) -> tuple[int, int]:

@@ -1,29 +1,25 @@
-"""The two kinds of split, pixels held in memory and image files read on demand, and their batches.
+"""What a split is, and the kind whose pixels are held in memory; streamed.py has the kind that reads files.
 
 Everything random about a training sample is a function of (seed, epoch) and of its position in the epoch's
 order, never of the batch it falls into, the rank, the worker or the device. So four batches of 32 in a row
 hold the pixels of one batch of 128, the ranks' parts make up the one-process batch, and an epoch can be
 resumed at any batch. torch's global random state is neither read nor changed.
 
-To add an augmentation: one function and one line of AUGMENTS (pixels in memory) or FILE_AUGMENTS (files).
+To add an augmentation of pixels in memory: one function and one line of AUGMENTS.
 
 Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.preprocess import centre, read_image
+from bnnfree.errors import DataError
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -55,23 +51,6 @@ def _crop(images: Tensor, draws: Tensor, pad: int) -> Tensor:
 
 
 AUGMENTS = {"flip": flip, "crop": crop, "shift": shift}
-
-
-def file_flip(image: Image.Image, size: int) -> Image.Image:
-    """Mirror left-right with probability 0.5."""
-    from torchvision.transforms import v2
-
-    return v2.RandomHorizontalFlip()(image)
-
-
-def file_crop(image: Image.Image, size: int) -> Image.Image:
-    """A random rectangle of 8 to 100 % of the area, sides 3:4 to 4:3, resized to size x size."""
-    from torchvision.transforms import v2
-
-    return v2.RandomResizedCrop(size, scale=(0.08, 1.0))(image)
-
-
-FILE_AUGMENTS = {"flip": file_flip, "crop": file_crop}
 
 
 class Split:
@@ -128,8 +107,12 @@ class Split:
         parts = _parts(len(self), batch_size, rank, world)[start : self.train_steps(batch_size, world)]
         words = [seed & (2**64 - 1), epoch]
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
-        order = torch.randperm(len(self), generator=generator)
+        order = self._order(generator)
         yield from self._read(order, self._draw(generator), parts, device)
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """The order of an epoch: a permutation of the images."""
+        return torch.randperm(len(self), generator=generator)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         """What augmentation needs to know about every position of an epoch. Shapes: [N, ...]."""
@@ -187,97 +170,3 @@ class PixelSplit(Split):
                 for column, name in enumerate(self.augment):
                     images = AUGMENTS[name](images, draws[part, column])
             yield images.permute(0, 3, 1, 2), labels[index]
-
-
-class FileSplit(Split):
-    """Images read from their files, by `workers` processes, each time a batch is made. Shapes: size x size.
-
-    An image is first seen to be unreadable when its batch is made. With `skip_bad` it is then dropped, which
-    makes that batch smaller, and counted in `skipped` (with one BnnfreeWarning, at the first); else, and
-    where no image of a batch can be read, it is a DataError.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[str] | np.ndarray,
-        labels,
-        mean,
-        std,
-        augment: Sequence[str] = (),
-        *,
-        size: int,
-        workers: int = 0,
-        skip_bad: bool = False,
-    ):
-        super().__init__(labels, mean, std, augment)
-        # Why: a bytes array is one block that forked workers share; a list of str is copied page by page
-        self.files = np.array([os.fsencode(file) for file in files])
-        self.size, self.workers, self.skip_bad = size, workers, skip_bad
-        self._bad: set[int] = set()
-
-    @property
-    def skipped(self) -> int:  # type: ignore[override]
-        """How many files have been found unreadable and dropped so far."""
-        return len(self._bad)
-
-    def _draw(self, generator: torch.Generator) -> Tensor:
-        return torch.randint(2**31, (len(self),), generator=generator)
-
-    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
-        seeds = torch.full((len(self),), -1) if draws is None else draws
-        tasks = (list(zip(order[part].tolist(), seeds[part].tolist(), strict=True)) for part in parts)
-        loader = torch.utils.data.DataLoader(
-            _Reader(self.files, self.size, self.augment),
-            batch_sampler=tasks,  # type: ignore[arg-type]
-            collate_fn=_collate,
-            num_workers=self.workers,
-            pin_memory=torch.device(device).type == "cuda",
-            generator=torch.Generator(),  # Why: without one, the loader draws from torch's global state
-        )
-        normalise = self._normaliser(device)
-        for pixels, index, reasons in loader:
-            self._report(reasons, len(index))
-            images = normalise(pixels.to(device, non_blocking=True))
-            yield images.permute(0, 3, 1, 2), self.labels[index].to(device, non_blocking=True)
-
-    def _report(self, reasons: dict[int, str], readable: int) -> None:
-        """Raise for or count the unreadable images {index: reason} of a batch with `readable` good ones."""
-        for index, reason in reasons.items():
-            message = f"{os.fsdecode(self.files[index])} {reason}."
-            if not self.skip_bad:
-                raise DataError(f"data: {message} Set data.bad_images=skip to leave such files out.")
-            if not readable:
-                raise DataError(f"data: no image of a batch can be read; the first: {message}")
-            if not self._bad:
-                message += " This and further unreadable images are left out of their batches and counted."
-                warnings.warn(message, BnnfreeWarning, stacklevel=2)
-            self._bad.add(index)
-
-
-class _Reader(torch.utils.data.Dataset):
-    """What a worker process runs: (file index, seed or -1) -> (pixels uint8 [H,W,3] or reason, index)."""
-
-    def __init__(self, files: np.ndarray, size: int, augment: tuple[str, ...]):
-        self.files, self.size, self.augment = files, size, augment
-
-    def __getitem__(self, task: tuple[int, int]) -> tuple[np.ndarray | str, int]:
-        index, seed = task
-        image = read_image(os.fsdecode(self.files[index]))
-        if isinstance(image, str):
-            return image, index
-        augment = self.augment if seed >= 0 else ()
-        with torch.random.fork_rng(devices=[]):  # Why: torchvision's transforms only know the global state
-            torch.default_generator.manual_seed(max(seed, 0))
-            for name in augment:
-                image = FILE_AUGMENTS[name](image, self.size)
-        if "crop" not in augment:
-            image = centre(image, (self.size, self.size))
-        return np.asarray(image), index
-
-
-def _collate(samples: list[tuple[np.ndarray | str, int]]) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """(pixels uint8 [B,H,W,3], indices [B], what is wrong by index) of the samples of one batch."""
-    good = [(pixels, index) for pixels, index in samples if not isinstance(pixels, str)]
-    reasons = {index: reason for reason, index in samples if isinstance(reason, str)}
-    pixels = np.stack([pixels for pixels, _ in good]) if good else np.empty((0, 1, 1, 3), np.uint8)
-    return torch.from_numpy(pixels), torch.tensor([index for _, index in good], dtype=torch.int64), reasons

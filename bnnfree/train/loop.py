@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BinaryConv2d, BinaryLinear, anneal, calibrate, update_input_means
+from bnnfree.nn.fused import Shared, choose_speed
 from bnnfree.optim import ClipRate, Precondition, adaptive_grad_clip, make_optimizer, parameter_groups
 from bnnfree.train.data import Data
-from bnnfree.train.dist import Dist
+from bnnfree.train.dist import Dist, data_parallel
 from bnnfree.train.images import Split
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
@@ -52,15 +53,15 @@ class Stage:
         self.model = model.to(dist.device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
         self.optimizers = self._make_optimizers()
+        self.net: nn.Module = self.model
+        if dist.world > 1:  # Why before the preconditioner: it counts passes, and this takes one of blank images
+            self.net = data_parallel(self.model, dist, (data.channels, *data.image_size))
         self.precondition: Precondition | None = None
         if recipe.optimizer.precondition == "bnp":
             self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
-        self.net: nn.Module = self.model
-        if dist.world > 1:
-            self.net = DistributedDataParallel(
-                self.model, device_ids=None if dist.device.type == "cpu" else [dist.device], broadcast_buffers=False
-            )
-        self.compiled = torch.compile(self.net, dynamic=False) if recipe.compile else self.net
+        self.shared = Shared() if recipe.accumulate > 1 else None
+        self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
+        self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
         self.clip_rate = ClipRate()
         self._start_epoch()
 
@@ -165,13 +166,17 @@ class Stage:
             assert recipe.agc.clip != "auto"  # resolved when the recipe was read
             rates = adaptive_grad_clip(self.groups, recipe.agc.clip, recipe.agc.eps)
             self.clip_rate.update(self.groups, rates)
+        self.part_done("agc")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if recipe.free.track:
             update_input_means(self.model, recipe.free.window, self.dist.sum_)
+        if self.shared is not None:
+            self.shared.forget()
         if self.average is not None:
             self._move_average()
+        self.part_done("optimizer")
         return factor * recipe.optimizer.lr if recipe.stages[self.index].lr is None else self.groups[0]["lr"]
 
     def _gradients_shared(self, last: bool) -> AbstractContextManager:
@@ -185,15 +190,23 @@ class Stage:
         # a batch of another size would be compiled anew: the epoch's last one runs as it is
         whole = len(images) * self.dist.world == recipe.data.batch_size
         net = self.compiled if whole else self.net
-        with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=recipe.precision != "fp32"):
             logits = net(images)
             with torch.no_grad():
                 taught = None if self.teacher is None else self.teacher(images)
         loss = LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing)
+        self.part_done("forward")
         (loss * (self.dist.world / samples)).backward()
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             self.sums += _vector(loss, correct, len(labels))
+        self.part_done("backward")
+
+    def part_done(self, part: str) -> None:
+        """Called when a step is done with `part`: forward, backward (of each pass), agc, optimizer. Nothing here.
+
+        forward has the loss in it, agc the preconditioner, optimizer what follows it. Who times steps overrides it.
+        """
 
     def _move_average(self) -> None:
         assert self.average is not None and self.recipe.ema.decay is not None
@@ -266,7 +279,7 @@ def evaluate(
     dist.same_buffers(model)
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)
     for images, labels in split.batches(batch_size, device=dist.device, rank=dist.rank, world=dist.world):
-        with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision != "fp32"):
             logits = model(images).float()
         ranks = (~(logits <= logits.gather(1, labels[:, None]))).sum(1)  # Why not ">": NaN must not rank first
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")

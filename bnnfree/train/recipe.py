@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
 from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES, check_norm
+from bnnfree.nn.fused import PRECISIONS, SPEEDS
 from bnnfree.optim import OPTIMIZERS
 from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
@@ -96,9 +97,13 @@ class DataRecipe(_Part):
     """What it is trained on."""
 
     name: _one_of(DATASETS)  # type: ignore[valid-type]
-    """data set: digits | cifar10 | cifar100 | imagenet | image_folder | fake"""
+    """data set: digits | cifar10 | cifar100 | imagenet | image_folder | shards | fake"""
     root: str | None = None
-    """folder of the files"""
+    """folder of the files; shards: folder or URL with an index, or a pattern: FOLDER/train-{000..127}.tar"""
+    test_root: str | None = None
+    """shards, where root is a pattern: the pattern of the test images"""
+    val_root: str | None = None
+    """shards, where root is a pattern: the pattern of the validation images; null: val_fraction"""
     batch_size: int = Field(default=128, ge=1)
     """samples per forward pass, over all processes together"""
     image_size: int | None = Field(default=None, ge=4)
@@ -118,11 +123,13 @@ class DataRecipe(_Part):
     workers: int = Field(default=2, ge=0)
     """processes that read large images"""
     cache: str | None = None
-    """folder for decoded small images; null: bnnfree in the user's cache folder"""
+    """folder for decoded small images and fetched shards; null: bnnfree in the user's cache folder"""
+    cache_gb: float | None = Field(default=None, gt=0)
+    """shards at a URL: about so many GB of fetched ones are kept, the last used; null: all"""
     samples: int = Field(default=512, ge=8)
     """size of the fake data set"""
     classes: int = Field(default=10, ge=2)
-    """classes of the fake data set"""
+    """classes of the fake data set, and of shards without an index"""
     channels: int = Field(default=3, ge=1)
     """channels of the fake data set"""
 
@@ -242,10 +249,10 @@ class Recipe(_Part):
     """of initial weights, order and augmentation"""
     deterministic: bool = True
     """the same bits from the same recipe on the same machine"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; products of signs stay exact"""
-    compile: bool = False
-    """torch.compile the network (needs a C++ compiler on a CPU)"""
+    precision: _one_of(PRECISIONS) = "fp32"  # type: ignore[valid-type]
+    """fp32 | bf16 (signs and gradients of products; sums of signs stay exact) | bf16_trunk (what is kept too: half)"""
+    speed: _one_of(("auto", *SPEEDS)) = "auto"  # type: ignore[valid-type]
+    """how blocks run in training: auto | layers | fused | compiled | fused_compiled; auto says what it takes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     checkpoint_minutes: float = Field(default=5.0, gt=0)

@@ -1,6 +1,7 @@
 """A whole run: the stages of a recipe, one after the other, in one folder that can be resumed.
 
-Imports torch, tqdm and its own room; the model builders are passed in.
+With several processes, process 0 alone reads and writes the folder, and tells the others what they need of it.
+Imports torch, numpy, tqdm, bnnfree.nn and its own room; the model builders are passed in.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.files import replacing
+from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import (
@@ -35,6 +39,8 @@ from bnnfree.train.recipes import save_recipe
 from bnnfree.train.report import Report, machine, write_json
 
 ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json")
+
+JOB = "job.txt"  # the torchrun that a run belongs to: what it restarts goes on, what another starts is refused
 
 MAY_CHANGE = ("data.root", "data.cache", "data.workers", "data.download", "device", "checkpoint_minutes")
 """Keys that a resumed run may be given anew: they say where and not what."""
@@ -63,7 +69,9 @@ class Run:
         model = build_model(self.recipe, self.builders, self.data_info, binarize)
         if weights is not None:
             load_weights(model, weights, f"stage {index} taking over from stage {index - 1}")
-        return Stage(self.recipe, index, model, self.data, self.dist, self._teacher())
+        stage = Stage(self.recipe, index, model, self.data, self.dist, self._teacher())
+        self.renorm = any(isinstance(module, BatchRenorm2d) for module in model.modules())
+        return stage
 
     def _teacher(self) -> nn.Module | None:
         if self.recipe.loss.teacher is None:
@@ -72,7 +80,7 @@ class Run:
         return teacher.to(self.dist.device).to(memory_format=torch.channels_last)
 
     def state(self) -> dict[str, Any]:
-        """What last.pt holds."""
+        """What last.pt holds. With several processes: called by each at the same time, for the same is in each."""
         recipe = self.recipe
         return {
             **self.stage.state(),
@@ -84,7 +92,8 @@ class Run:
             "best": self.best,
             "seconds": self.seconds + time.monotonic() - self.started,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.dist.device.type == "cuda" else [],
+            "cuda_rng": [torch.cuda.get_rng_state(self.dist.device)] if self.dist.device.type == "cuda" else [],
+            "process_sums": self.dist.gather(self.stage.sums),
         }
 
     def load(self, state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -101,14 +110,33 @@ class Run:
             )
         if state["data"] != self.data_info:
             raise CheckpointError(f"run folder {self.folder}: was trained on other data (classes, size or statistics).")
+        sums = state.get("process_sums", state["sums"][None])
+        if len(sums) != self.dist.world:
+            self._check_world(len(sums))
+            sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(self.dist.world - 1, *sums.shape[1:])])
         if state["stage"] != self.stage.index:
             self.stage = self._start_stage(state["stage"], state["model"])
-        self.stage.load(state)
+        self.stage.load({**state, "sums": sums[self.dist.rank]})
         self.best, self.seconds = state["best"], state["seconds"]
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.dist.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            torch.cuda.set_rng_state(state["cuda_rng"][0], self.dist.device)
         return state["history"]
+
+    def _check_world(self, was: int) -> None:
+        """May a run of `was` processes go on in as many as there are now? Where that is the same mathematics."""
+        now, batch = self.dist.world, self.recipe.data.batch_size
+        steps = [self.data.train.train_steps(batch, world) for world in (was, now)]
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.stage.model.modules()):
+            reason = f"norm {self.recipe.model.norm!r} has statistics of one process's images"
+        elif steps[0] != steps[1]:
+            reason = f"an epoch of {len(self.data.train)} images would have {steps[1]} batches and not {steps[0]}"
+        else:
+            return
+        raise CheckpointError(
+            f"run folder {self.folder}: got {now} processes, expected the {was} it was trained by: {reason}. "
+            f"Start with torchrun --nproc_per_node {was}, or train into another --out."
+        )
 
     def train(self, resumed: dict[str, Any] | None, quiet: bool = False, curves: bool = True) -> dict[str, Any]:
         """Run every stage that is left, choose the best epoch, test it. Returns what result.json holds."""
@@ -125,6 +153,7 @@ class Run:
                     following = self.stage.index + 1
                     if following == len(self.recipe.stages):
                         break
+                    self.dist.same_buffers(self.stage.evaluated)
                     self.stage = self._start_stage(following, self.stage.evaluated.state_dict())
                     self.stage.calibrate()
                     self._describe()
@@ -144,6 +173,7 @@ class Run:
         if not self.bar.disable:
             signs = stage.binarize or self.recipe.model.binarize
             tqdm.write(f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}")
+            tqdm.write(f"speed: {self.stage.speed}")
             tqdm.write(describe_groups(self.stage.groups))
 
     def _train_stage(self) -> None:
@@ -153,13 +183,14 @@ class Run:
         def after_step() -> None:
             nonlocal saved
             self.bar.update()
-            due = time.monotonic() - saved > 60 * self.recipe.checkpoint_minutes
-            if self.dist.main and due and stage.step < stage.steps:
-                save_checkpoint(self.folder / "last.pt", self.state())
+            self._between_steps()
+            if stage.step < stage.steps and self._due(time.monotonic() - saved):
+                self._save("last.pt")
                 saved = time.monotonic()
 
         while stage.epoch < stage.epochs:
             start, first_step = time.monotonic(), stage.step
+            self._between_steps()
             metrics = stage.train_epoch(after_step)
             seconds = time.monotonic() - start
             metrics["seconds"] = seconds
@@ -171,17 +202,41 @@ class Run:
             shown = {key: metrics[key] for key in ("stage", "epoch")}
             shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
             self.bar.set_postfix(shown, refresh=False)
-            if not self.dist.main:
-                continue
             # without validation images the last epoch is the best
             if last_stage and metrics.get("val_top1", float(stage.epoch)) > self.best["top1"]:
                 self.best = {"top1": metrics.get("val_top1", float(stage.epoch)), "epoch": metrics["epoch"]}
-                save_checkpoint(self.folder / "best.pt", {**self.state(), "optimizers": [], "signs": {}})
-            save_checkpoint(self.folder / "last.pt", self.state())
+                self._save("best.pt", optimizers=[], signs={})
+            self._save("last.pt")
+
+    def _save(self, name: str, **instead: Any) -> None:
+        state = self.state() | instead
+        if self.dist.main:
+            save_checkpoint(self.folder / name, state)
+
+    def _due(self, seconds: float) -> bool:
+        """Is it time for a checkpoint, so long after the last? Process 0's clock decides for all."""
+        due = seconds > 60 * self.recipe.checkpoint_minutes
+        if self.dist.world == 1:
+            return due
+        if self.dist.device.type == "cuda" and self.stage.step % 50:
+            return False  # Why: the answer would make every step wait for the device
+        return self.dist.decide(due)
+
+    def _between_steps(self) -> None:
+        """With several processes: give each the random state that belongs to the step and to the process.
+
+        So none draws what another draws, and a run that goes on from process 0's checkpoint draws what it would have.
+        """
+        if self.dist.world == 1:
+            return
+        stage = self.stage
+        place = [self.recipe.seed, stage.first_epoch + stage.epoch, stage.step, self.dist.rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        if self.renorm:  # trains with running statistics, which differ
+            self.dist.same_buffers(stage.model)
 
     def _finish(self) -> dict[str, Any]:
-        self.dist.barrier()
-        best = load_checkpoint(self.folder / "best.pt")
+        best = self.dist.tell(lambda: load_checkpoint(self.folder / "best.pt"))
         model = self.stage.evaluated
         load_weights(model, best["ema"] or best["model"], f"checkpoint {self.folder / 'best.pt'}")
         test = evaluate(model, self.data.test, self.dist, precision=self.recipe.precision)
@@ -249,22 +304,18 @@ def fit(
     folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), curves.png (where `curves`), last.pt (to
     resume from), best.pt (by validation accuracy in the last stage) and result.json (accuracy on the test split,
     looked at once, at the end). A folder with a run in it is refused unless `resume`, which goes on from its
-    last.pt and, deterministic, ends with the same bits as a run that was never stopped.
+    last.pt and, deterministic, ends with the same bits as a run that was never stopped. So does, by itself, what
+    torchrun restarts. Under torchrun only process 0 needs the folder; each process needs the data.
     """
     folder = Path(folder)
-    last = folder / "last.pt"
-    if not resume and any((folder / name).exists() for name in ARTEFACTS):
-        raise BnnfreeError(
-            f"run folder {folder}: holds a run already. Go on with --resume, or choose another with --out."
-        )
-    state = load_checkpoint(last) if resume and last.exists() else None
     repeatable = torch.are_deterministic_algorithms_enabled()
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.deterministic)
-    dist = processes.start(recipe.device)
     try:
-        data = load_data(recipe.data, where=where)
+        dist = processes.start(recipe.device)
+        state = dist.tell(lambda: _open(folder, resume))
+        data = dist.together(lambda: load_data(recipe.data, where=where))
         run = Run(recipe, builders, folder, data, dist)
         if dist.main:
             save_recipe(recipe, folder / "recipe.yaml")
@@ -272,6 +323,24 @@ def fit(
     finally:
         torch.use_deterministic_algorithms(repeatable)
         processes.stop()
+
+
+def _open(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """Take `folder` for this run: what its last.pt holds, None for a run at its start. Errors: it holds another's."""
+    job, mark = processes.job(), folder / JOB
+    restarted = job is not None and mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == job
+    if not (resume or restarted) and any((folder / name).exists() for name in ARTEFACTS):
+        raise BnnfreeError(
+            f"run folder {folder}: holds a run already. Go on with --resume, or choose another with --out."
+        )
+    for name in ARTEFACTS:
+        for torn in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
+            torn.unlink(missing_ok=True)
+    if job is not None and not restarted:
+        with replacing(mark) as temporary:
+            temporary.write_text(job, encoding="utf-8")
+    last = folder / "last.pt"
+    return load_checkpoint(last) if last.exists() else None
 
 
 def load_teacher(name: str, builders: Builders, data: Data) -> nn.Module:

@@ -1,0 +1,28 @@
+"""Training blocks as one autograd node per binary convolution: less time, and an eighth of the memory.
+
+    passes   what is computed between convolutions, in torch's operations: the reference
+    native   the same as C (native/*.c)
+    node     the autograd node: what is kept, what is made again
+    chain    a network's blocks as such nodes
+    speed    which of all that a training uses
+
+Equal to the layers in float64 to 1e-10 and better (tests/test_fused.py). Imports torch and bnnfree.nn only.
+"""
+
+from bnnfree.nn.fused.chain import Fusion, run_blocks, unfusible
+from bnnfree.nn.fused.native import load_passes
+from bnnfree.nn.fused.passes import PASSES, Shared
+from bnnfree.nn.fused.speed import PRECISIONS, SPEEDS, Speed, choose_speed
+
+__all__ = [
+    "PASSES",
+    "PRECISIONS",
+    "SPEEDS",
+    "Fusion",
+    "Shared",
+    "Speed",
+    "choose_speed",
+    "load_passes",
+    "run_blocks",
+    "unfusible",
+]

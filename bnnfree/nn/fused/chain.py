@@ -1,0 +1,165 @@
+"""Blocks one after the other, fused: what a block hands on is its sum before the activation.
+
+Imports torch, bnnfree.errors and bnnfree.nn only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bnnfree.nn.binary import BinaryConv2d
+from bnnfree.nn.block import BinaryBlock
+from bnnfree.nn.fused.node import ActivationNode, BinaryNode, Place, Step
+from bnnfree.nn.fused.passes import Activation, Latent, Passes, Shared
+from bnnfree.nn.react import RPReLU, RSign
+from bnnfree.nn.sign import Sign
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How blocks are fused: by which passes, and the dtypes of trunk and signs (None: as the trunk comes).
+
+    shared: the weights of a step for all its micro-batches; who sets it says `shared.forget()` after each step.
+    """
+
+    passes: Passes
+    trunk: torch.dtype | None = None
+    signs: torch.dtype | None = None
+    shared: Shared | None = None
+
+
+def unfusible(block: nn.Module) -> str | None:
+    """Why a block cannot be one node per convolution; None where it can."""
+    if not isinstance(block, BinaryBlock):
+        return f"a {type(block).__name__} is no BinaryBlock"
+    hooked = [m for m in block.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
+    if hooked:
+        return f"a {type(hooked[0]).__name__} has hooks"
+    if not isinstance(block.act, nn.Identity | RPReLU):
+        return f"its activation is a {type(block.act).__name__}"
+    parts = _parts(block.branch)
+    if not parts or len(parts) % 2:
+        return "its branch is not made of signs and convolutions"
+    for sign, conv in zip(parts[::2], parts[1::2], strict=True):
+        if type(sign) not in (Sign, RSign):
+            return f"a {type(sign).__name__} is no sign"
+        if type(conv) is not BinaryConv2d:
+            return f"a {type(conv).__name__} follows a sign"
+        if conv.preconditioner is not None:
+            return "gradients are preconditioned"
+        if conv.groups > 1 and conv.centre is not None or conv.centre == "output":
+            return "a convolution is centred otherwise than by its inputs as a whole"
+        if conv.scale_rule == "learned" and not conv.binary:
+            return "real weights have a learned scale"
+    return None
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, fusion: Fusion) -> Tensor:
+    """What the blocks give for x, in training; those that cannot be fused run as they are.
+
+    Equal to running them one by one but for rounding. Signs are taken from values that are rounded alike.
+    Shapes: [N, C, H, W] -> [N, C', H', W'], x's dtype.
+    """
+    dtype = x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        v, act = x.to(fusion.trunk or dtype), Activation()
+        for block in blocks:
+            if isinstance(block, BinaryBlock) and unfusible(block) is None:
+                v, act = _run_block(block, v, act, fusion)
+            else:
+                x = _activated(v, act, fusion).to(dtype)
+                v, act = block(x).to(v.dtype), Activation()
+        return _activated(v, act, fusion).to(dtype)
+
+
+def _parts(branch: nn.Sequential) -> list[nn.Module]:
+    return [module for module in branch if not isinstance(module, nn.Identity)]
+
+
+def _units(block: BinaryBlock) -> list[tuple[Sign, BinaryConv2d]]:
+    parts = _parts(block.branch)
+    return list(zip(parts[::2], parts[1::2], strict=True))  # type: ignore[arg-type]
+
+
+def _activated(v: Tensor, act: Activation, fusion: Fusion, beta: Tensor | None = None, pool: int = 1) -> Tensor:
+    if act == Activation() and beta is None and pool == 1:
+        return v
+    return ActivationNode.apply(fusion.passes, v, *act, beta, pool)
+
+
+def _run_block(block: BinaryBlock, v: Tensor, act: Activation, fusion: Fusion) -> tuple[Tensor, Activation]:
+    beta = block.beta if block.scaled else None
+    units = _units(block)
+    plain = block.stride == 1 and block.shortcut is None and not block.duplicate
+    identity = None
+    if not plain:
+        pooled = block.stride > 1 or block.shortcut is not None
+        identity = block.widened(_activated(v, act, fusion, beta if pooled else None, block.stride)).to(v.dtype)
+    elif len(units) > 1:
+        identity = _activated(v, act, fusion)
+    for i, (sign, conv) in enumerate(units):
+        last = i + 1 == len(units)
+        alpha = block.alpha if last and block.damped else None
+        added = last and identity is None
+        v = _run_unit(sign, conv, v, act, beta, alpha, added, identity if last else None, fusion)
+        act, beta = Activation(), None
+    return v, _activation_of(block.act)
+
+
+def _activation_of(act: nn.Module) -> Activation:
+    return Activation(act.slope, act.input_shift, act.output_shift) if isinstance(act, RPReLU) else Activation()
+
+
+def _run_unit(
+    sign: Sign,
+    conv: BinaryConv2d,
+    v: Tensor,
+    act: Activation,
+    beta: Tensor | None,
+    alpha: Tensor | None,
+    added: bool,
+    identity: Tensor | None,
+    fusion: Fusion,
+) -> Tensor:
+    """h of one sign and convolution; the running mean of the convolution's inputs is kept."""
+    counts = conv.centre == "input"
+    step = Step(
+        fusion.passes,
+        Place(conv.stride, conv.padding, conv.dilation, conv.groups, conv.pad_value),
+        Latent(conv.standardize, conv.binary, conv.binary and conv.scale_rule == "mean_abs"),
+        sign.ste,
+        sign.window == "sample",
+        fusion.signs or v.dtype,
+        added,
+        counts,
+        fusion.shared,
+    )
+    scale = conv.known_scale()
+    factor = conv.output_factor(scale)
+    factor = conv.weight.new_ones(conv.out_channels) if factor is None else factor
+    bias: Tensor = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    if alpha is not None:
+        factor, bias = factor * alpha, bias * alpha
+    h, means = BinaryNode.apply(
+        step,
+        v,
+        *act,
+        sign.bias if isinstance(sign, RSign) else None,
+        beta,
+        sign.parameter,
+        conv.weight,
+        None if scale is None or not conv.binary else scale.detach().abs(),
+        factor,
+        bias,
+        conv.expected_input(v) if counts else None,
+        identity,
+    )
+    if counts:
+        with torch.no_grad():
+            conv.input_sum += means.to(conv.input_sum.dtype)
+            conv.input_count += len(v)
+    return h

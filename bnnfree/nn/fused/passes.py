@@ -1,0 +1,247 @@
+"""The passes of a fused block in torch's own operations: what they mean, and what runs where there is no C library.
+
+A pass reads maps once and writes maps once where it is compiled, by torch.compile or as native/*.c. `native.Passes`
+has the same methods. Maps are [N, C, H, W]; per-channel vectors [C], None where a block has no such parameter.
+Imports torch and bnnfree.nn only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnnfree.nn.sign import STES, sign
+from bnnfree.nn.standard import EPS
+
+
+class Activation(NamedTuple):
+    """act(v) = PReLU(v + shift_in; slope) + shift_out."""
+
+    slope: Tensor | None = None
+    shift_in: Tensor | None = None
+    shift_out: Tensor | None = None
+
+
+class Gate(NamedTuple):
+    """What stands before a binary convolution: t = beta act(v) + threshold, s = sign(t), and its estimator.
+
+    beta, parameter: numbers as 0-dim tensors, beta None for 1. ste: a name of STES. per_sample: its window is that of
+    each sample, see `bnnfree.nn.Sign`.
+    """
+
+    threshold: Tensor | None
+    beta: Tensor | None
+    ste: str
+    parameter: Tensor
+    per_sample: bool
+
+
+class Latent(NamedTuple):
+    """What becomes of latent weights: standardised or not, their signs or not, with mean |z| beside them or not."""
+
+    standardize: bool
+    binary: bool
+    mean_abs: bool
+
+
+class Prepared(NamedTuple):
+    """A weight [O, I, kh, kw] made of latents, and what went with it.
+
+    constants [O, 2]   mean of each row and 1 / ((std + eps) sqrt(fan_in)), if standardised
+    sizes [O]          mean |z| if asked for
+    expected [O]       sum over a row of weight times inputs, if there are inputs
+    """
+
+    weight: Tensor
+    constants: Tensor | None
+    sizes: Tensor | None
+    expected: Tensor | None
+
+
+class Shared:
+    """The weights of one optimiser step, made once for all its micro-batches.
+
+    Whoever changes latents or input means says `forget`: fused optimisers leave no trace that could be looked for.
+    """
+
+    def __init__(self):
+        self._made: dict[int, Prepared] = {}
+
+    def get(self, latents: Tensor, make: Callable[[], Prepared]) -> Prepared:
+        """What was made of these latents since the last `forget`, else what `make` gives."""
+        if id(latents) not in self._made:
+            self._made[id(latents)] = make()
+        return self._made[id(latents)]
+
+    def forget(self) -> None:
+        """The latents have changed."""
+        self._made.clear()
+
+
+class Gradients(NamedTuple):
+    """d v, and sums over samples and positions [C]: of d threshold, d slope, d shift_in, d shift_out, and of d h."""
+
+    v: Tensor
+    threshold: Tensor | None
+    slope: Tensor
+    shift_in: Tensor
+    shift_out: Tensor
+    added: Tensor | None
+
+
+class Passes:
+    """See the module."""
+
+    def activate(self, v: Tensor, act: Activation, beta: Tensor | None = None) -> Tensor:
+        """act(v) beta."""
+        x = _prelu(_shifted(v, act), act)
+        return x if beta is None else x * beta.to(x.dtype)
+
+    def binarize(
+        self, v: Tensor, act: Activation, gate: Gate, dtype: torch.dtype, windows: bool, counts: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """s = sign(beta act(v) + threshold) in `dtype`.
+
+        And, if asked for: windows [N], 1 over the deviation of each sample's t (1 for constant ones), and counts [C],
+        the sum over samples of the mean over positions of s.
+        """
+        t = self._gated(v, act, gate)
+        s = sign(t)
+        k = None
+        if windows and gate.per_sample:
+            std = t.flatten(1).std(1, correction=0)
+            k = torch.where(std > 1e-5, 1 / std, torch.ones_like(std))
+        return s.to(dtype), k, s.flatten(2).mean(2).sum(0) if counts else None
+
+    def residual(self, y: Tensor, factor: Tensor, bias: Tensor, v: Tensor | None, act: Activation) -> Tensor:
+        """h = y factor + bias + act(v), in v's dtype; without v: h = y factor + bias in factor's."""
+        h = y.to(factor.dtype) * _column(factor) + _column(bias)
+        return h if v is None else (h + _prelu(_shifted(v, act), act)).to(v.dtype)
+
+    def backward(
+        self,
+        v: Tensor,
+        act: Activation,
+        gate: Gate | None,
+        windows: Tensor | None,
+        of_h: Tensor | None,
+        of_s: Tensor | None,
+        beta: Tensor | None = None,
+    ) -> Gradients:
+        """From d s (with a gate) and from d h = of_h, to which act(v) was added (without a gate: act(v) beta)."""
+        z = _shifted(v, act)
+        dx, of_threshold, added = None, None, None
+        if gate is not None and of_s is not None:
+            t = self._gated(v, act, gate)
+            dt = of_s.to(z.dtype) * _slope(t, gate, windows)
+            of_threshold = _sum(dt)
+            dx = dt if gate.beta is None else dt * gate.beta.to(dt.dtype)
+        if of_h is not None:
+            dh = of_h.to(z.dtype)
+            dh = dh if beta is None else dh * beta.to(dh.dtype)
+            added = _sum(dh)
+            dx = dh if dx is None else dx + dh
+        assert dx is not None  # one of the two is there
+        below = z <= 0
+        of_slope = _sum(torch.where(below, dx * z, torch.zeros_like(dx)))
+        dz = dx if act.slope is None else torch.where(below, dx * _column(act.slope), dx)
+        return Gradients(dz.to(v.dtype), of_threshold, of_slope, _sum(dz), _sum(dx), added)
+
+    def prepare(
+        self,
+        latent: Tensor,
+        how: Latent,
+        dtype: torch.dtype,
+        factor: Tensor | None = None,
+        inputs: Tensor | None = None,
+        constants: Tensor | None = None,
+    ) -> Prepared:
+        """The weight made of latents, times factor [O] if given. constants: if known. Shapes: inputs [I, kh, kw]."""
+        z = latent
+        if how.standardize:
+            if constants is None:
+                std, mean = torch.std_mean(latent.flatten(1), dim=1, correction=0)
+                constants = torch.stack([mean, 1 / ((std + EPS) * math.sqrt(latent[0].numel()))], 1)
+            z = (latent - _row(constants[:, 0])) * _row(constants[:, 1])
+        made = sign(z) if how.binary else z
+        expected = None if inputs is None else (made * inputs).flatten(1).sum(1)
+        sizes = z.abs().flatten(1).mean(1) if how.mean_abs else None
+        return Prepared((made if factor is None else made * _row(factor)).to(dtype), constants, sizes, expected)
+
+    def weight_gradient(
+        self,
+        latent: Tensor,
+        how: Latent,
+        raw: Tensor,
+        constants: Tensor | None,
+        undo: Tensor,
+        outer: Tensor | None,
+        inputs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(d latent, dots [O]) from the gradient of the prepared weight without its factor.
+
+        raw less outer inputs is that gradient; times undo [O] it is one of the standardised latents; dots are the sums
+        over each row of it times the prepared weight: the factor's gradient.
+        """
+        e = raw.to(latent.dtype)
+        if inputs is not None and outer is not None:
+            e = e - _row(outer) * inputs
+        z = latent
+        if constants is not None:
+            z = latent - _row(constants[:, 0])
+        made = z if constants is None else z * _row(constants[:, 1])
+        made = sign(made) if how.binary else made
+        dots = (made * e).flatten(1).sum(1)
+        e = e * _row(undo)
+        if constants is None:
+            return e, dots
+        width = latent[0].numel()
+        sigma = 1 / (constants[:, 1] * math.sqrt(width))
+        std = sigma - EPS
+        along = (e * z).flatten(1).mean(1) / (sigma * std)
+        along = torch.where(std > EPS * 1e-3, along, torch.zeros_like(along))
+        d = e - _row(e.flatten(1).mean(1)) - z * _row(along)
+        return d * _row(constants[:, 1]), dots
+
+    def _gated(self, v: Tensor, act: Activation, gate: Gate) -> Tensor:
+        t = self.activate(v, act, gate.beta)
+        return t if gate.threshold is None else t + _column(gate.threshold)
+
+
+def _slope(t: Tensor, gate: Gate, windows: Tensor | None) -> Tensor:
+    parameter = gate.parameter.to(t.dtype)
+    if windows is None:
+        return STES[gate.ste].slope(t, parameter)
+    k = windows.to(t.dtype).view(-1, 1, 1, 1)
+    return STES[gate.ste].slope(k * t, parameter) * k
+
+
+def _shifted(v: Tensor, act: Activation) -> Tensor:
+    """v + shift_in, in the parameters' dtype."""
+    v = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
+    return v if act.shift_in is None else v + _column(act.shift_in)
+
+
+def _prelu(z: Tensor, act: Activation) -> Tensor:
+    x = z if act.slope is None else F.prelu(z, act.slope)
+    return x if act.shift_out is None else x + _column(act.shift_out)
+
+
+def _column(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+def _row(vector: Tensor) -> Tensor:
+    return vector.view(-1, 1, 1, 1)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 2, 3))
+
+
+PASSES = Passes()

@@ -1,0 +1,292 @@
+"""Splits whose images are read from their files each time a batch is made, by processes of their own.
+
+A sample depends on its image and its seed only (see images.py), so the number of processes changes no pixel.
+JPEGs are decoded by Pillow, at a half, a quarter or an eighth of their size where the crop needs no more;
+torch resizes, which is faster than Pillow. Pixels go to the device as uint8 and are normalised there.
+
+To add an augmentation: one function and one line of FRAMES (which pixels) or CHANGES (what becomes of them).
+To read images from somewhere else: a subclass of Files.
+
+Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from bnnfree.errors import BnnfreeWarning, DataError
+from bnnfree.preprocess import centre, read_image
+from bnnfree.train.images import Batches, Split
+
+JPEG_MODES = ("RGB", "L", "CMYK")  # what Pillow makes of a JPEG
+
+
+def middle(image: Image.Image, size: int) -> Tensor:
+    """The centre of the resized image, to the bit that of bnnfree.preprocess: what evaluation sees."""
+    return to_tensor(centre(image.convert("RGB"), (size, size)))
+
+
+def crop(image: Image.Image, size: int) -> Tensor:
+    """A random rectangle of 8 to 100 % of the area, sides 3:4 to 4:3, resized (bilinear, antialiased).
+
+    A JPEG not yet decoded is decoded at the smallest of its sizes where the rectangle has `size` pixels a side.
+    """
+    from torchvision.transforms import RandomResizedCrop
+
+    top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])  # type: ignore[arg-type]
+    whole = image.width
+    if min(height, width) >= 2 * size:
+        image.draft(None, (image.width * size // width, image.height * size // height))  # type: ignore[arg-type]
+    part = round(whole / image.width)  # Pillow rounds the smaller sizes up
+    box = [round(edge / part) for edge in (left, top, left + width, top + height)]
+    pixels = to_tensor(image.crop(box).convert("RGB"))  # type: ignore[arg-type]
+    return F.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
+
+
+def flip(pixels: Tensor) -> Tensor:
+    """Mirror left-right with probability 0.5."""
+    return pixels.flip(2) if torch.rand(()) < 0.5 else pixels
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image, uint8 [3,H,W] in channels_last memory order."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+FRAMES: dict[str, Callable[[Image.Image, int], Tensor]] = {"crop": crop}  # instead of the middle; RGB [3,size,size]
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {"flip": flip}  # after that, in order
+FILE_AUGMENTS = CHANGES | FRAMES  # the names
+
+
+class Files:
+    """Where the images of a FileSplit are, by number: here, files of their own. Worker processes get a copy."""
+
+    def __init__(self, paths: Sequence[str] | np.ndarray):
+        # Why: a bytes array is one block that forked workers share; a list of str is copied page by page
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages."""
+        return os.fsdecode(self.paths[index])
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image. Errors: OSError for this image; DataError where no more can be read at all."""
+        with open(self.paths[index], "rb", buffering=0) as file:
+            return file.read()
+
+    def checked(self, index: int) -> Image.Image | str:
+        """What bnnfree.preprocess makes of an image that is no usual JPEG: RGB, or what is wrong with it."""
+        return read_image(self.name(index))
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The order of an epoch: a permutation of the images."""
+        return torch.randperm(len(self), generator=generator)
+
+
+class FileSplit(Split):
+    """Images read from their files, by `workers` processes, each time a batch is made. Shapes: size x size.
+
+    An image is first seen to be unreadable when its batch is made. With `skip_bad` it is then dropped, which
+    makes that batch smaller, and counted in `skipped` (with one BnnfreeWarning, at the first); else, and
+    where no image of a batch can be read, it is a DataError. The processes live as long as the split: each
+    has two batches ready or in work, in shared memory.
+    """
+
+    def __init__(
+        self,
+        files: Files | Sequence[str] | np.ndarray,
+        labels,
+        mean,
+        std,
+        augment: Sequence[str] = (),
+        *,
+        size: int,
+        workers: int = 0,
+        skip_bad: bool = False,
+    ):
+        import torchvision.transforms  # noqa: F401  Why here: forked workers then find it loaded
+
+        super().__init__(labels, mean, std, augment)
+        self.files = files if isinstance(files, Files) else Files(files)
+        self.size, self.workers, self.skip_bad = size, workers, skip_bad
+        self._bad: set[int] = set()
+        self._idle: dict[bool, tuple[_Tasks, torch.utils.data.DataLoader]] = {}
+
+    @property
+    def skipped(self) -> int:  # type: ignore[override]
+        """How many files have been found unreadable and dropped so far."""
+        return len(self._bad)
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        return self.files.order(generator)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return torch.randint(2**31, (len(self),), generator=generator)
+
+    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+        pinned = torch.device(device).type == "cuda"
+        # Why popped: two iterators at a time cannot share the processes; the second one gets its own
+        tasks, loader = self._idle.pop(pinned) if pinned in self._idle else self._loader(pinned)
+        tasks.order, tasks.parts = order, parts
+        tasks.seeds = torch.full((len(self),), -1) if draws is None else draws
+        normalise = self._normaliser(device)
+        whole = False
+        try:
+            for pixels, labels in one_ahead(self._good(loader), device):
+                yield normalise(pixels).permute(0, 3, 1, 2), labels
+            whole = True
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"data: one of {self.workers} processes that read images has ended ({str(error).splitlines()[0]})."
+                " Memory or shared memory (/dev/shm) may be short: set data.workers or data.batch_size lower."
+            ) from None
+        finally:
+            if whole:
+                self._idle[pinned] = tasks, loader
+            else:  # batches are on their way in it
+                loader._iterator = None  # Why: ends its processes now; the garbage collector takes seconds to
+
+    def _loader(self, pinned: bool) -> tuple[_Tasks, torch.utils.data.DataLoader]:
+        tasks = _Tasks()
+        loader = torch.utils.data.DataLoader(
+            Reader(self.files, self.size, self.augment),
+            batch_sampler=tasks,  # type: ignore[arg-type]
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=pinned,
+            generator=torch.Generator(),  # Why: without one, the loader draws from torch's global state
+        )
+        return tasks, loader
+
+    def _good(self, loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels, labels) of the batches; what is wrong with the others is raised or counted."""
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            pixels, index, reasons = batch
+            self._report(reasons, len(index))
+            yield pixels, self.labels[index]
+
+    def _report(self, reasons: dict[int, str], readable: int) -> None:
+        """Raise for or count the unreadable images {index: reason} of a batch with `readable` good ones."""
+        for index, reason in reasons.items():
+            message = f"{self.files.name(index)} {reason}."
+            if not self.skip_bad:
+                raise DataError(f"data: {message} Set data.bad_images=skip to leave such files out.")
+            if not readable:
+                raise DataError(f"data: no image of a batch can be read; the first: {message}")
+            if not self._bad:
+                message += " This and further unreadable images are left out of their batches and counted."
+                warnings.warn(message, BnnfreeWarning, stacklevel=2)
+            self._bad.add(index)
+
+
+def one_ahead(batches: Iterable[tuple[Tensor, ...]], device: str | torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The batches on `device`; a batch comes when the next one is on its way there.
+
+    On a GPU they are copied by a stream of their own, beside what is computed on the batch before.
+    """
+    stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    waiting: tuple[tuple[Tensor, ...], torch.cuda.Event | None] | None = None
+    for batch in batches:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            moved = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+            copied = None if stream is None else stream.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = moved, copied
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _arrived(tensors: tuple[Tensor, ...], copied: torch.cuda.Event | None) -> tuple[Tensor, ...]:
+    """The tensors, for use on the current stream once they are `copied`."""
+    if copied is not None:
+        current = torch.cuda.current_stream(tensors[0].device)
+        current.wait_event(copied)
+        for tensor in tensors:
+            tensor.record_stream(current)  # Why: else the copying stream may reuse the memory too early
+    return tensors
+
+
+class _Tasks:
+    """What a loader hands out: lists of (image, seed or -1), one a batch; set anew for each pass."""
+
+    order: Tensor
+    seeds: Tensor
+    parts: list[slice]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for part in self.parts:
+            index = self.order[part]
+            yield list(zip(index.tolist(), self.seeds[part].tolist(), strict=True))
+
+
+class Reader(torch.utils.data.Dataset):
+    """What a worker process runs: the images of `files` that a batch asks for, read, decoded and augmented."""
+
+    def __init__(self, files: Files, size: int, augment: tuple[str, ...]):
+        self.files, self.size, self.augment = files, size, augment
+
+    def __getitems__(self, tasks: list[tuple[int, int]]) -> tuple[Tensor, Tensor, dict[int, str]] | DataError:
+        """(pixels uint8 [B,H,W,3], images [B], what is wrong by image) of the (image, seed or -1) of one batch."""
+        pixels = torch.empty(len(tasks), self.size, self.size, 3, dtype=torch.uint8)
+        good: list[int] = []
+        reasons: dict[int, str] = {}
+        for index, seed in tasks:
+            try:
+                image = self.sample(index, seed)
+            except DataError as error:
+                return error  # Why not raised: a worker's exceptions arrive with a traceback in their message
+            if isinstance(image, str):
+                reasons[index] = image
+                continue
+            pixels[len(good)] = image.permute(1, 2, 0)
+            good.append(index)
+        return pixels[: len(good)], torch.tensor(good, dtype=torch.int64), reasons
+
+    def sample(self, index: int, seed: int) -> Tensor | str:
+        """An image as uint8 [3,size,size], augmented as `seed` says (-1: not at all), or what is wrong with it."""
+        try:
+            with Image.open(io.BytesIO(self.files.read(index)), formats=("JPEG",)) as image:
+                if image.mode in JPEG_MODES:
+                    return self.change(image, seed)
+        except DataError:
+            raise
+        except Exception:  # Why: on damaged bytes the decoder raises errors of many types; what follows names them
+            pass
+        checked = self.files.checked(index)
+        return checked if isinstance(checked, str) else self.change(checked, seed)
+
+    def change(self, image: Image.Image, seed: int) -> Tensor:
+        """The image, decoded or not yet, as uint8 [3,size,size], augmented as `seed` says."""
+        names = self.augment if seed >= 0 else ()
+        with torch.random.fork_rng(devices=[]):  # Why: torchvision's crop only knows the global state
+            torch.default_generator.manual_seed(max(seed, 0))
+            frame = next((FRAMES[name] for name in names if name in FRAMES), middle)
+            pixels = frame(image, self.size)
+            for name in names:
+                if name in CHANGES:
+                    pixels = CHANGES[name](pixels)
+        return pixels
+
+
+def _as_it_is(batch):
+    return batch

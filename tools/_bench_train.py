@@ -1,0 +1,324 @@
+"""The part of tools/bench.py that measures training: contenders, turns, tables.
+
+Run as a program, with a request as JSON, it tells what one contender holds in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+SECONDS = 60  # for the contenders of one precision and batch
+MB = 1e6
+LAYERS = ("speed=layers",)  # changes to a recipe that make it run module by module
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all contenders of one race share: the same for this process and for those that measure memory."""
+
+    source: str
+    overrides: list[str]
+    precision: str
+    batch: int | None
+    against: str | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A contender: changes to the recipe, and who takes its steps; `binarize` instead of what the stage binarises."""
+
+    about: str
+    changes: tuple[str, ...] = ()
+    binarize: str | None = None
+    make: str = "stage"  # | plain | reference
+    compiled: bool = False
+    trunk: bool = False  # takes precision bf16_trunk; others are measured in bf16 beside it
+
+
+VARIANTS = {
+    "ours": Variant("the recipe as it is", trunk=True),
+    "layers": Variant("module by module", LAYERS),
+    "fused": Variant("one node of autograd for each block", ("speed=fused",), trunk=True),
+    "compiled": Variant("its modules compiled by torch", ("speed=compiled",)),
+    "fused_compiled": Variant("such nodes compiled by torch", ("speed=fused_compiled",), trunk=True),
+    "plain": Variant("the same function as the papers' code writes it, stepped as released", LAYERS, make="plain"),
+    "plain_compiled": Variant("that, compiled by torch", LAYERS, make="plain", compiled=True),
+    "bn": Variant("with batch normalisation", ("model.norm=bn", "model.norm_options={}")),
+    "float": Variant("real weights and activations", binarize="none"),
+    "reference": Variant("the released code itself", make="reference"),
+}
+
+
+def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
+    """The report's part about training: precision -> batch -> contenders, ratios; device, data, roofline."""
+    import torch
+    from _bench_reference import open_reference
+
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.nn.fused import PRECISIONS
+    from bnnfree.train import dist
+    from bnnfree.train.throughput import roofline
+
+    check(args)
+    torch.set_num_threads(args.threads)
+    names = [name for name in VARIANTS if name in args.contenders or name == "ours"]
+    if not args.contenders:
+        names = [name for name in VARIANTS if name != "reference" or args.against]
+    request = Request(args.source, args.overrides, "fp32", None, args.against[0] if args.against else None, 1)
+    recipe = recipe_of(request)
+    data = data_of(recipe, args.source)
+    device = dist.start(recipe.device).device
+    if request.against:
+        open_reference(request.against, recipe, data)  # before the minutes that others take
+    report: dict[str, Any] = {"source": args.source, "overrides": args.overrides, "device": name_of(device)}
+    report |= {"torch": str(torch.__version__), **about(recipe, data), "roofline": roofline(device)}
+    print(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
+    print(f"data      {report['data']}")
+    print(f"device    {report['device']}, torch {report['torch']}")
+    if recipe.loss.teacher is not None:
+        print("loss      cross entropy: the teacher's forward pass is left out, of all")
+    for precision in args.precision or PRECISIONS:
+        for batch in args.batch or [recipe.data.batch_size]:
+            request = Request(args.source, args.overrides, precision, batch, request.against, args.threads)
+            try:
+                race = run_race(request, data, device, names, args.seconds or SECONDS, report["roofline"])
+            except BnnfreeError as error:
+                if args.precision or precision == "fp32":
+                    raise
+                print(f"\n{precision}: left out; {error}")  # nobody asked for it by name
+                continue
+            report.setdefault(precision, {})[str(batch)] = race
+            print_race(f"\n{precision}, batch {batch}", race, print_table)
+    return report
+
+
+def check(args) -> None:
+    """Errors: BnnfreeError for options that do not fit together."""
+    from bnnfree.errors import BnnfreeError, unknown_name
+    from bnnfree.nn.fused import PRECISIONS
+
+    if args.source is None:
+        raise BnnfreeError("--train: got no recipe, expected one, for example recipes/cifar10_reactnet20.yaml.")
+    for name in args.precision:
+        if name not in PRECISIONS:
+            raise unknown_name("--precision", name, PRECISIONS)
+    for name in args.contenders:
+        if name not in VARIANTS:
+            raise unknown_name("--contenders", name, VARIANTS)
+    for batch in args.batch:
+        if batch < 1:
+            raise BnnfreeError(f"--batch: got {batch}, expected 1 or more.")
+    if args.threads < 1:
+        raise BnnfreeError(f"--threads: got {args.threads}, expected 1 or more.")
+    if len(args.against) > 1:
+        raise BnnfreeError(
+            f"--against: got {len(args.against)} values with --train, expected one folder, a checkout of the released "
+            "code. Put key=value before it."
+        )
+    if "reference" in args.contenders and not args.against:
+        raise BnnfreeError("--contenders: got reference without --against FOLDER, a checkout of the released code.")
+    if args.against and not Path(args.against[0]).is_dir():
+        raise BnnfreeError(
+            f"--against: got {args.against[0]!r} with --train, expected a folder, a checkout of the released code."
+        )
+
+
+def recipe_of(request: Request, changes: tuple[str, ...] = ()):
+    """The recipe of a request, with these changes."""
+    from bnnfree.train import load_recipe
+    from models import MODELS
+
+    overrides = [*request.overrides, f"precision={request.precision}", *changes]
+    if request.batch is not None:
+        overrides.append(f"data.batch_size={request.batch}")
+    return load_recipe(request.source, overrides, MODELS)
+
+
+def data_of(recipe, source: str):
+    """The recipe's data. Errors: DataError where they are not there; noise never takes their place unasked."""
+    from bnnfree.errors import DataError
+    from bnnfree.train import load_data
+
+    try:
+        return load_data(recipe.data, where=f"{source}: data")
+    except DataError as error:
+        raise DataError(f"{error} To measure on noise: data.name=fake.") from None
+
+
+def about(recipe, data) -> dict[str, str]:
+    """data and stage, in words."""
+    height, width = data.image_size
+    augment = ", ".join(recipe.data.augment) or "nothing"
+    place = f" in {recipe.data.root}" if recipe.data.root and recipe.data.name != "fake" else ""
+    text = f"{recipe.data.name}{place}: {len(data.train):,} training images {height}x{width}x{data.channels}, "
+    stage = recipe.stages[-1]
+    return {
+        "data": text + f"{len(data.classes)} classes, augmented by {augment}",
+        "stage": f"{stage.name} (1 bit: {stage.binarize or recipe.model.binarize})",
+    }
+
+
+def name_of(device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def make_contender(name: str, request: Request, data, device):
+    """The contender `name`. Errors: BnnfreeError where recipe or reference do not allow it."""
+    from _bench_reference import open_reference
+
+    from bnnfree.analysis.plain import plain
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.optim import find_head
+    from bnnfree.train.throughput import ReleasedContender, StageContender
+    from models import MODELS
+
+    variant = VARIANTS[name]
+    if request.precision == "bf16_trunk" and not variant.trunk:
+        request = replace(request, precision="bf16")
+    recipe = recipe_of(request, variant.changes)
+    loss = recipe.loss.model_copy(update={"name": "cross_entropy", "teacher": None})
+    recipe = recipe.model_copy(update={"loss": loss})
+    if variant.make == "reference":
+        net, clip, head = open_reference(request.against, recipe, data)
+        return ReleasedContender(net, recipe, device, unclipped=head, clip=clip)
+    stage = StageContender(recipe, MODELS, data, device, binarize=variant.binarize)
+    if variant.make == "stage":
+        return stage
+    if recipe.optimizer.precondition is not None:
+        raise BnnfreeError("plain: got optimizer.precondition, expected null: the released step has none.")
+    net = plain(stage.stage.model)
+    head = find_head(net)
+    unclipped = [] if head is None else head.parameters()
+    return ReleasedContender(net, recipe, device, unclipped=unclipped, compiled=variant.compiled)
+
+
+def run_race(request: Request, data, device, names: list[str], seconds: float, peak: dict) -> dict[str, Any]:
+    """One precision and batch: contenders, their ratios to ours, and who was left out for what reason."""
+    import torch
+
+    from bnnfree.analysis import summarize
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.train.checkpoint import build_model
+    from bnnfree.train.throughput import Feed, data_info, race, ratios, shares, warm_up
+    from models import MODELS
+
+    recipe = recipe_of(request)
+    feed = Feed(data.train, recipe.data.batch_size, recipe.seed, device)
+    contenders, left_out = {}, {}
+    for name in names:
+        try:
+            contender = make_contender(name, request, data, device)
+            warm_up(contender, feed, device, recipe.accumulate)
+        except Exception as error:  # whatever torch says when it cannot
+            if name in ("ours", "reference") and isinstance(error, BnnfreeError):
+                raise
+            if name == "ours":
+                raise BnnfreeError(f"{request.source}: no step of training: {first_line(error)}") from error
+            left_out[name] = first_line(error)
+            continue
+        contenders[name] = contender
+    times = race(contenders, feed, device, seconds=seconds, accumulate=recipe.accumulate)
+    images = recipe.data.batch_size * recipe.accumulate
+    found: dict[str, dict] = {}
+    for name, row in times.items():
+        found[name] = {"about": VARIANTS[name].about, "precision": contenders[name].precision, **row.figures(images)}
+    contenders.clear()
+    torch.compiler.reset()  # Why: it gives up compiling after a few versions of one function, and says little
+    network = build_model(recipe, MODELS, data_info(data), recipe.stages[-1].binarize)
+    macs = summarize(network, data.image_size, data.channels).total
+    macs_each = macs.binary_macs + macs.mixed_macs + macs.float_macs
+    parameters = sum(p.numel() for p in network.parameters())
+    for name, row in found.items():
+        held = held_alone(name, request)
+        row |= held
+        saved = None if "memory_not_measured" in held else held
+        step = row["step_ms"]["median"] / 1e3
+        row["roofline"] = shares(step, images, macs_each, parameters, saved, peak)
+    report: dict[str, Any] = {"images": images, "rounds": len(times["ours"].steps), "contenders": found}
+    report |= {"ratio": ratios(times), "left_out": left_out, "saved_bytes_ratio": {}, "peak_memory_ratio": {}}
+    for name, row in found.items():
+        for key, ratio in (("saved_bytes_per_image", "saved_bytes_ratio"), ("peak_memory_bytes", "peak_memory_ratio")):
+            if name != "ours" and row.get(key) and found["ours"].get(key):
+                report[ratio][name] = row[key] / found["ours"][key]
+    return report
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, as one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def print_race(title: str, race: dict, print_table: Callable[..., None]) -> None:
+    from bnnfree.train.throughput import PARTS
+
+    print(f"{title}, {race['rounds']} rounds")
+    head = ("", "images/s", "step ms", "p10", "p90", "ratio", *PARTS)
+    rows = [(*head, "saved MB/image", "fixed MB", "peak MB", "% matmul", "% copy")]
+    for name, row in race["contenders"].items():
+        step = row["step_ms"]
+        ratio = f"{race['ratio'][name]:.2f}" if name != "ours" else ""
+        cells = [f"{row['images_per_second']:.1f}", *(f"{step[k]:.1f}" for k in ("median", "p10", "p90")), ratio]
+        cells += [f"{row['parts_ms'][part]:.1f}" for part in PARTS]
+        for key in ("saved_bytes_per_image", "saved_bytes_fixed", "peak_memory_bytes"):
+            cells.append(f"{row[key] / MB:.2f}" if key in row else "-")
+        for key in ("matmul_share", "bandwidth_share"):
+            cells.append(f"{100 * row['roofline'][key]:.1f}" if key in row["roofline"] else "-")
+        rows.append((name, *cells))
+    print_table(rows)
+    for name, reason in race["left_out"].items():
+        print(f"{name}: left out; {reason}")
+    for name, row in race["contenders"].items():
+        if "memory_not_measured" in row:
+            print(f"{name}: memory not measured; {row['memory_not_measured']}")
+
+
+# -- a process of its own for each contender's memory
+
+
+def held_alone(name: str, request: Request) -> dict[str, Any]:
+    """What `bnnfree.train.throughput.held` says of the contender in a fresh process, or memory_not_measured: why."""
+    asked = json.dumps({"name": name, **asdict(request)})
+    threads = {key: str(request.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, str(Path(__file__).resolve()), asked]
+    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"memory_not_measured": lines[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer() -> None:
+    """The other side of `held_alone`."""
+    import torch
+
+    from bnnfree.train import dist
+    from bnnfree.train.throughput import Feed, held
+
+    asked = json.loads(sys.argv[1])
+    name, request = asked.pop("name"), Request(**asked)
+    torch.set_num_threads(request.threads)
+    recipe = recipe_of(request)
+    data = data_of(recipe, request.source)
+    device = dist.start(recipe.device).device
+    feed = Feed(data.train, recipe.data.batch_size, recipe.seed, device)
+    feed.take(1)  # what the pipeline holds is nobody's
+    found = held(lambda: make_contender(name, request, data, device), feed, data, device, recipe.data.batch_size)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    import _cli
+
+    sys.path.append(str(Path(__file__).resolve().parent))  # Why last: a tool's name must hide no module, see _cli
+    _cli.run(answer)
