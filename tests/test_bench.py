@@ -278,7 +278,8 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(tool, packed, m
     ("arguments", "word"),
     [((), "SOURCE"), (("FILE", "--against", "openvno"), "openvino"), (("FILE", "--seconds", "0"), "--seconds"),
      (("FILE", "model.width=1"), "fixed"), (("FILE", "--threads", "0"), "threads"), (("none.bnnf",), "none.bnnf"),
-     (("FILE", "--backend", "nunpy"), "numpy")],
+     (("FILE", "--backend", "nunpy"), "numpy"), (("--data",), "--data"), (("FILE", "--data", "--layers"), "--layers"),
+     (("FILE", "--data", "--kernels"), "2 kinds"), (("FILE", "--train"), "m.bnnf"), (("FILE", "--data"), "m.bnnf")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_line_and_exit_code_2(tool, packed, arguments, word):  # noqa: F811
     code, _, errors = tool("bench", *[str(packed) if a == "FILE" else a for a in arguments])

@@ -18,10 +18,12 @@ from bnnfree.engine import Engine
 from bnnfree.engine.binding import isa_names, load_library
 from bnnfree.format import from_bytes
 
-ENGINE = build.ENGINE
-LIBRARY = re.compile(rf"bnnfree/engine/_native/bnnfree-[0-9a-f]{{16}}\{build.SUFFIX}")
+ENGINE, FUSED = build.LIBRARIES
+LIBRARY = re.compile(
+    rf"bnnfree/(engine/_native/bnnfree|nn/fused/_native/fused)-[0-9a-f]{{16}}\{build.SUFFIX}"
+)  # either
 SOURCES = [*(path for folder in (NATIVE, NATIVE / "examples", HERE) for path in sorted(folder.glob("*.c"))),
-           ROOT / "bnnfree" / "bench" / "peak.c"]  # fmt: skip
+           ROOT / "bnnfree" / "bench" / "peak.c", FUSED.sources / "fused.c"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,8 @@ def test_the_sources_compile_without_a_warning(command, options, tmp_path):
     """Optimised, since some warnings need that. Texts above 4095 bytes: assembly, for these compilers alone."""
     tool_of(command)
     for source in SOURCES:
-        flags = [*STRICT, "-Wno-overlength-strings", "-O2", "-ffp-contract=off", f"-I{NATIVE}", *options]
+        flags = [*STRICT, "-Wno-overlength-strings", "-O2", "-ffp-contract=off", *options]
+        flags += [f"-I{NATIVE}", f"-I{FUSED.sources}"]
         output_of(command, *flags, "-c", source, "-o", tmp_path / "x.o")
 
 
@@ -252,16 +255,23 @@ def sources(tmp_path):
     shutil.copytree(ROOT / "bnnfree", tmp_path / "checkout" / "bnnfree", ignore=clean)
     for name in ("setup.py", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "checkout")
-    for source in (tmp_path / "checkout" / "bnnfree" / "engine" / "native").glob("*.c"):
-        source.write_text(f"int bnnf_{source.stem}(void) {{ return 1; }}\n")  # compiles in no time
+    for library in build.LIBRARIES:
+        for source in (tmp_path / "checkout" / library.sources.relative_to(ROOT)).glob("*.c"):
+            source.write_text(f"int bnnf_{source.stem}(void) {{ return 1; }}\n")  # compiles in no time
     return tmp_path / "checkout"
 
 
-def test_the_command_prints_the_path_last(sources):
+def test_the_command_prints_the_paths_last(sources):
     compiler()
     printed = output_of(sys.executable, "-m", "bnnfree.library", cwd=sources)
-    (made,) = (sources / "bnnfree" / "engine" / "_native").iterdir()
-    assert printed.splitlines()[-1] == str(made) and LIBRARY.fullmatch(made.relative_to(sources).as_posix())
+    made = libraries_of(sources)
+    assert len(made) == 2 and all(LIBRARY.fullmatch(path) for path in made)
+    assert sorted(printed.splitlines()[-2:]) == [str(sources / path) for path in made]
+
+
+def libraries_of(sources):
+    """What lies where libraries are built, beside their sources."""
+    return sorted(path.relative_to(sources).as_posix() for path in sources.glob("bnnfree/**/_native/*"))
 
 
 def wheel_of(sources, **environment):
@@ -277,7 +287,8 @@ def test_a_wheel_holds_the_library_and_is_for_the_platform_and_any_python(source
     compiler()
     wheel, names = wheel_of(sources)
     assert re.fullmatch(r"bnnfree-.*-py3-none-(?!any)\w+\.whl", wheel.name)
-    assert len([name for name in names if LIBRARY.fullmatch(name)]) == 1
+    assert len([name for name in names if LIBRARY.fullmatch(name)]) == 2
+    assert {"bnnfree/nn/fused/native/fused.c", "bnnfree/nn/fused/native/passes.h"} <= set(names)
     assert {f"bnnfree/engine/native/{p.name}" for p in NATIVE.glob("*.[ch]")} <= set(names)
     assert "bnnfree/bench/peak.c" in names and not [n for n in names if ".data/" in n]
 
@@ -294,9 +305,9 @@ def test_an_editable_install_builds_in_the_checkout_or_does_without(sources, opt
     how = ["--no-build-isolation", "--no-deps", "--no-index", "-q", "--target", target]
     command = [sys.executable, "-m", "pip", "install", *how, "-e", sources]
     output_of(*command, env={**os.environ, **options})
-    made = [path.relative_to(sources).as_posix() for path in (sources / "bnnfree" / "engine").glob("_native/*")]
+    made = libraries_of(sources)
     if options:
         assert made == []
     else:
         compiler()
-        assert len(made) == 1 and LIBRARY.fullmatch(made[0])
+        assert len(made) == 2 and all(LIBRARY.fullmatch(path) for path in made)

@@ -67,16 +67,24 @@ def train_doubles(rank, folder, cases):
 
 
 @pytest.fixture(scope="module")
-def doubles(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("doubles")
-    spawn(train_doubles, folder, EXACT | {norm: (f"model.norm={norm}", "accumulate=2") for norm in BATCHED})
+def group(tmp_path_factory):
+    """A folder with what two processes have done for the tests below: they take longer to start than to do it."""
+    folder = tmp_path_factory.mktemp("group")
+    spawn(work, folder)
     return folder
 
 
+def work(rank, folder):
+    train_cut(rank, folder / "ic", ("model.norm=ic",), resumed=True)
+    train_cut(rank, folder / "free", ("model.norm=free",), resumed=False)
+    train_doubles(rank, folder, EXACT | {norm: (f"model.norm={norm}", "accumulate=2") for norm in BATCHED})
+    check_pieces(rank, folder)
+
+
 @pytest.mark.parametrize("name", EXACT)
-def test_two_gloo_processes_equal_one(doubles, monkeypatch, name):
+def test_two_gloo_processes_equal_one(group, monkeypatch, name):
     """In float64 to 1e-9; the last batch is smaller, and of accumulated ones the last group."""
-    assert_equal_one(doubles, monkeypatch, name, EXACT[name])
+    assert_equal_one(group, monkeypatch, name, EXACT[name])
 
 
 @pytest.mark.slow
@@ -101,8 +109,8 @@ def assert_equal_one(folder, monkeypatch, name, options):
 
 
 @pytest.mark.parametrize("norm", BATCHED)
-def test_with_statistics_of_their_own_images_processes_keep_the_same_weights(doubles, norm):
-    (first, _), (second, _) = (torch.load(doubles / f"{norm}{rank}.pt") for rank in (0, 1))
+def test_with_statistics_of_their_own_images_processes_keep_the_same_weights(group, norm):
+    (first, _), (second, _) = (torch.load(group / f"{norm}{rank}.pt") for rank in (0, 1))
     differing = [key for key in first if not torch.equal(first[key], second[key])]
     assert differing and all("running" in key for key in differing)
 
@@ -171,18 +179,16 @@ def fail(error, rank):
     raise error(f"of process {rank}")
 
 
-def test_a_float32_step_of_two_halves_is_one_of_the_whole(tmp_path):
-    """The first step's change of each weight, 2 x 7 images against 1 x 14, to 1e-4 of its largest."""
-    spawn(check_pieces, tmp_path)
+def test_a_float32_step_of_two_halves_is_one_of_the_whole(group):
+    """The first step's change of each weight, 2 x 7 images against 1 x 14, to 1e-3 of its largest (7e-5 seen)."""
     alone = float_stage(CPU)
-    (before, halves), (_, other) = (torch.load(tmp_path / f"float{rank}.pt") for rank in (0, 1))
+    (before, halves), (_, other) = (torch.load(group / f"float{rank}.pt") for rank in (0, 1))
     assert_same(dict(alone.model.state_dict()), before)
     alone._take_step([next(alone.data.train.train_batches(14, seed=0, epoch=0))])
     for key, value in alone.model.state_dict().items():
         assert torch.equal(halves[key], other[key])
-        print(key, ((halves[key]-value).abs().max()/(value - before[key]).abs().max()).item())
         largest = (value - before[key]).abs().max().item()
-        torch.testing.assert_close(halves[key] - before[key], value - before[key], rtol=0, atol=1e-4 * largest)
+        torch.testing.assert_close(halves[key] - before[key], value - before[key], rtol=0, atol=1e-3 * largest)
 
 
 FULL = ("ema.decay=0.9", "accumulate=2", "stages.0.epochs=1", "stages.1.epochs=1", "data.batch_size=9")  # 2 x 4 steps
@@ -199,48 +205,44 @@ def train_cut(rank, folder, options, resumed):
             raise KeyboardInterrupt
         return take(self, group)
 
-    train(folder / "whole", *options)
+    train(folder / "whole", *FULL, *options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "_take_step", cut)
         with pytest.raises(KeyboardInterrupt):
-            train(folder / "cut", *options, "checkpoint_minutes=0.0001")
+            train(folder / "cut", *FULL, *options, "checkpoint_minutes=0.0001")
     if resumed:
-        train(folder / "cut", *options, resume=True)
+        train(folder / "cut", *FULL, *options, resume=True)
 
 
-def cut_and_whole(folder, options, count=2, resumed=True):
-    """Paths of the two runs of `train_cut`."""
-    spawn(train_cut, folder, (*FULL, *options), resumed, count=count)
-    return folder / "cut", folder / "whole"
-
-
-SLOW_CUTS = [(2, "brn"), (2, "ic"), (2, "ic_gn"), (3, "free"), (3, "kn")]  # python -m pytest -m slow tests/test_dist.py
-
-
-@pytest.mark.parametrize(
-    ("count", "norm"), [(2, "kn"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CUTS)]
-)
-def test_processes_that_resume_within_an_epoch_end_with_the_same_bits(tmp_path, count, norm):
-    """Of a norm that draws at random, with running statistics; each process has its own sums and draws its own."""
-    cut, whole = cut_and_whole(tmp_path, (f"model.norm={norm}",), count)
+def assert_cut_is_whole(folder):
     for name in ("last.pt", "best.pt"):
-        ours, theirs = load_checkpoint(cut / name), load_checkpoint(whole / name)
+        ours, theirs = load_checkpoint(folder / "cut" / name), load_checkpoint(folder / "whole" / name)
         for state in (ours, theirs):
             state["recipe"].pop("checkpoint_minutes")
         assert_same(ours, theirs)
-    assert metrics_of(cut) == metrics_of(whole)
-    assert sum(line["loss"] > 0 for line in metrics_of(whole)) == 2
+    assert metrics_of(folder / "cut") == metrics_of(folder / "whole")
+    assert len(metrics_of(folder / "whole")) == 2
 
 
-def test_one_process_goes_on_from_two_where_that_is_the_same_training(tmp_path):
-    cut, whole = cut_and_whole(tmp_path, ("model.norm=free",), resumed=False)
-    assert load_checkpoint(cut / "last.pt")["step"] > 0
+def test_processes_that_resume_within_an_epoch_end_with_the_same_bits(group):
+    """Of a norm that draws at random, at a batch of 5 and 4; each process has its own sums and draws its own."""
+    assert_cut_is_whole(group / "ic")
+
+
+@pytest.mark.slow  # python -m pytest -m slow tests/test_dist.py
+@pytest.mark.parametrize(("count", "norm"), [(2, "brn"), (2, "kn"), (2, "ic_gn"), (3, "free"), (3, "kn")])
+def test_so_they_do_with_other_norms_and_more_processes(tmp_path, count, norm):
+    spawn(train_cut, tmp_path, (f"model.norm={norm}",), True, count=count)
+    assert_cut_is_whole(tmp_path)
+
+
+def test_one_process_goes_on_from_two_where_that_is_the_same_training(group):
+    cut, whole = group / "free" / "cut", group / "free" / "whole"
+    assert load_checkpoint(cut / "last.pt")["step"] > 0 and not (cut / "result.json").exists()
     train(cut, *FULL, "model.norm=free", resume=True)
     for ours, theirs in zip(metrics_of(cut), metrics_of(whole), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
-    assert metrics_of(cut)[1]["loss"] == pytest.approx(metrics_of(whole)[1]["loss"], rel=1e-4)
-    result = json.loads((cut / "result.json").read_text())
-    assert result["processes"] == 1
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert json.loads((cut / "result.json").read_text())["processes"] == 1
 
 
 @pytest.mark.parametrize(

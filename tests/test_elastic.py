@@ -15,7 +15,7 @@ from helpers import ROOT, TINY, assert_same, metrics_of
 from bnnfree.train import load_checkpoint
 
 STAGES = [{"name": "activations", "binarize": "activations", "epochs": 1}, {"name": "both", "epochs": 2}]
-DATA = {**TINY["data"], "samples": 320, "batch_size": 15}  # 288 images: processes have 8 and 7 of a batch, 2 and 1 last
+DATA = {**TINY["data"], "samples": 210, "batch_size": 15}  # 189 images: 8 and 7 of a batch, 5 and 4 of the last
 RECIPE = {**TINY, "data": DATA, "stages": STAGES, "checkpoint_minutes": 0.002}
 
 
@@ -54,7 +54,8 @@ def within_epoch(folder, epoch):
     """Is `epoch` (from 1) under way, with a checkpoint within it?"""
     if not (folder / "last.pt").exists() or len(metrics_of(folder)) != epoch - 1:
         return False
-    return load_checkpoint(folder / "last.pt")["step"] > 0
+    state = load_checkpoint(folder / "last.pt")
+    return state["step"] > 0 and state["stage"] + state["epoch"] == epoch - 1  # the first stage has one epoch
 
 
 def assert_same_run(folder, whole):
@@ -82,22 +83,56 @@ def whole(recipe, tmp_path_factory):
     return folder
 
 
+def start(recipe, folder, *arguments):
+    """A torchrun, and where it writes what it says."""
+    log = folder.with_suffix(".log")
+    with log.open("a") as out:
+        return subprocess.Popen(**torchrun(recipe, "--out", str(folder), *arguments), stdout=out, stderr=out), log
+
+
+def survive(recipe, folder, kills):
+    """Train into `folder`; at each of `kills`, (rank, epoch), a worker dies. 0: before the first checkpoint."""
+    agent, log = start(recipe, folder)
+    killed: list[int] = []
+    try:
+        for rank, epoch in kills:
+            ready = (lambda at=epoch: within_epoch(folder, at)) if epoch else (folder / "recipe.yaml").exists
+            killed.append(kill_when(agent, rank, ready, killed))
+            assert epoch or not (folder / "last.pt").exists()
+        assert agent.wait(timeout=240) == 0, log.read_text()[-3000:]
+    finally:
+        agent.terminate()
+    said = log.read_text()
+    assert said.strip().splitlines()[-1] == str(folder) and "Traceback" not in said
+    assert len(set(killed)) == len(kills)
+
+
+def test_workers_killed_one_after_the_other_end_with_the_same_bits(tmp_path, recipe, whole):
+    """One torchrun goes on by itself: worker 1 is killed before the first checkpoint, worker 0 in the second stage."""
+    survive(recipe, tmp_path / "run", [(1, 0), (0, 2)])
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow  # python -m pytest -m slow tests/test_elastic.py
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_is_started_again_to_the_same_bits(tmp_path, recipe, whole, rank):
-    """Killed before the first checkpoint, in the first stage and in the second; the same torchrun goes on each time."""
-    folder, log = tmp_path / "run", tmp_path / "log"
-    with (
-        log.open("w") as out,
-        subprocess.Popen(**torchrun(recipe, "--out", str(folder)), stdout=out, stderr=out) as agent,
-    ):
-        try:
-            killed = [kill_when(agent, rank, lambda: (folder / "recipe.yaml").exists())]
-            assert not (folder / "last.pt").exists()
-            killed.append(kill_when(agent, rank, lambda: within_epoch(folder, 1), killed))
-            killed.append(kill_when(agent, rank, lambda: within_epoch(folder, 3), killed))
-            assert agent.wait(timeout=240) == 0, log.read_text()[-3000:]
-        finally:
-            agent.terminate()
-    assert len(set(killed)) == 3
+def test_a_worker_killed_again_and_again_ends_with_the_same_bits(tmp_path, recipe, whole, rank):
+    survive(recipe, tmp_path / "run", [(rank, 0), (rank, 1), (rank, 3)])
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow  # python -m pytest -m slow tests/test_elastic.py
+def test_a_job_killed_as_a_whole_is_refused_and_goes_on_with_resume(tmp_path, recipe, whole):
+    folder = tmp_path / "run"
+    agent, _ = start(recipe, folder)
+    workers = [kill_when(agent, 1, lambda: within_epoch(folder, 2)), worker_of(agent.pid, 0)]
+    agent.kill()
+    agent.wait()
+    if workers[1] is not None:
+        os.kill(workers[1], signal.SIGKILL)
+    again, log = start(recipe, folder)
+    assert again.wait(timeout=120) != 0
+    assert log.read_text().count("holds a run already") == 1  # said once, though torchrun tries four times
+    assert load_checkpoint(folder / "last.pt")["stage"] == 1
+    resumed, log = start(recipe, folder, "--resume")
+    assert resumed.wait(timeout=240) == 0, log.read_text()[-3000:]
     assert_same_run(folder, whole)
-    assert log.read_text().strip().splitlines()[-1] == str(folder)

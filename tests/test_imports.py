@@ -133,7 +133,15 @@ def test_a_forbidden_edge_is_found(module, name):
     assert violations(module, [name]) == [f"{module} imports {name}"]
 
 
-LIGHT = ("bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.library", "bnnfree.preprocess", "bnnfree.ops", "bnnfree.format")
+LIGHT = (
+    "bnnfree",
+    "bnnfree.errors",
+    "bnnfree.files",
+    "bnnfree.library",
+    "bnnfree.preprocess",
+    "bnnfree.ops",
+    "bnnfree.format",
+)
 
 
 @pytest.mark.parametrize("module", [*LIGHT, "bnnfree.engine"])

@@ -136,7 +136,7 @@ def test_a_block_keeps_eight_times_what_one_map_takes():
 
 @pytest.mark.parametrize(
     ("model", "named"),
-    [(lambda: network("reactnet20", "gn"), "GroupNorm at blocks.0.branch.2"),
+    [(lambda: network("reactnet20", "gn"), "GroupNorm at stem.1"),
      (lambda: nn.Sequential(nn.Dropout(0.1)), "Dropout at 0"),
      (lambda: RSign(3, ste="ede"), "ste 'ede'")],
 )  # fmt: skip

@@ -75,7 +75,7 @@ def server(tmp_path):
 
     handler = functools.partial(Handler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
+        threading.Thread(target=served.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{served.server_port}", asked
         served.shutdown()
 
@@ -480,6 +480,27 @@ def test_a_scan_is_remembered_until_a_shard_changes(written, monkeypatch):
         path.write_text("[{}")
     with pytest.warns(BnnfreeWarning, match="scanning again"):
         assert len(load_data(written).train) == 22
+
+
+def test_without_the_library_local_shards_with_an_index_are_read_and_all_else_says_so(written, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    assert len(joined(load_data(written).train.batches(9))[1]) == 22
+    with pytest.raises(DataError, match="writing shards needs webdataset.*pip install webdataset"):
+        shards.write(str(tmp_path / "root"), tmp_path / "other")
+    written.root = "http://127.0.0.1:1/out"
+    with pytest.raises(DataError, match="fetching shards needs webdataset"):
+        load_data(written)
+    written.root = written.test_root = "a.tar"
+    with pytest.raises(DataError, match="a pattern needs webdataset"):
+        load_data(written)
+
+
+@needs_curl
+def test_a_cache_that_cannot_be_written_is_named(written, server, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    written.root, written.cache = f"{server[0]}/out", str(tmp_path / "file")
+    with pytest.raises(DataError, match=r"^shard http.*\.tar: cannot be kept in .*file/shards .*data\.cache"):
+        list(load_data(written).train.batches(9))
 
 
 # ---- the tool

@@ -207,18 +207,50 @@ def run_race(request: Request, data, device, names: list[str], seconds: float, p
     import torch
 
     from bnnfree.analysis import summarize
-    from bnnfree.errors import BnnfreeError
     from bnnfree.train.checkpoint import build_model
-    from bnnfree.train.throughput import Feed, data_info, race, ratios, shares, warm_up
+    from bnnfree.train.throughput import Feed, data_info, race, ratios, shares
     from models import MODELS
 
     recipe = recipe_of(request)
     feed = Feed(data.train, recipe.data.batch_size, recipe.seed, device)
+    contenders, left_out = open_contenders(request, data, device, names, feed)
+    times = race(contenders, feed, device, seconds=seconds, accumulate=recipe.accumulate)
+    images = recipe.data.batch_size * recipe.accumulate
+    found: dict[str, dict] = {}
+    for name, row in times.items():
+        found[name] = {"about": VARIANTS[name].about, "precision": contenders[name].precision, **row.figures(images)}
+    contenders.clear()
+    torch.compiler.reset()  # Why: it gives up compiling after a few versions of one function, and says little
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the processes that measure memory
+    network = build_model(recipe, MODELS, data_info(data), recipe.stages[-1].binarize)
+    costs = summarize(network, data.image_size, data.channels).total
+    macs = costs.binary_macs + costs.mixed_macs + costs.float_macs
+    parameters = sum(p.numel() for p in network.parameters())
+    for name, figures in found.items():
+        held = held_alone(name, request)
+        figures |= held
+        saved = None if "memory_not_measured" in held else held
+        figures["roofline"] = shares(figures["step_ms"]["median"] / 1e3, images, macs, parameters, saved, peak)
+    report: dict[str, Any] = {"images": images, "rounds": len(times["ours"].steps), "contenders": found}
+    report |= {"ratio": ratios(times), "left_out": left_out, "saved_bytes_ratio": {}, "peak_memory_ratio": {}}
+    for name, figures in found.items():
+        for key, ratio in (("saved_bytes_per_image", "saved_bytes_ratio"), ("peak_memory_bytes", "peak_memory_ratio")):
+            if name != "ours" and figures.get(key) and found["ours"].get(key):
+                report[ratio][name] = figures[key] / found["ours"][key]
+    return report
+
+
+def open_contenders(request: Request, data, device, names: list[str], feed) -> tuple[dict, dict[str, str]]:
+    """(contenders that have taken a step, name -> why another cannot). Errors: where ours or the reference cannot."""
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.train.throughput import warm_up
+
     contenders, left_out = {}, {}
     for name in names:
         try:
             contender = make_contender(name, request, data, device)
-            warm_up(contender, feed, device, recipe.accumulate)
+            warm_up(contender, feed, device, recipe_of(request).accumulate)
         except Exception as error:  # whatever torch says when it cannot
             if name in ("ours", "reference") and isinstance(error, BnnfreeError):
                 raise
@@ -227,30 +259,7 @@ def run_race(request: Request, data, device, names: list[str], seconds: float, p
             left_out[name] = first_line(error)
             continue
         contenders[name] = contender
-    times = race(contenders, feed, device, seconds=seconds, accumulate=recipe.accumulate)
-    images = recipe.data.batch_size * recipe.accumulate
-    found: dict[str, dict] = {}
-    for name, row in times.items():
-        found[name] = {"about": VARIANTS[name].about, "precision": contenders[name].precision, **row.figures(images)}
-    contenders.clear()
-    torch.compiler.reset()  # Why: it gives up compiling after a few versions of one function, and says little
-    network = build_model(recipe, MODELS, data_info(data), recipe.stages[-1].binarize)
-    macs = summarize(network, data.image_size, data.channels).total
-    macs_each = macs.binary_macs + macs.mixed_macs + macs.float_macs
-    parameters = sum(p.numel() for p in network.parameters())
-    for name, row in found.items():
-        held = held_alone(name, request)
-        row |= held
-        saved = None if "memory_not_measured" in held else held
-        step = row["step_ms"]["median"] / 1e3
-        row["roofline"] = shares(step, images, macs_each, parameters, saved, peak)
-    report: dict[str, Any] = {"images": images, "rounds": len(times["ours"].steps), "contenders": found}
-    report |= {"ratio": ratios(times), "left_out": left_out, "saved_bytes_ratio": {}, "peak_memory_ratio": {}}
-    for name, row in found.items():
-        for key, ratio in (("saved_bytes_per_image", "saved_bytes_ratio"), ("peak_memory_bytes", "peak_memory_ratio")):
-            if name != "ours" and row.get(key) and found["ours"].get(key):
-                report[ratio][name] = row[key] / found["ours"][key]
-    return report
+    return contenders, left_out
 
 
 def first_line(error: Exception) -> str:

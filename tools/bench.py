@@ -10,6 +10,7 @@ examples:
   python tools/bench.py --train recipes/cifar10_reactnet18.yaml data.root=FOLDER --batch 32 --precision fp32
   python tools/bench.py --train recipes/cifar10_reactnet20.yaml data.name=fake --contenders plain bn --json train.json
   python tools/bench.py --train recipes/cifar10_reactnet18.yaml data.root=FOLDER --against BNN_NoBN
+  python tools/bench.py --data recipes/imagenet_reactnet18.yaml data.root=FOLDER --feeds 2500
 
 SOURCE is a packed file, or what tools/export.py takes, with the same key=value: a recipe stands for its network with
 random weights, which are as fast as trained ones. --against builds the same network from the same file: for ONNX
@@ -26,8 +27,8 @@ block, floats and bits out). With --json the file's path is printed last.
 
 --train lets contenders take whole training steps in turns, on the recipe's data (data.name=fake: noise), last stage:
   ours            the recipe as it is
-  layers          module by module
-  compiled        its modules compiled by torch
+  layers          module by module (speed=layers)
+  fused, compiled, fused_compiled    one node of autograd a block; compiled by torch: the modules, those nodes
   plain           the same function as the papers' code writes it (bnnfree.analysis.plain), stepped as released
   plain_compiled  that, compiled by torch
   bn, float       the recipe with model.norm=bn; with real weights and activations
@@ -37,6 +38,7 @@ forward with the loss; agc with the preconditioner; optimizer with what follows 
 backward pass, the part that grows with the batch, and the part that does not (fixed). peak: growth of a process that
 has only this contender, or of a GPU's memory all of it. % matmul: 6 flops a multiply-accumulate over the speed of a
 large bfloat16 product; % copy: the bytes that must move (saved ones twice, 40 a parameter) over that of a large copy.
+In bf16_trunk, those without fused nodes run in bf16. Who cannot take a step gets a line with the reason.
 """
 
 import argparse
@@ -49,6 +51,7 @@ import _cli
 
 SAME = 0.02  # of the largest output: by so much may a peer that should be equal differ; a bit at its threshold may flip
 CHECKED = 4  # images
+SECONDS = 10  # for all contenders; with --train others
 TIMES = 5  # so much shorter than a model is a single op timed
 SPEED = ("GMAC/s", "% of peak", "% nominal")
 
@@ -66,7 +69,9 @@ def main() -> None:
     )
     parser.add_argument("--train", action="store_true", help="time training steps of SOURCE, a recipe")
     parser.add_argument("--batch", nargs="+", type=int, default=[], metavar="N", help="with --train: batch sizes")
-    parser.add_argument("--precision", nargs="+", default=[], metavar="P", help="with --train: fp32, bf16 (both)")
+    parser.add_argument(
+        "--precision", nargs="+", default=[], metavar="P", help="with --train: fp32, bf16, bf16_trunk (all)"
+    )
     parser.add_argument("--contenders", nargs="+", default=[], metavar="C", help="with --train: those beside ours")
     parser.add_argument("--data", action="store_true", help="time the input pipeline of SOURCE")
     parser.add_argument("--feeds", type=float, metavar="IMAGES_PER_SECOND", help="with --data: what it has to feed")
@@ -94,6 +99,7 @@ def main() -> None:
     elif args.data:
         from _bench_data import bench_data
 
+        args.seconds = args.seconds or SECONDS
         report["data"] = bench_data(args)
     else:
         report |= bench_inference(args, about)
@@ -114,6 +120,8 @@ def check_mode(args) -> None:
     for mode, names in others.items():
         if mode in modes and any(getattr(args, name) for name in names):
             raise BnnfreeError(f"{mode}: got --{' or --'.join(names)} beside it, which belongs to inference.")
+    if args.data and args.source is None:
+        raise BnnfreeError("--data: got no recipe, expected one, for example recipes/imagenet_reactnet18.yaml.")
     for name in ("batch", "precision", "contenders"):
         if getattr(args, name) and not args.train:
             raise BnnfreeError(f"--{name}: got {getattr(args, name)} without --train, expected both.")
@@ -131,7 +139,7 @@ def bench_inference(args, about: dict) -> dict:
     for name in args.against:
         if name not in PACKAGES:
             raise unknown_name("--against", name, PACKAGES)
-    args.seconds = args.seconds or 10
+    args.seconds = args.seconds or SECONDS
     report: dict = {}
     if args.source is not None:
         engine = open_engine(args)

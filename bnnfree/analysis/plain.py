@@ -86,6 +86,8 @@ class PlainSign(nn.Module):
     value = f(t) + detached (sign(t) - f(t)) up to rounding; window "sample": f(k t), k = 1 / std of the sample.
     """
 
+    bias: Tensor | None
+
     def __init__(self, layer: Sign):
         super().__init__()
         _take_over(self, layer, "bias")
@@ -110,6 +112,10 @@ class PlainSign(nn.Module):
 class PlainRPReLU(nn.Module):
     """PReLU between two moves."""
 
+    input_shift: Tensor | None
+    slope: Tensor
+    output_shift: Tensor
+
     def __init__(self, layer: RPReLU):
         super().__init__()
         _take_over(self, layer, "input_shift")
@@ -126,6 +132,16 @@ class PlainConv(nn.Module):
     W_b  = s sign(What), with the gradient of clip(What, -1, 1)  where binary
     y    = (g W_b * x - c) / sd + b                              as far as the layer has g, c, sd, b
     """
+
+    weight: Tensor
+    gain: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+    input_mean: Tensor
+    input_sum: Tensor
+    input_count: Tensor
+    output_mean: Tensor
+    output_std: Tensor
 
     def __init__(self, layer: BinaryConv2d | ScaledStdConv2d):
         super().__init__()
@@ -149,7 +165,7 @@ class PlainConv(nn.Module):
         mean = latent.abs().mean((1, 2, 3), keepdim=True).detach()
         if self.scale_rule == "mean_abs":
             return mean
-        if self.scale_rule == "learned":
+        if self.scale is not None:
             return self.scale.view(-1, 1, 1, 1)
         return torch.full_like(mean, 1 / math.sqrt(self.fan_in) if self.scale_rule == "fan_in" else 1.0)
 
@@ -204,6 +220,9 @@ class PlainConv(nn.Module):
 
 class PlainBlock(nn.Module):
     """The residual block; alpha and beta are products of whole maps, whatever they are."""
+
+    alpha: Tensor
+    beta: Tensor
 
     def __init__(self, block: BinaryBlock):
         super().__init__()

@@ -7,7 +7,7 @@ the centring of the layer's input or output, and the constant that gives its out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -250,16 +250,16 @@ class ConvLayer(WeightLayer):
             padding = (0, 0)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def expected_input(self, x: Tensor) -> Tensor:
-        """[groups * I, kh, kw]: what each tap sees of `input_mean` on average over positions of a map like x."""
-        sides = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-        rows, columns = (torch.tensor(tap_coverage(*side), dtype=x.dtype, device=x.device) for side in sides)
+    def expected_input(self, size: Sequence[int]) -> Tensor:
+        """[groups * I, kh, kw]: what each tap sees of `input_mean` on average over positions of a map of this size."""
+        sides = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        rows, columns = (self.input_mean.new_tensor(tap_coverage(*side)) for side in sides)
         inside = rows[:, None] * columns
-        mean = self.input_mean.to(x.dtype).view(-1, 1, 1) * inside
+        mean = self.input_mean.view(-1, 1, 1) * inside
         return mean + self.pad_value * (1 - inside) if self.pad_value else mean
 
     def expected_output(self, weight: Tensor, x: Tensor) -> Tensor:
-        mean = self.expected_input(x)
+        mean = self.expected_input(x.shape[2:]).to(x.dtype)
         mean = mean.view(self.groups, -1, *mean.shape[1:])
         taps = weight.view(self.groups, -1, *weight.shape[1:])
         return (taps * mean[:, None]).sum((2, 3, 4)).flatten()

@@ -241,12 +241,12 @@ def data_parallel(model: nn.Module, dist: Dist, image: tuple[int, ...]) -> nn.Mo
     """`model` for one of many processes: after a backward pass its gradients are the mean over them.
 
     Gradients travel in buckets while the pass goes on, of a graph that torch takes as the same in every pass (it is:
-    nothing in our networks depends on the data). `image`: (C, H, W) of the pass of two blank images in which the graph
-    is learned; it leaves the model, its buffers and torch's random state as they were.
+    nothing in our networks depends on the data). `image`: (C, H, W) of two passes of two blank images in which the
+    graph is learned; they leave the model, its buffers and torch's random state as they were.
 
-    Why that pass: torch learns a static graph in the first backward pass and orders the buckets by it before the
-    second. Done here, accumulation may start without sharing (no_sync fails in that first pass), and the buckets are
-    those of a run that was never restarted: with three processes or more the order of a sum depends on them.
+    Why those: torch learns a static graph in the first backward pass, where accumulation must not start (no_sync fails
+    in it), and the order of the gradients in the second, by which it makes the buckets anew. Done here, the buckets are
+    the same in each step, also of a run that was restarted: with three processes or more a sum's bits depend on them.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     kept, was_training = [buffer.clone() for buffer in model.buffers()], model.training
@@ -263,7 +263,9 @@ def data_parallel(model: nn.Module, dist: Dist, image: tuple[int, ...]) -> nn.Mo
             gradient_as_bucket_view=True,
             static_graph=True,
         )
-        net.train()(blank.contiguous(memory_format=torch.channels_last)).sum().backward()
+        net.train()
+        for _ in range(2):
+            net(blank.contiguous(memory_format=torch.channels_last)).sum().backward()
     with torch.no_grad():
         for buffer, old in zip(model.buffers(), kept, strict=True):
             buffer.copy_(old)

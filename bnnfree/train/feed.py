@@ -21,7 +21,7 @@ from PIL import Image
 
 from bnnfree.errors import DataError
 from bnnfree.train.images import Split
-from bnnfree.train.streamed import FileSplit, Reader
+from bnnfree.train.streamed import FileSplit, Reader, collate
 
 PHASES = ("read", "decode", "augment", "collate")
 ROUGHNESS = (15.0, 65.0)  # standard deviation of a synthetic image's brightness, from the smoothest to the roughest
@@ -110,39 +110,34 @@ def streamed(split: Split) -> FileSplit:
 def phases(split: FileSplit, seconds: float, *, batch_size: int = 32, seed: int = 0) -> dict[str, float]:
     """Milliseconds per training image of each of PHASES, in this process, over about `seconds`.
 
-    read: the bytes of the file; decode: all that Pillow does to a whole image of them; augment: what a training
-    sample takes beyond that (a crop that lets Pillow decode a smaller size can make it negative); collate: into the
-    batch, and to where another process finds it.
+    read: the bytes of the file, with waiting for them; the others count computing only. decode: all that Pillow does
+    to a whole image; augment: what a training sample takes beyond that (a crop that lets Pillow decode a smaller
+    size can make it negative); collate: into the batch, and the batch to where another process finds it.
     """
     reader = Reader(split.files, split.size, split.augment)
     spent = dict.fromkeys(PHASES, 0.0)
+    good: list[torch.Tensor] = []
     images = 0
-    batch = torch.empty(batch_size, split.size, split.size, 3, dtype=torch.uint8)
     with _one_thread():
         for index in _random(len(split), seed, seconds):
-            times = [time.perf_counter()]
-
-            def tick(times: list[float] = times) -> None:
-                times.append(time.perf_counter())
-
-            data = split.files.read(index)
-            tick()
+            start = time.perf_counter()
             try:
+                data = split.files.read(index)
+                read, times = time.perf_counter() - start, [time.process_time()]
                 with Image.open(io.BytesIO(data)) as image:
                     image.load()
             except Exception:  # Why: training names the bad ones; here they only do not count
                 continue
-            tick()
-            sample = reader.sample(index, index)
-            tick()
-            if isinstance(sample, str):
-                continue
-            batch[images % batch_size] = sample.permute(1, 2, 0)
-            if images % batch_size == batch_size - 1:
-                batch.clone().share_memory_()
-            tick()
-            read, decode, whole, collate = (b - a for a, b in zip(times, times[1:], strict=False))
-            for phase, value in zip(PHASES, (read, decode, whole - decode - read, collate), strict=True):
+            times.append(time.process_time())
+            sample = reader.change(Image.open(io.BytesIO(data)), index)
+            times.append(time.process_time())
+            good.append(sample)
+            if len(good) == batch_size:
+                collate(good).share_memory_()
+                good.clear()
+            times.append(time.process_time())
+            decode, whole, last = (b - a for a, b in zip(times, times[1:], strict=False))
+            for phase, value in zip(PHASES, (read, decode, whole - decode, last), strict=True):
                 spent[phase] += value
             images += 1
     if not images:
@@ -169,30 +164,39 @@ class _one_thread:
         torch.set_num_threads(self.threads)
 
 
-def rate(split: FileSplit, workers: int, seconds: float, *, batch_size: int = 32, seed: int = 0) -> float:
-    """Training images per second that `workers` processes (0: this one) deliver, over about `seconds`.
+class _Raw(FileSplit):
+    """Batches of uint8: to normalise them is the work of the device, not of the cores that read."""
 
-    The clock starts when each process has delivered two batches: what they had ready does not count.
+    def _normaliser(self, device):
+        return lambda pixels: pixels
+
+
+def rate(split: FileSplit, workers: int, seconds: float, *, batch_size: int = 32, seed: int = 0) -> tuple[float, float]:
+    """Training images that `workers` processes (0: this one) deliver, per second and per second that this one computes.
+
+    The second number says with workers=0 what a core can do when others have work for it too; it leaves out waiting
+    for a disk. Over about `seconds`; the clock starts when each process has delivered two batches: what they had
+    ready does not count.
     """
-    measured = FileSplit(
+    measured = _Raw(
         split.files, split.labels, split.mean, split.std, split.augment, size=split.size, workers=workers, skip_bad=True
     )
     batch_size = min(batch_size, len(split))
-    warm, images, start, elapsed, epoch = 2 * max(workers, 1), 0, 0.0, 0.0, 0
+    warm, images, elapsed, computed, epoch = 2 * max(workers, 1), 0, 0.0, 0.0, 0
+    start = computed_before = 0.0
     with _one_thread():
         while elapsed < seconds:
             for _, labels in measured.train_batches(batch_size, seed=seed, epoch=epoch):
                 warm -= 1
-                now = time.perf_counter()
                 if warm == 0:
-                    start = now
+                    start, computed_before = time.perf_counter(), time.process_time()
                 elif warm < 0:
                     images += len(labels)
-                    elapsed = now - start
+                    elapsed, computed = time.perf_counter() - start, time.process_time() - computed_before
                     if elapsed >= seconds:
                         break
             epoch += 1
-    return images / elapsed
+    return images / elapsed, images / computed
 
 
 def cores_needed(images_per_second: float, per_core: float) -> int:

@@ -54,7 +54,7 @@ class Stage:
         self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
         self.optimizers = self._make_optimizers()
         self.net: nn.Module = self.model
-        if dist.world > 1:  # Why before the preconditioner: it counts passes, and this takes one of blank images
+        if dist.world > 1:  # Why before the preconditioner: it counts what it sees, and this runs blank images
             self.net = data_parallel(self.model, dist, (data.channels, *data.image_size))
         self.precondition: Precondition | None = None
         if recipe.optimizer.precondition == "bnp":

@@ -57,8 +57,11 @@ class Members(Files):
     def read(self, index: int) -> bytes:
         shard, offset, length = self.members[index].tolist()
         file = self._file(shard)
-        file.seek(offset - BLOCK)
-        data = file.read(BLOCK + length)
+        try:
+            file.seek(offset - BLOCK)
+            data = file.read(BLOCK + length)
+        except OSError as error:
+            raise DataError(f"shard {self.places[shard]}: cannot be read ({error.strerror or error}).") from None
         if len(data) < BLOCK + length or not _heads(data[:BLOCK], length):
             raise DataError(
                 f"shard {self.places[shard]}: got no image of {length} bytes at byte {offset}, where its index has one."
@@ -128,19 +131,25 @@ def is_url(place: str) -> bool:
 def local(place: str, cache: Path, limit: int | None) -> Path:
     """The path of a shard, which is fetched if it is a URL and not in the folder `cache`.
 
-    With a `limit` in bytes, the shards whose use is longest ago then make room. Errors: DataError, OSError.
+    With a `limit` in bytes, the shards whose use is longest ago then make room. Errors: DataError.
     """
     if not is_url(place):
         return Path(place)
     digest = hashlib.sha256(place.encode()).hexdigest()[:24]
     path = cache / "shards" / f"{digest}-{place.rsplit('/', 1)[1].split('?')[0]}"
-    with _locked(path):
-        if not path.exists():
-            with replacing(path) as temporary:
-                fetch(place, temporary)
-        os.utime(path)
-    if limit is not None:
-        _make_room(path, limit)
+    try:
+        with _locked(path):
+            if not path.exists():
+                with replacing(path) as temporary:
+                    fetch(place, temporary)
+            os.utime(path)
+        if limit is not None:
+            _make_room(path, limit)
+    except OSError as error:
+        raise DataError(
+            f"shard {place}: cannot be kept in {path.parent} ({error.strerror or error}). Set data.cache to a folder"
+            " that can be written."
+        ) from None
     return path
 
 

@@ -84,9 +84,9 @@ def scan(place: str, path: Path) -> Shard:
 
     Errors: DataError for what is no whole, uncompressed tar and for a sample that is not one image and one .cls.
     """
-    found = Shard(file=place, bytes=path.stat().st_size)
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
+        found = Shard(file=place, bytes=path.stat().st_size)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isfile():

@@ -226,6 +226,13 @@ def _arrived(tensors: tuple[Tensor, ...], copied: torch.cuda.Event | None) -> tu
     return tensors
 
 
+def collate(images: Sequence[Tensor]) -> Tensor:
+    """Images [3,H,W] as one batch [B,H,W,3]; none: [0,1,1,3]."""
+    if not images:
+        return torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    return torch.stack([image.permute(1, 2, 0) for image in images])
+
+
 class _Tasks:
     """What a loader hands out: lists of (image, seed or -1), one a batch; set anew for each pass."""
 
@@ -247,7 +254,7 @@ class Reader(torch.utils.data.Dataset):
 
     def __getitems__(self, tasks: list[tuple[int, int]]) -> tuple[Tensor, Tensor, dict[int, str]] | DataError:
         """(pixels uint8 [B,H,W,3], images [B], what is wrong by image) of the (image, seed or -1) of one batch."""
-        pixels = torch.empty(len(tasks), self.size, self.size, 3, dtype=torch.uint8)
+        images: list[Tensor] = []
         good: list[int] = []
         reasons: dict[int, str] = {}
         for index, seed in tasks:
@@ -258,9 +265,9 @@ class Reader(torch.utils.data.Dataset):
             if isinstance(image, str):
                 reasons[index] = image
                 continue
-            pixels[len(good)] = image.permute(1, 2, 0)
+            images.append(image)
             good.append(index)
-        return pixels[: len(good)], torch.tensor(good, dtype=torch.int64), reasons
+        return collate(images), torch.tensor(good, dtype=torch.int64), reasons
 
     def sample(self, index: int, seed: int) -> Tensor | str:
         """An image as uint8 [3,size,size], augmented as `seed` says (-1: not at all), or what is wrong with it."""

@@ -155,7 +155,7 @@ def _run_unit(
         None if scale is None or not conv.binary else scale.detach().abs(),
         factor,
         bias,
-        conv.expected_input(v) if counts else None,
+        conv.expected_input(v.shape[2:]) if counts else None,
         identity,
     )
     if counts:

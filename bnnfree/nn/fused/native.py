@@ -81,15 +81,16 @@ class NativePasses(Passes):
         v, real = _dense(v), _real(v.dtype)
         n, channels = v.shape[:2]
         s = torch.empty_like(v, dtype=dtype, memory_format=torch.channels_last)
-        moments = v.new_zeros((n, 2, channels), dtype=real) if windows and gate.per_sample else None
+        moments = v.new_zeros((n, 3, channels), dtype=real) if windows and gate.per_sample else None
         ones = v.new_zeros((n, channels), dtype=real) if counts else None
         parameters = [*self._act(v, act), _number(v, gate.beta), self._vector(v, gate.threshold, 0.0), moments, ones]
         self._over_samples("binarize", v, dtype, [v, s], parameters)
         area = v.shape[2] * v.shape[3]
         k = None
         if moments is not None:
-            mean, square = (moments.double().sum(2) / (channels * area)).unbind(1)
-            std = (square - mean.square()).clamp_min(0).sqrt()
+            pivots, sums, squares = moments.double().unbind(1)  # of each channel, about its pivot
+            pivots = pivots - (pivots + sums / area).mean(1, keepdim=True)
+            std = (squares / area + pivots * (2 * sums / area + pivots)).mean(1).clamp_min(0).sqrt()
             k = torch.where(std > 1e-5, 1 / std, torch.ones_like(std)).to(real)
         return s, k, None if ones is None else (2 * ones.double().sum(0) / area - n).to(real)
 
@@ -129,7 +130,7 @@ class NativePasses(Passes):
         sizes = latent.new_empty(rows) if how.mean_abs else None
         expected = None if inputs is None else latent.new_empty(rows)
         flags = [ctypes.c_int(flag) for flag in (how.standardize, how.binary, measure)]
-        tensors = [None if factor is None else factor.contiguous(), inputs, sizes, expected]
+        tensors = [_row(factor, latent), inputs, sizes, expected]
         self._over_rows("prepare", latent, dtype, [latent, made, constants], [*tensors, *flags])
         return Prepared(made, constants, sizes, expected)
 
@@ -138,7 +139,7 @@ class NativePasses(Passes):
         raw = torch.empty_like(latent, dtype=raw.dtype).copy_(raw) if raw.stride() != latent.stride() else raw
         d, dots = torch.empty_like(latent), latent.new_empty(latent.shape[0])
         flags = [ctypes.c_int(flag) for flag in (how.standardize, how.binary)]
-        tensors = [undo.contiguous(), None if inputs is None else outer.contiguous(), inputs, dots]
+        tensors = [_row(undo, latent), None if inputs is None else _row(outer, latent), inputs, dots]
         self._over_rows("weight_gradient", latent, raw.dtype, [latent, raw, d, constants], [*tensors, *flags])
         return d, dots
 
@@ -203,8 +204,12 @@ def _in_layout(latent: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor | 
     """The latents such that a row's values lie densely, and inputs [I, kh, kw] in the same order as these."""
     latent = latent.detach()
     order = torch.channels_last if latent.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    inputs = None if inputs is None else inputs[None].contiguous(memory_format=order)
+    inputs = None if inputs is None else inputs[None].to(latent.dtype).contiguous(memory_format=order)
     return latent.contiguous(memory_format=order), inputs
+
+
+def _row(vector: Tensor | None, latent: Tensor) -> Tensor | None:
+    return None if vector is None else vector.detach().to(latent.dtype).contiguous()
 
 
 def _number(like: Tensor, value: Tensor | float | None):

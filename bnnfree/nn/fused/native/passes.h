@@ -11,21 +11,25 @@ INLINE R FUNCTION(activated)(R v, R slope, R in, R out) {
     return z * steep + out;
 }
 
-/* s = sign(beta act(v) + threshold). With `moments` [2, C]: sums of t and of t^2 over the sample's positions; with
-   `counts` [C]: how many are +1. */
+/* s = sign(beta act(v) + threshold). With `moments` [3, C]: t of the sample's first position, sums of what t differs from
+   that by, and of its square, over positions; with `counts` [C]: how many are +1. */
 INLINE void FUNCTION(sign_sample)(const T *restrict v, S *restrict s, size_t pixels, size_t channels,
                                   const R *restrict slope, const R *restrict in, const R *restrict out, R beta,
                                   const R *restrict threshold, R *restrict moments, R *restrict counts, int measured,
                                   int counted) {
-    R *restrict squares = moments + channels;
+    R *restrict pivots = moments, *restrict sums = moments + channels, *restrict squares = moments + 2 * channels;
+    if (measured)
+        for (size_t c = 0; c < channels; c++)
+            pivots[c] = FUNCTION(activated)(TRUNK_OF(v[c]), slope[c], in[c], out[c]) * beta + threshold[c];
     for (size_t p = 0; p < pixels; p++, v += channels, s += channels)
         for (size_t c = 0; c < channels; c++) {
             R x = FUNCTION(activated)(TRUNK_OF(v[c]), slope[c], in[c], out[c]);
             R t = x * beta + threshold[c];
             s[c] = TO_SIGN(t >= 0 ? (R)1 : (R)-1);
             if (measured) {
-                moments[c] += t;
-                squares[c] += t * t;
+                R d = t - pivots[c];
+                sums[c] += d;
+                squares[c] += d * d;
             }
             if (counted)
                 counts[c] += t >= 0 ? (R)1 : (R)0;
@@ -37,7 +41,7 @@ EACH_CPU void FUNCTION(binarize)(const T *v, S *s, size_t first, size_t last, si
                                  R *counts) {
     for (size_t n = first; n < last; n++) {
         size_t at = n * pixels * channels;
-        R *m = moments ? moments + n * 2 * channels : NULL, *k = counts ? counts + n * channels : NULL;
+        R *m = moments ? moments + n * 3 * channels : NULL, *k = counts ? counts + n * channels : NULL;
         if (m && k)
             FUNCTION(sign_sample)(v + at, s + at, pixels, channels, slope, in, out, beta, threshold, m, k, 1, 1);
         else if (m)
