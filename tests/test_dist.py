@@ -33,7 +33,8 @@ EXACT = {  # options under which two processes are one
 }
 SLOW = {  # python -m pytest -m slow tests/test_dist.py
     "free_paper": ("model.norm=free_paper",),
-    "compile": ("model.norm=free", "compile=true", "accumulate=2"),
+    "compiled": ("model.norm=free", "speed=compiled", "accumulate=2"),
+    "layers": ("model.norm=free", "speed=layers", "accumulate=2"),
     "gn_pn": ("model.norm=gn_pn",),
 }
 BATCHED = ("bn", "kn")  # statistics of a process's own images: not one process, but the same weights in both

@@ -42,8 +42,9 @@ ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt",
 
 JOB = "job.txt"  # the torchrun that a run belongs to: what it restarts goes on, what another starts is refused
 
-MAY_CHANGE = ("data.root", "data.cache", "data.workers", "data.download", "device", "checkpoint_minutes")
-"""Keys that a resumed run may be given anew: they say where and not what."""
+PLACES = ("root", "test_root", "val_root", "cache", "cache_gb", "workers", "download")
+MAY_CHANGE = (*(f"data.{key}" for key in PLACES), "device", "speed", "checkpoint_minutes")
+"""Keys that a resumed run may be given anew: they say where, or how fast, and not what."""
 
 
 class Run:

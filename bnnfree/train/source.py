@@ -103,6 +103,6 @@ def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Ne
 
 def known_stats(name: str, channels: int, size: int) -> Stats:
     """Mean and standard deviation per channel of a data set, without reading it: else STAND_IN."""
-    streamed = name == "image_folder" and size > DECODED_SIZE
+    streamed = name in ("image_folder", "shards") and size > DECODED_SIZE
     found = IMAGENET if streamed else STATS.get(name)
     return found or ([STAND_IN[0]] * channels, [STAND_IN[1]] * channels)
