@@ -80,6 +80,8 @@ def work(rank, folder):
     train_cut(rank, folder / "free", ("model.norm=free",), resumed=False)
     train_doubles(rank, folder, EXACT | {norm: (f"model.norm={norm}", "accumulate=2") for norm in BATCHED})
     check_pieces(rank, folder)
+    processes.stop()
+    hang(rank, folder)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -174,6 +176,26 @@ def check_pieces(rank, folder):
     for failing in (0, 1):
         with pytest.raises(CheckpointError, match=f"of process {failing}"):
             dist.together(lambda at=failing: fail(CheckpointError, rank) if rank == at else None)
+
+
+def hang(rank, folder):
+    """Process 1 does not answer for longer than the group waits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "TIMEOUT", timedelta(seconds=1))
+        dist = processes.start("cpu")
+    dist.decide(True)
+    if rank == 1:
+        time.sleep(4)
+    else:
+        with pytest.raises(processes.LostError) as caught, processes.one_voice():
+            dist.decide(True)
+        (folder / "hang.txt").write_text(str(caught.value))
+
+
+def test_a_process_that_does_not_answer_is_an_error_after_the_time_to_wait(group):
+    said = (group / "hang.txt").read_text()
+    assert said.startswith("process 0 of 2: another process is gone or does not answer (Timed out waiting 1000ms")
+    assert "--resume" in said and "\n" not in said
 
 
 def fail(error, rank):

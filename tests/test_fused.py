@@ -18,7 +18,9 @@ from bnnfree.nn import STES, BinaryBlock, BinaryConv2d, Design, Sign, calibrate,
 from bnnfree.nn.fused import PASSES, SPEEDS, Fusion, Shared, choose_speed, load_passes, run_blocks, unfusible
 from bnnfree.nn.fused import native as native_file
 from bnnfree.nn.fused.native import KINDS, PAIRS
+from bnnfree.nn.fused.node import Step, _convolve_back
 from bnnfree.nn.fused.passes import Activation, Gate, Latent
+from bnnfree.nn.fused.place import Place
 
 MODELS = ("reactnet20", "birealnet18", "xnor_resnet18", "reactnet_a")
 NORMS = ("free", "none", "free_paper")
@@ -270,6 +272,45 @@ def test_a_block_of_other_kernels_strides_and_groups(passes):
         (run_blocks([block], x, Fusion(passes)) * weights).sum().backward()
         for a, b in zip([x.grad, *(p.grad for p in block.parameters())], before, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_products_of_8_bits_change_nothing(passes, name):
+    """Sums of signs are whole numbers either way: a network's outputs and gradients are the same to the bit."""
+    found = []
+    for eight in (False, True):
+        for options in ({}, {"pad_value": 1}, {"binarize": "activations"}):
+            model, images, labels = double(name, "free", torch.float32, **options)
+            model.fusion = Fusion(passes, int8=eight)
+            found.append(gradients(model, images, labels))
+    for ours, theirs in zip(found[:3], found[3:], strict=True):
+        assert_same_gradients(ours, theirs, 0)
+
+
+def test_what_takes_products_of_8_bits_is_asked_for(monkeypatch):
+    model = make_model("reactnet20", "free")
+    for faster in (False, True):
+        monkeypatch.setattr("bnnfree.nn.fused.int8.is_faster", lambda faster=faster: faster)
+        assert ("int8" in str(choose_speed(model))) == faster == model.fusion.int8
+    assert not choose_speed(model, precision="bf16").why.endswith("int8") and not model.fusion.int8
+
+
+@pytest.mark.parametrize("place", [
+    Place((1, 1), (1, 1), (1, 1), 1, 0), Place((2, 1), (0, 2), (1, 1), 1, 0), Place((1, 2), (2, 2), (2, 2), 1, -1),
+])  # fmt: skip
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 3)])
+@pytest.mark.parametrize("size", [(5, 4), (12, 9)])
+def test_gradients_of_weights_on_small_and_large_maps_are_those_of_the_convolution(place, kernel, size):
+    """Small maps take another way; both equal autograd's."""
+    x, w = noise(3, 6, *size), noise(4, 6, *kernel, seed=1).requires_grad_()
+    step = Step(PASSES, place, Latent(False, False, False), "approx", False, torch.float64, False, False, None, False)
+    padded, padding = place.padded(x)
+    y = torch.nn.functional.conv2d(padded, w, None, place.stride, padding, place.dilation)
+    g = noise(*y.shape, seed=2)
+    (whole,) = torch.autograd.grad((y * g).sum(), w)
+    of_x, of_w = _convolve_back(step, g, x, w.detach())
+    torch.testing.assert_close(of_w, whole, rtol=1e-12, atol=1e-12)
+    assert of_x.shape == x.shape
 
 
 def test_blocks_that_cannot_be_fused_run_among_those_that_can(passes):

@@ -68,11 +68,6 @@ class Dist:
         rows[self.rank] = tensor
         return self.sum_(rows)
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world > 1:
-            distributed.barrier()
-
     def decide(self, value: bool) -> bool:
         """The value that process 0 has, in every process."""
         return bool(self.sum_(torch.tensor(float(value and self.main), device=self.device)))

@@ -6,7 +6,6 @@ Imports torch, numpy, tqdm, bnnfree.nn and its own room; the model builders are 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ from bnnfree.train.loop import Stage, evaluate
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import save_recipe
 from bnnfree.train.report import Report, machine, write_json
+from bnnfree.train.settings import settings
 
 ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json")
 
@@ -309,20 +309,16 @@ def fit(
     torchrun restarts. Under torchrun only process 0 needs the folder; each process needs the data.
     """
     folder = Path(folder)
-    repeatable = torch.are_deterministic_algorithms_enabled()
-    if recipe.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(recipe.deterministic)
     try:
-        dist = processes.start(recipe.device)
-        state = dist.tell(lambda: _open(folder, resume))
-        data = dist.together(lambda: load_data(recipe.data, where=where))
-        run = Run(recipe, builders, folder, data, dist)
-        if dist.main:
-            save_recipe(recipe, folder / "recipe.yaml")
-        return run.train(state, quiet, curves)
+        with settings(recipe.deterministic):
+            dist = processes.start(recipe.device)
+            state = dist.tell(lambda: _open(folder, resume))
+            data = dist.together(lambda: load_data(recipe.data, where=where))
+            run = Run(recipe, builders, folder, data, dist)
+            if dist.main:
+                save_recipe(recipe, folder / "recipe.yaml")
+            return run.train(state, quiet, curves)
     finally:
-        torch.use_deterministic_algorithms(repeatable)
         processes.stop()
 
 

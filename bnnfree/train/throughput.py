@@ -31,6 +31,7 @@ from bnnfree.train.images import Split
 from bnnfree.train.loop import Stage
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
+from bnnfree.train.settings import settings
 
 PARTS = ("data", "forward", "backward", "agc", "optimizer")
 TURN = 0.1  # seconds that the counted steps of one turn take, about
@@ -215,8 +216,7 @@ def race(
     A turn's counted steps take about TURN; before short ones an uncounted step fills the caches. Each contender has
     its own setting of torch's deterministic algorithms; what was set before is set again at the end.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
+    with settings(False):
         counts = {}
         for name, contender in contenders.items():
             taken, _ = _turn(contender, feed, device, accumulate, 1)
@@ -230,8 +230,6 @@ def race(
                 times[name].append(_turn(contenders[name], feed, device, accumulate, counts[name]))
             names = names[1:] + names[:1]  # nobody always follows the same one
             rounds += 1
-    finally:
-        torch.use_deterministic_algorithms(before)
     return {
         name: Times(np.array([step for step, _ in turns]), np.array([parts for _, parts in turns]))
         for name, turns in times.items()
@@ -240,11 +238,8 @@ def race(
 
 def warm_up(contender: Contender, feed: Feed, device: torch.device, accumulate: int = 1, steps: int = 2) -> None:
     """Steps that nobody counts: compilers run, optimisers get their state."""
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
+    with settings(False):
         _turn(contender, feed, device, accumulate, steps)
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _turn(contender: Contender, feed: Feed, device, accumulate: int, steps: int) -> tuple[float, list[float]]:

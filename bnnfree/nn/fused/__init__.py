@@ -2,6 +2,8 @@
 
     passes   what is computed between convolutions, in torch's operations: the reference
     native   the same as C (native/*.c)
+    int8     products of signs as 8-bit whole numbers
+    place    where a kernel goes
     node     the autograd node: what is kept, what is made again
     chain    a network's blocks as such nodes
     speed    which of all that a training uses

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from bnnfree.nn.binary import BinaryConv2d
 from bnnfree.nn.block import BinaryBlock
-from bnnfree.nn.fused.node import ActivationNode, BinaryNode, Place, Step
+from bnnfree.nn.fused.node import ActivationNode, BinaryNode, Step
 from bnnfree.nn.fused.passes import Activation, Latent, Passes, Shared
+from bnnfree.nn.fused.place import Place
 from bnnfree.nn.react import RPReLU, RSign
 from bnnfree.nn.sign import Sign
 
@@ -23,6 +24,7 @@ from bnnfree.nn.sign import Sign
 class Fusion:
     """How blocks are fused: by which passes, and the dtypes of trunk and signs (None: as the trunk comes).
 
+    int8: products of signs and binary weights in float32 blocks are 8-bit whole numbers (see `int8`).
     shared: the weights of a step for all its micro-batches; who sets it says `shared.forget()` after each step.
     """
 
@@ -30,6 +32,7 @@ class Fusion:
     trunk: torch.dtype | None = None
     signs: torch.dtype | None = None
     shared: Shared | None = None
+    int8: bool = False
 
 
 def unfusible(block: nn.Module) -> str | None:
@@ -137,6 +140,7 @@ def _run_unit(
         added,
         counts,
         fusion.shared,
+        fusion.int8 and conv.binary and v.dtype == torch.float32 and fusion.signs in (None, torch.float32),
     )
     scale = conv.known_scale()
     factor = conv.output_factor(scale)

@@ -21,7 +21,7 @@ from bnnfree.nn.sign import Sign
 from bnnfree.nn.standard import EPS
 
 KINDS = {"approx": 0, "clip": 1, "identity": 2}  # estimators that the library knows, by their number there
-TYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16"}
+TYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "s8"}
 PAIRS = {  # (trunk, signs) that it knows
     (torch.float64, torch.float64),
     (torch.float32, torch.float32),
@@ -53,6 +53,9 @@ class NativePasses(Passes):
             for name in MAPS + (WEIGHTS if trunk != torch.bfloat16 else ()):
                 self._functions[name, trunk, signs] = getattr(library, f"{name}_{TYPES[trunk]}_{TYPES[signs]}")
                 self._functions[name, trunk, signs].restype = None
+        for name, signs in (("binarize", torch.uint8), ("prepare", torch.int8)):
+            self._functions[name, torch.float32, signs] = getattr(library, f"{name}_f32_{TYPES[signs]}")
+            self._functions[name, torch.float32, signs].restype = None
         self._pool: ThreadPoolExecutor | None = None
         self._pool_of = (0, 0)  # threads, process
         self._constants: dict[tuple, Tensor] = {}

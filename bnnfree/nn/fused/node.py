@@ -24,25 +24,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bnnfree.nn.fused import int8
 from bnnfree.nn.fused.passes import Activation, Gate, Latent, Passes, Prepared, Shared
+from bnnfree.nn.fused.place import Place
 
-
-class Place(NamedTuple):
-    """How a kernel moves over the map."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    pad_value: int
-
-    def padded(self, s: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The map with its padding, where that is not of zeros, and the padding left for the convolution."""
-        high, wide = self.padding
-        if not self.pad_value or not (high or wide):
-            return s, self.padding
-        padded = F.pad(s, (wide, wide, high, high), value=float(self.pad_value))
-        return padded.contiguous(memory_format=torch.channels_last), (0, 0)
+SMALL = 16  # positions of a map: below, a product of matrices finds the weights' gradient sooner, measured on AVX-512
 
 
 class Step(NamedTuple):
@@ -53,6 +39,7 @@ class Step(NamedTuple):
     added     x is added to h
     counts    the sum over samples of the means of s are an output
     shared    weights of this optimiser step, if micro-batches share them
+    int8      the products of the forward pass are whole numbers of 8 bits, see `int8`
     """
 
     passes: Passes
@@ -64,6 +51,7 @@ class Step(NamedTuple):
     added: bool
     counts: bool
     shared: Shared | None
+    int8: bool
 
 
 class BinaryNode(Function):
@@ -79,9 +67,10 @@ class BinaryNode(Function):
         identity,
     ):  # fmt: skip
         act, gate = Activation(slope, shift_in, shift_out), Gate(threshold, beta, step.ste, parameter, step.per_sample)
-        s, windows, counts = step.passes.binarize(v, act, gate, step.signs, step.per_sample, step.counts)
+        kind = int8.SIGNS if step.int8 else step.signs
+        s, windows, counts = step.passes.binarize(v, act, gate, kind, step.per_sample, step.counts)
         made = _weight(step, latents, inputs)
-        y = _convolve(step, s, made.weight)
+        y = _convolve(step, s, made.weight, len(latents))
         whole = factor if made.sizes is None else factor * made.sizes
         shift = bias if made.expected is None else bias - whole * made.expected
         if step.added:
@@ -155,13 +144,19 @@ class ActivationNode(Function):
 
 
 def _weight(step: Step, latents: Tensor, inputs: Tensor | None) -> Prepared:
-    if step.shared is None:
-        return step.passes.prepare(latents, step.latent, step.signs, inputs=inputs)
-    return step.shared.get(latents, lambda: step.passes.prepare(latents, step.latent, step.signs, inputs=inputs))
+    def make() -> Prepared:
+        if not step.int8:
+            return step.passes.prepare(latents, step.latent, step.signs, inputs=inputs)
+        made = step.passes.prepare(latents, step.latent, int8.WEIGHTS, inputs=inputs)
+        return made._replace(weight=int8.pack(made.weight, step.place))
+
+    return make() if step.shared is None else step.shared.get(latents, make)
 
 
-def _convolve(step: Step, s: Tensor, weight: Tensor) -> Tensor:
+def _convolve(step: Step, s: Tensor, weight: Tensor, channels: int) -> Tensor:
     place = step.place
+    if step.int8:
+        return int8.convolve(s, weight, channels, place)
     s, padding = place.padded(s)
     return F.conv2d(s, weight, None, place.stride, padding, place.dilation, place.groups)
 
@@ -170,11 +165,30 @@ def _convolve_back(step: Step, g: Tensor, s: Tensor, weight: Tensor) -> tuple[Te
     """(d s, d weight) of `_convolve`, of which the first is with the factor that `weight` has."""
     place = step.place
     padded, padding = place.padded(s)
+    g = g.to(step.signs)
+    small = g.device.type == "cpu" and place.groups == 1 and g.shape[2] * g.shape[3] <= SMALL
     of_s, of_weight, _ = torch.ops.aten.convolution_backward(
-        g.to(step.signs), padded, weight, None, place.stride, padding, place.dilation, False, [0, 0], place.groups,
-        [True, True, False],
+        g, padded, weight, None, place.stride, padding, place.dilation, False, [0, 0], place.groups,
+        [True, not small, False],
     )  # fmt: skip
+    if small:
+        of_weight = _product(g, padded, padding, weight.shape, place)
     if padding != place.padding:
         (high, wide), (rows, columns) = place.padding, s.shape[2:]
         of_s = of_s[:, :, high : high + rows, wide : wide + columns]
     return of_s, of_weight
+
+
+def _product(g: Tensor, s: Tensor, padding: tuple[int, int], shape: torch.Size, place: Place) -> Tensor:
+    """d weight as one product of matrices. Shapes: g [N, O, H', W'], s [N, I, H, W], shape [O, I, kh, kw]."""
+    outputs, inputs, tall, broad = shape
+    x = F.pad(s, (padding[1], padding[1], padding[0], padding[0])).contiguous(memory_format=torch.channels_last)
+    x = x.permute(0, 2, 3, 1)
+    sample, row, column, one = x.stride()
+    n, _, height, width = g.shape
+    (down, right), (below, beside) = place.stride, place.dilation
+    steps = sample, down * row, right * column, below * row, beside * column, one
+    seen = x.as_strided((n, height, width, tall, broad, inputs), steps)
+    rows = g.permute(0, 2, 3, 1).reshape(-1, outputs)
+    made = rows.t() @ seen.reshape(len(rows), -1)
+    return made.view(outputs, tall, broad, inputs).permute(0, 3, 1, 2)

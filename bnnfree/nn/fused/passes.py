@@ -105,7 +105,7 @@ class Passes:
     def binarize(
         self, v: Tensor, act: Activation, gate: Gate, dtype: torch.dtype, windows: bool, counts: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """s = sign(beta act(v) + threshold) in `dtype`.
+        """s = sign(beta act(v) + threshold) in `dtype`; s + 1 in torch.uint8.
 
         And, if asked for: windows [N], 1 over the deviation of each sample's t (1 for constant ones), and counts [C],
         the sum over samples of the mean over positions of s.
@@ -116,7 +116,8 @@ class Passes:
         if windows and gate.per_sample:
             std = t.flatten(1).std(1, correction=0)
             k = torch.where(std > 1e-5, 1 / std, torch.ones_like(std))
-        return s.to(dtype), k, s.flatten(2).mean(2).sum(0) if counts else None
+        stored = s + 1 if dtype == torch.uint8 else s
+        return stored.to(dtype), k, s.flatten(2).mean(2).sum(0) if counts else None
 
     def residual(self, y: Tensor, factor: Tensor, bias: Tensor, v: Tensor | None, act: Activation) -> Tensor:
         """h = y factor + bias + act(v), in v's dtype; without v: h = y factor + bias in factor's."""

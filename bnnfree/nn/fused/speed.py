@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, pick
+from bnnfree.nn.fused import int8
 from bnnfree.nn.fused.chain import Fusion, unfusible
 from bnnfree.nn.fused.native import load_passes
 from bnnfree.nn.fused.passes import PASSES, Passes, Shared
@@ -75,8 +76,10 @@ def choose_speed(
         _set(model, None)
         return Speed(name, name == "compiled", "" if fusible or wanted != "auto" else obstacle)
     passes, why = _passes(model, kind, name)
-    _set(model, Fusion(passes, trunk, signs, shared if name == "fused" else None))
-    return Speed(name, name == "fused_compiled", f"{fusible} of {len(blocks)} blocks, {why}")
+    whole = name == "fused" and kind == "cpu" and precision == "fp32" and int8.is_faster()
+    _set(model, Fusion(passes, trunk, signs, shared if name == "fused" else None, whole))
+    products = ", products in int8" if whole else ""
+    return Speed(name, name == "fused_compiled", f"{fusible} of {len(blocks)} blocks, {why}{products}")
 
 
 def _set(model: nn.Module, fusion: Fusion | None) -> None:

@@ -45,6 +45,10 @@ INLINE bf16 put_bf16(float x) {
     return (bf16)((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
+/* Signs as int8.py has them, and weights of +-1 as they are. */
+INLINE uint8_t put_u8(float x) { return x < 0 ? (uint8_t)0 : (uint8_t)2; }
+INLINE int8_t put_s8(float x) { return x < 0 ? (int8_t)-1 : (int8_t)1; }
+
 enum { APPROX, CLIP, IDENTITY };
 
 #define PASTE(a, b, c) a##_##b##_##c
@@ -78,6 +82,18 @@ enum { APPROX, CLIP, IDENTITY };
 #define S bf16
 #include "passes.h"
 
+#undef SIGNS
+#undef S
+#define SIGNS u8
+#define S uint8_t
+#define FORWARD_ONLY
+#include "passes.h"
+#undef FORWARD_ONLY
+
+#undef SIGNS
+#undef S
+#define SIGNS bf16
+#define S bf16
 #undef TRUNK
 #undef T
 #define TRUNK bf16
@@ -112,4 +128,11 @@ enum { APPROX, CLIP, IDENTITY };
 #undef S
 #define SIGNS bf16
 #define S bf16
+#include "weights.h"
+
+#undef SIGNS
+#undef S
+#define SIGNS s8
+#define S int8_t
+#define FORWARD_ONLY
 #include "weights.h"

@@ -53,6 +53,8 @@ EACH_CPU void FUNCTION(binarize)(const T *v, S *s, size_t first, size_t last, si
     }
 }
 
+#ifndef FORWARD_ONLY
+
 /* h = y factor + bias + act(v); without v: h = y factor + bias. */
 EACH_CPU void FUNCTION(residual)(const S *restrict y, const T *restrict v, T *restrict h, size_t first, size_t last,
                                  size_t pixels, size_t channels, const R *restrict slope, const R *restrict in,
@@ -156,6 +158,8 @@ EACH_CPU void FUNCTION(backward)(const T *v, const T *g, const S *e, T *d, size_
 }
 
 #undef SAMPLE
+#endif
+
 #undef TRUNK_OF
 #undef TO_TRUNK
 #undef SIGN_OF

@@ -69,6 +69,8 @@ EACH_CPU void FUNCTION(prepare)(const T *restrict weights, S *restrict made, R *
     }
 }
 
+#ifndef FORWARD_ONLY
+
 /* d w from `raw`, the gradient of what `prepare` made without its factor, less outer [rows] inputs [width] if these
    are given. undo [rows]: what that gradient is multiplied by to be one of z. dots [rows]: the sum over i of made_i
    times it, which is the factor's gradient. */
@@ -106,6 +108,8 @@ EACH_CPU void FUNCTION(weight_gradient)(const T *restrict weights, const S *rest
             row[i] = (row[i] - centre - (w[i] - mean) * along) * size;
     }
 }
+
+#endif
 
 #undef EACH
 #undef LANES
