@@ -341,7 +341,7 @@ def test_what_only_looks_like_a_contradiction_is_accepted():
         ("data.root=C:\\data", lambda r: r.data.root, "C:\\data"),
         ("data.root=null", lambda r: r.data.root, None),
         ("data.root=", lambda r: r.data.root, None),
-        ("compile=true", lambda r: r.compile, True),
+        ("deterministic=false", lambda r: r.deterministic, False),
         ("model.norm=none", lambda r: r.model.norm, "none"),
         ("ema.decay=0.9", lambda r: r.ema.decay, 0.9),  # in a section that the file does not have
         ("ema={decay: 0.9}", lambda r: r.ema.decay, 0.9),
