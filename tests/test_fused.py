@@ -324,6 +324,16 @@ def test_blocks_that_cannot_be_fused_run_among_those_that_can(passes):
     assert called == [7]
 
 
+def test_autocast_reaches_the_blocks_that_are_not_fused(passes):
+    model, images, labels = double("reactnet20", "free", torch.float32)
+    seen = []
+    model.blocks[7].branch[1].register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    model.fusion = Fusion(passes, None, BF16)
+    with torch.autocast("cpu", BF16):
+        gradients(model, images, labels)
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("low", [BF16, None])
 def test_bf16_has_the_signs_of_fp32_and_exact_sums(passes, low):
     """A block at a time, on equal inputs: h is the same to rounding of float32, so signs and products are exact."""
@@ -489,6 +499,7 @@ def test_auto_takes_what_there_is(monkeypatch):
     monkeypatch.setattr("bnnfree.nn.fused.speed.load_passes", lambda: (None, "got no C compiler"))
     assert "torch's operations, for got no C compiler" in str(choose_speed(model)) and model.fusion.passes is PASSES
     assert choose_speed(model, device="cuda").name == "compiled" and model.fusion is None
+    assert choose_speed(model, device="cuda", precision="bf16_trunk").name == "fused_compiled"
     assert str(choose_speed(make_model("reactnet20", "bn"))).startswith("layers (its branch")
     assert choose_speed(nn.Linear(2, 2)).name == "layers"
 

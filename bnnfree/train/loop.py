@@ -188,7 +188,7 @@ class Stage:
     def _backward(self, images: Tensor, labels: Tensor, samples: Tensor) -> None:
         recipe = self.recipe
         # a batch of another size would be compiled anew: the epoch's last one runs as it is
-        whole = len(images) * self.dist.world == recipe.data.batch_size
+        whole = len(images) == len(range(self.dist.rank, recipe.data.batch_size, self.dist.world))
         net = self.compiled if whole else self.net
         with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=recipe.precision != "fp32"):
             logits = net(images)

@@ -8,6 +8,12 @@
     chain    a network's blocks as such nodes
     speed    which of all that a training uses
 
+A network of your own, made of BinaryBlock, has its blocks in `self.blocks` and None in `self.fusion`, and runs
+
+    run_blocks(self.blocks, x, self.fusion) if self.training and self.fusion is not None else self.blocks(x)
+
+whereupon `choose_speed(model)` sets `fusion`. Any iterable of modules may be given to `run_blocks`.
+
 Equal to the layers in float64 to 1e-10 and better (tests/test_fused.py). Imports torch and bnnfree.nn only.
 """
 

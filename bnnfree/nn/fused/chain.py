@@ -67,15 +67,16 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, fusion: Fusion) -> Tensor
     Equal to running them one by one but for rounding. Signs are taken from values that are rounded alike.
     Shapes: [N, C, H, W] -> [N, C', H', W'], x's dtype.
     """
-    dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        v, act = x.to(fusion.trunk or dtype), Activation()
-        for block in blocks:
+    dtype, kind = x.dtype, x.device.type
+    v, act = x.to(fusion.trunk or dtype), Activation()
+    for block in blocks:
+        with torch.autocast(kind, enabled=False):
             if isinstance(block, BinaryBlock) and unfusible(block) is None:
                 v, act = _run_block(block, v, act, fusion)
-            else:
-                x = _activated(v, act, fusion).to(dtype)
-                v, act = block(x).to(v.dtype), Activation()
+                continue
+            x = _activated(v, act, fusion).to(dtype)
+        v, act = block(x).to(v.dtype), Activation()
+    with torch.autocast(kind, enabled=False):
         return _activated(v, act, fusion).to(dtype)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnnfree.nn.sign import STES, sign
+from bnnfree.nn.sign import STES, sample_window, sign
 from bnnfree.nn.standard import EPS
 
 
@@ -110,19 +110,16 @@ class Passes:
         And, if asked for: windows [N], 1 over the deviation of each sample's t (1 for constant ones), and counts [C],
         the sum over samples of the mean over positions of s.
         """
-        t = self._gated(v, act, gate)
+        t = _gate(_prelu(_shifted(v, act), act), gate, fresh=act.slope is not None)
         s = sign(t)
-        k = None
-        if windows and gate.per_sample:
-            std = t.flatten(1).std(1, correction=0)
-            k = torch.where(std > 1e-5, 1 / std, torch.ones_like(std))
+        k = sample_window(t) if windows and gate.per_sample else None
         stored = s + 1 if dtype == torch.uint8 else s
         return stored.to(dtype), k, s.flatten(2).mean(2).sum(0) if counts else None
 
     def residual(self, y: Tensor, factor: Tensor, bias: Tensor, v: Tensor | None, act: Activation) -> Tensor:
         """h = y factor + bias + act(v), in v's dtype; without v: h = y factor + bias in factor's."""
-        h = y.to(factor.dtype) * _column(factor) + _column(bias)
-        return h if v is None else (h + _prelu(_shifted(v, act), act)).to(v.dtype)
+        h = torch.addcmul(_column(bias), y.to(factor.dtype), _column(factor))
+        return h if v is None else h.add_(_prelu(_shifted(v, act), act)).to(v.dtype)
 
     def backward(
         self,
@@ -138,19 +135,21 @@ class Passes:
         z = _shifted(v, act)
         dx, of_threshold, added = None, None, None
         if gate is not None and of_s is not None:
-            t = self._gated(v, act, gate)
-            dt = of_s.to(z.dtype) * _slope(t, gate, windows)
-            of_threshold = _sum(dt)
-            dx = dt if gate.beta is None else dt * gate.beta.to(dt.dtype)
+            t = _gate(_prelu(z, act), gate, fresh=act.slope is not None)
+            dx = _slope(t, gate, windows).mul_(of_s)
+            of_threshold = _sum(dx)
+            dx = dx if gate.beta is None else dx.mul_(gate.beta)
         if of_h is not None:
             dh = of_h.to(z.dtype)
             dh = dh if beta is None else dh * beta.to(dh.dtype)
             added = _sum(dh)
-            dx = dh if dx is None else dx + dh
+            dx = dh if dx is None else dx.add_(dh)
         assert dx is not None  # one of the two is there
-        below = z <= 0
-        of_slope = _sum(torch.where(below, dx * z, torch.zeros_like(dx)))
-        dz = dx if act.slope is None else torch.where(below, dx * _column(act.slope), dx)
+        of_slope = _sum(z.clamp_max(0).mul_(dx))
+        dz = dx
+        if act.slope is not None:  # Why not torch's backward of PReLU: it takes twice as long as these on a CPU
+            below = (z <= 0).to(z.dtype)
+            dz = torch.addcmul(dx.new_ones(()), below, _column(act.slope - 1)).mul_(dx)
         return Gradients(dz.to(v.dtype), of_threshold, of_slope, _sum(dz), _sum(dx), added)
 
     def prepare(
@@ -209,9 +208,13 @@ class Passes:
         d = e - _row(e.flatten(1).mean(1)) - z * _row(along)
         return d * _row(constants[:, 1]), dots
 
-    def _gated(self, v: Tensor, act: Activation, gate: Gate) -> Tensor:
-        t = self.activate(v, act, gate.beta)
-        return t if gate.threshold is None else t + _column(gate.threshold)
+def _gate(x: Tensor, gate: Gate, fresh: bool) -> Tensor:
+    """beta x + threshold; over x, where it is `fresh`, that is nobody else's."""
+    if gate.beta is not None:
+        x, fresh = x.mul_(gate.beta) if fresh else x * gate.beta.to(x.dtype), True
+    if gate.threshold is None:
+        return x
+    return x.add_(_column(gate.threshold)) if fresh else x + _column(gate.threshold)
 
 
 def _slope(t: Tensor, gate: Gate, windows: Tensor | None) -> Tensor:
@@ -229,8 +232,10 @@ def _shifted(v: Tensor, act: Activation) -> Tensor:
 
 
 def _prelu(z: Tensor, act: Activation) -> Tensor:
-    x = z if act.slope is None else F.prelu(z, act.slope)
-    return x if act.shift_out is None else x + _column(act.shift_out)
+    if act.slope is None:
+        return z if act.shift_out is None else z + _column(act.shift_out)
+    x = F.prelu(z, act.slope)
+    return x if act.shift_out is None else x.add_(_column(act.shift_out))
 
 
 def _column(vector: Tensor) -> Tensor:

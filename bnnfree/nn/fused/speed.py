@@ -50,7 +50,8 @@ def choose_speed(
 ) -> Speed:
     """Set `model.fusion` for training on `device` in `precision`, and say what was chosen.
 
-    wanted: a name of SPEEDS, or "auto": on a CPU fused where a block can be, else layers; on other devices compiled.
+    wanted: a name of SPEEDS, or "auto": on a CPU fused where a block can be, else layers; on other devices compiled,
+    or fused_compiled for a bf16 trunk.
     shared: see Fusion; compiled networks do not use it.
     Blocks that cannot be fused run as layers among those that are. Evaluation always runs the layers.
     Errors: BnnfreeError where what is wanted cannot be had.
@@ -66,7 +67,9 @@ def choose_speed(
         raise BnnfreeError(f"speed: got {wanted!r} for a network that cannot be fused: {obstacle}. Use speed=layers.")
     name = wanted
     if wanted == "auto":
-        name = "compiled" if kind != "cpu" else "fused" if fusible else "layers"
+        name = "fused" if fusible else "layers"
+        if kind != "cpu":
+            name = "fused_compiled" if fusible and trunk is not None else "compiled"
     if precision == "bf16_trunk" and not name.startswith("fused"):
         raise BnnfreeError(
             f"precision: got 'bf16_trunk', a matter of fused blocks, but the network runs as {name}"
