@@ -173,10 +173,10 @@ def test_rounding_to_bfloat16_is_torchs(native):
     )
 
 
-@pytest.mark.parametrize("command", ["gcc", "clang"])
+@pytest.mark.parametrize("command", ["gcc", pytest.param("clang", marks=pytest.mark.slow)])
 def test_no_pass_touches_memory_that_is_not_its_own(command, tmp_path):
     needs([command], ASAN, ASAN_FINDS, tmp_path)
-    flags = ["-std=c11", "-O2", "-fno-math-errno", "-fno-trapping-math", *ASAN, f"-I{FUSED.sources}"]
+    flags = ["-std=c11", "-O1", "-fno-math-errno", "-fno-trapping-math", *ASAN, f"-I{FUSED.sources}"]
     output_of(command, *flags, HERE / "passes.c", "-o", tmp_path / "passes", "-lm")
     assert int(output_of(tmp_path / "passes")) > 10000
 

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_same, tiny, train
 
 from bnnfree.nn import BinaryConv2d, Sign, calibrate
+from bnnfree.nn.fused import choose_speed
 from bnnfree.train import load_checkpoint, load_data
 from models import MODELS
 
@@ -38,6 +39,26 @@ def test_bf16_autocast_gives_the_signs_of_fp32():
             hook.remove()
     assert len(signs[True]) == len(signs[False]) > 0
     assert all(torch.equal(a, b) for a, b in zip(signs[True], signs[False], strict=True))
+
+
+@pytest.mark.parametrize("speed", ["fused", "compiled", "fused_compiled"])
+@pytest.mark.parametrize("name", ["reactnet20", "reactnet_a", "xnor_resnet18"])
+def test_every_speed_has_the_gradients_of_the_layers(name, speed):
+    """In float64, on the device."""
+    torch.manual_seed(0)
+    model = MODELS[name](3, norm="free", width=0.25, stem="cifar", latent_std=0.04).double().cuda()
+    images = torch.randn(4, 3, 13, 11, dtype=torch.float64, device="cuda")
+    calibrate(model, images)
+    model = model.to(memory_format=torch.channels_last).train()
+    found = []
+    for way in ("layers", speed):
+        chosen = choose_speed(model, way, "cuda")
+        net = torch.compile(model, fullgraph=True, dynamic=False) if chosen.compiled else model
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(net(images), torch.arange(4, device="cuda") % 3).backward()
+        found.append({key: parameter.grad.clone() for key, parameter in model.named_parameters()})
+    for key, gradient in found[0].items():
+        assert (found[1][key] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), key
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
