@@ -1,6 +1,7 @@
 """What several test files need: noise, narrow models, tiny recipes, and a stage in float64."""
 
 import json
+import mmap
 from pathlib import Path
 
 import torch
@@ -42,6 +43,14 @@ def make_model(name, norm, seed=0, **options):
     """A narrow model of three classes."""
     torch.manual_seed(seed)
     return MODELS[name](3, norm=norm, width=NARROW.get(name, 0.125), stem="cifar", **options)
+
+
+def filled_pages(size):
+    """So many bytes of memory that no allocator had before."""
+    pages = mmap.mmap(-1, size)
+    for at in range(0, size, mmap.PAGESIZE):
+        pages[at] = 1
+    return pages
 
 
 def without_drop(norm):

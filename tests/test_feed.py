@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from helpers import filled_pages
 from PIL import Image
 from test_data import options
 
@@ -130,9 +131,9 @@ def test_cores_are_rounded_up():
 
 
 def test_memory_grows_by_what_is_held():
-    held, seconds, grown = feed.memory(lambda: bytearray(os.urandom(50_000_000)))
-    assert len(held) == 50_000_000 and seconds > 0
-    assert grown is None or 45e6 < grown < 80e6
+    held, seconds, grown = feed.memory(lambda: filled_pages(100_000_000))
+    assert len(held) == 100_000_000 and seconds > 0
+    assert grown is None or 90e6 < grown < 120e6
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, tiny
+from helpers import ROOT, filled_pages, tiny
 from test_tools import tool  # noqa: F401
 
 from bnnfree.analysis.plain import plain
@@ -154,11 +154,11 @@ def test_what_a_contender_holds_grows_with_what_it_makes(small):
 
     def make():
         contender = StageContender(recipe, MODELS, data, CPU)
-        contender.ballast = torch.ones(25_000_000)
+        contender.ballast = filled_pages(100_000_000)
         return contender
 
     found = held(make, feed, data, CPU, 6)
-    assert 100e6 <= found["peak_memory_bytes"] < 400e6
+    assert 80e6 < found["peak_memory_bytes"] < 400e6  # what was free before may be given back meanwhile
     maps = 4 * 6 * (9 * 9 * 8 + 5 * 5 * 16 + 3 * 3 * 32)
     assert maps < found["saved_bytes_per_image"] < 10 * maps and found["saved_bytes_fixed"] > 0
 

@@ -208,6 +208,7 @@ class Passes:
         d = e - _row(e.flatten(1).mean(1)) - z * _row(along)
         return d * _row(constants[:, 1]), dots
 
+
 def _gate(x: Tensor, gate: Gate, fresh: bool) -> Tensor:
     """beta x + threshold; over x, where it is `fresh`, that is nobody else's."""
     if gate.beta is not None:
