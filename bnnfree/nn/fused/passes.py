@@ -162,16 +162,24 @@ class Passes:
         constants: Tensor | None = None,
     ) -> Prepared:
         """The weight made of latents, times factor [O] if given. constants: if known. Shapes: inputs [I, kh, kw]."""
-        z = latent
+        rows = _rows(latent)
+        width = rows.shape[1]
+        z = rows
         if how.standardize:
             if constants is None:
-                std, mean = torch.std_mean(latent.flatten(1), dim=1, correction=0)
-                constants = torch.stack([mean, 1 / ((std + EPS) * math.sqrt(latent[0].numel()))], 1)
-            z = (latent - _row(constants[:, 0])) * _row(constants[:, 1])
-        made = sign(z) if how.binary else z
-        expected = None if inputs is None else (made * inputs).flatten(1).sum(1)
-        sizes = z.abs().flatten(1).mean(1) if how.mean_abs else None
-        return Prepared((made if factor is None else made * _row(factor)).to(dtype), constants, sizes, expected)
+                mean = rows.mean(1)
+                z = rows - mean[:, None]
+                std = torch.linalg.vector_norm(z, dim=1) / math.sqrt(width)  # torch.std takes ten times as long
+                constants = torch.stack([mean, 1 / ((std + EPS) * math.sqrt(width))], 1)
+            else:
+                z = rows - constants[:, :1]
+        unit = None if constants is None or not how.standardize else constants[:, 1]
+        sizes = torch.linalg.vector_norm(z, 1, dim=1) / width if how.mean_abs else None
+        sizes = sizes if sizes is None or unit is None else sizes * unit
+        made = sign(z) if how.binary else z if unit is None else z * unit[:, None]
+        expected = None if inputs is None else made @ inputs.permute(1, 2, 0).reshape(-1)
+        weight = made if factor is None else made * factor[:, None]
+        return Prepared(_unrowed(weight.to(dtype), latent), constants, sizes, expected)
 
     def weight_gradient(
         self,
@@ -188,25 +196,37 @@ class Passes:
         raw less outer inputs is that gradient; times undo [O] it is one of the standardised latents; dots are the sums
         over each row of it times the prepared weight: the factor's gradient.
         """
-        e = raw.to(latent.dtype)
+        e, rows = _rows(raw).to(latent.dtype), _rows(latent)
         if inputs is not None and outer is not None:
-            e = e - _row(outer) * inputs
-        z = latent
-        if constants is not None:
-            z = latent - _row(constants[:, 0])
-        made = z if constants is None else z * _row(constants[:, 1])
-        made = sign(made) if how.binary else made
-        dots = (made * e).flatten(1).sum(1)
-        e = e * _row(undo)
+            e = torch.addcmul(e, outer[:, None], inputs.permute(1, 2, 0).reshape(1, -1), value=-1)
         if constants is None:
-            return e, dots
-        width = latent[0].numel()
-        sigma = 1 / (constants[:, 1] * math.sqrt(width))
+            dots = _dots(sign(rows) if how.binary else rows, e)
+            return _unrowed(e * undo[:, None], latent), dots
+        mean, unit = constants.unbind(1)
+        width = rows.shape[1]
+        z = rows - mean[:, None]
+        along = _dots(e, z)
+        dots = _dots(sign(z), e) if how.binary else along * unit
+        sigma = 1 / (unit * math.sqrt(width))
         std = sigma - EPS
-        along = (e * z).flatten(1).mean(1) / (sigma * std)
-        along = torch.where(std > EPS * 1e-3, along, torch.zeros_like(along))
-        d = e - _row(e.flatten(1).mean(1)) - z * _row(along)
-        return d * _row(constants[:, 1]), dots
+        along = torch.where(std > EPS * 1e-3, along / (sigma * std * width), torch.zeros_like(along))
+        d = torch.addcmul(e - e.mean(1, keepdim=True), z, along[:, None], value=-1).mul_((unit * undo)[:, None])
+        return _unrowed(d, latent), dots
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """[O, I, kh, kw] as [O, kh kw I]: no copy, in channels_last."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+def _unrowed(rows: Tensor, like: Tensor) -> Tensor:
+    outputs, inputs, tall, broad = like.shape
+    return rows.view(outputs, tall, broad, inputs).permute(0, 3, 1, 2)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """[O]: the product of each row with its like."""
+    return torch.bmm(a[:, None], b[:, :, None]).flatten()
 
 
 def _gate(x: Tensor, gate: Gate, fresh: bool) -> Tensor:
@@ -241,10 +261,6 @@ def _prelu(z: Tensor, act: Activation) -> Tensor:
 
 def _column(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
-
-
-def _row(vector: Tensor) -> Tensor:
-    return vector.view(-1, 1, 1, 1)
 
 
 def _sum(x: Tensor) -> Tensor:
