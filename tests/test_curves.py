@@ -4,6 +4,7 @@ Handwritten digits by default, CIFAR-10 from a folder of train/CLASS and test/CL
     BNNFREE_CIFAR10=FOLDER python -m pytest -m slow -n 0 -s tests/test_curves.py
 """
 
+import itertools
 import os
 
 import numpy as np
@@ -32,7 +33,8 @@ def losses(data, norm, way, seed):
     """Loss of each step of a quarter-wide ReActNet-18: same start, same batches for every way."""
     torch.manual_seed(seed)
     model = MODELS["reactnet18"](10, data.channels, norm=norm, width=0.25, latent_std=0.04)
-    batches = [batch for epoch in range(20) for batch in data.train.train_batches(32, seed=seed, epoch=epoch)][:STEPS]
+    epochs = (data.train.train_batches(32, seed=seed, epoch=epoch) for epoch in itertools.count())
+    batches = list(itertools.islice(itertools.chain.from_iterable(epochs), STEPS))
     calibrate(model, torch.cat([images for images, _ in batches[:8]]))
     model = model.to(memory_format=torch.channels_last).train()
     speed, precision = WAYS[way]
