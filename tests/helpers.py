@@ -45,6 +45,20 @@ def make_model(name, norm, seed=0, **options):
     return MODELS[name](3, norm=norm, width=NARROW.get(name, 0.125), stem="cifar", **options)
 
 
+def cut_at(patch, step):
+    """From now on a training is cut, as by Ctrl-C, at its `step`th optimiser step; `patch` is a MonkeyPatch."""
+    take, taken = Stage._take_step, 0
+
+    def cut(self, group):
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            raise KeyboardInterrupt
+        return take(self, group)
+
+    patch.setattr(Stage, "_take_step", cut)
+
+
 def filled_pages(size):
     """So many bytes of memory that no allocator had before."""
     pages = mmap.mmap(-1, size)

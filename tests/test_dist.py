@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch
 import yaml
-from helpers import ROOT, TINY, assert_same, double_stage, metrics_of, tiny, train
+from helpers import ROOT, TINY, assert_same, cut_at, double_stage, metrics_of, tiny, train
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, CheckpointError, DataError
@@ -219,18 +219,9 @@ FULL = ("ema.decay=0.9", "accumulate=2", "stages.0.epochs=1", "stages.1.epochs=1
 
 def train_cut(rank, folder, options, resumed):
     """A run without a break, one that is cut in its second stage, and what is left of that where `resumed`."""
-    take, taken = Stage._take_step, 0
-
-    def cut(self, group):
-        nonlocal taken
-        taken += 1
-        if taken == 7:
-            raise KeyboardInterrupt
-        return take(self, group)
-
     train(folder / "whole", *FULL, *options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "_take_step", cut)
+        cut_at(patch, 7)
         with pytest.raises(KeyboardInterrupt):
             train(folder / "cut", *FULL, *options, "checkpoint_minutes=0.0001")
     if resumed:

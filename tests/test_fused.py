@@ -15,7 +15,7 @@ from bnnfree.analysis.memory import saved_per_image
 from bnnfree.errors import BnnfreeError
 from bnnfree.library import FUSED
 from bnnfree.nn import STES, BinaryBlock, BinaryConv2d, Design, Sign, calibrate, centred_layers
-from bnnfree.nn.fused import PASSES, SPEEDS, Fusion, Shared, choose_speed, load_passes, run_blocks, unfusible
+from bnnfree.nn.fused import PASSES, SPEEDS, Fusion, Shared, choose_speed, int8, load_passes, run_blocks, unfusible
 from bnnfree.nn.fused import native as native_file
 from bnnfree.nn.fused.native import KINDS, PAIRS
 from bnnfree.nn.fused.node import Step, _convolve_back
@@ -290,9 +290,22 @@ def test_products_of_8_bits_change_nothing(passes, name):
 def test_what_takes_products_of_8_bits_is_asked_for(monkeypatch):
     model = make_model("reactnet20", "free")
     for faster in (False, True):
-        monkeypatch.setattr("bnnfree.nn.fused.int8.is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(int8, "is_faster", lambda faster=faster: faster)
         assert ("int8" in str(choose_speed(model))) == faster == model.fusion.int8
     assert not choose_speed(model, precision="bf16").why.endswith("int8") and not model.fusion.int8
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, NotImplementedError])
+def test_without_operations_of_8_bits_they_are_not_taken(monkeypatch, error):
+    """Nor where their sums are others."""
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(int8, "convolve", fails)
+    assert int8.is_faster.__wrapped__() is False
+    monkeypatch.setattr(int8, "convolve", lambda *_: torch.zeros(4, 64, 16, 16))
+    assert int8.is_faster.__wrapped__() is False
 
 
 @pytest.mark.parametrize("place", [

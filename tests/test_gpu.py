@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same, tiny, train
+from helpers import assert_same, cut_at, tiny, train
 
 from bnnfree.nn import BinaryConv2d, Sign, calibrate
 from bnnfree.nn.fused import choose_speed
@@ -75,22 +75,11 @@ def test_products_of_signs_are_exact_integers(kernel):
 
 
 def test_a_run_cut_in_two_ends_with_the_same_bits(tmp_path, monkeypatch):
-    from bnnfree.train.loop import Stage
-
     options = ("device=cuda", "checkpoint_minutes=0.0001")
     train(tmp_path / "whole", *options)
-    take, taken = Stage._take_step, 0
-
-    def cut(self, group):
-        nonlocal taken
-        taken += 1
-        if taken == 12:
-            raise KeyboardInterrupt
-        return take(self, group)
-
-    monkeypatch.setattr(Stage, "_take_step", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", *options)
-    monkeypatch.setattr(Stage, "_take_step", take)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 12)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", *options)
     train(tmp_path / "cut", *options, resume=True)
     assert_same(load_checkpoint(tmp_path / "cut" / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt"))

@@ -1,11 +1,10 @@
 """A run can be cut at any step and goes on to the same bits; what it left is never overwritten."""
 
 import pytest
-from helpers import assert_same, metrics_of, train
+from helpers import assert_same, cut_at, metrics_of, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.train import load_checkpoint
-from bnnfree.train.loop import Stage
 
 OPTIONS = ("ema.decay=0.9", "agc.clip=0.02", "accumulate=2", "optimizer.precondition=bnp")
 
@@ -34,20 +33,11 @@ def test_so_does_one_whose_normaliser_draws_at_random_or_has_a_state(tmp_path, m
 
 def check_cut(folder, unbroken, monkeypatch, step, options):
     """A run that is cut before its step `step` and goes on equals the unbroken one."""
-    take, taken = Stage._take_step, 0
-
-    def cut(self, group):
-        nonlocal taken
-        taken += 1
-        if taken == step:
-            raise KeyboardInterrupt
-        return take(self, group)
-
     # a checkpoint after every third step or so: the cut falls between checkpoints, on one, and at an epoch's end
-    monkeypatch.setattr(Stage, "_take_step", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, *options, "checkpoint_minutes=0.0001")
-    monkeypatch.setattr(Stage, "_take_step", take)
+    with monkeypatch.context() as patch:
+        cut_at(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, *options, "checkpoint_minutes=0.0001")
     train(folder, *options, resume=True)
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(folder / name), load_checkpoint(unbroken / name)

@@ -1,7 +1,7 @@
 """From a recipe to a result: `load_recipe`, `fit`. Imports torch, torchvision, yaml, pydantic, tqdm.
 
-recipe (the schema), recipes (reading files), data (what it trains on) + images (in memory), streamed (from files),
-folder, shards + members (from tars), losses, schedule, loop (a stage), run (all stages), checkpoint, source
+recipe (the schema), recipes (reading files), data (what it trains on) + subset, images (in memory), streamed (from
+files), folder, shards + members (from tars), losses, schedule, loop (a stage), run (all stages), checkpoint, source
 (checkpoint, run folder or recipe as a network), report (metrics and curves), dist (torchrun). Many at once: sweep (the
 file) + expression, pool (processes), outcome (what run folders hold), tables. Measuring: throughput (steps), feed
 (reading images).

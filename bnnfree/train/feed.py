@@ -21,6 +21,7 @@ from PIL import Image
 
 from bnnfree.errors import DataError
 from bnnfree.train.images import Split
+from bnnfree.train.resident import told
 from bnnfree.train.streamed import FileSplit, Reader, collate
 
 PHASES = ("read", "decode", "augment", "collate")
@@ -206,16 +207,7 @@ def cores_needed(images_per_second: float, per_core: float) -> int:
 
 def memory(load: Callable[[], Any]) -> tuple[Any, float, int | None]:
     """(what `load` returns, its seconds, by how many bytes this process has grown; None where that is not told)."""
-    before, start = _resident(), time.perf_counter()
+    before, start = told("VmRSS"), time.perf_counter()
     loaded = load()
-    seconds, after = time.perf_counter() - start, _resident()
-    return loaded, seconds, None if before is None or after is None else max(0, after - before)
-
-
-def _resident() -> int | None:
-    """Bytes of memory that this process holds now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    seconds, after = time.perf_counter() - start, told("VmRSS")
+    return loaded, seconds, max(0, after - before) if before and after else None

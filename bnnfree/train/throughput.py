@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from bnnfree.train.images import Split
 from bnnfree.train.loop import Stage
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
+from bnnfree.train.resident import peak_resident, resident
 from bnnfree.train.settings import settings
 
 PARTS = ("data", "forward", "backward", "agc", "optimizer")
@@ -285,12 +285,12 @@ def held(make: Callable[[], Contender], feed: Feed, data: Data, device: torch.de
     saved_bytes_per_image   what autograd keeps for the backward pass and grows with the batch
     saved_bytes_fixed       what it keeps and does not
     """
-    start = _resident()
+    start = resident()
     contender = make()
     warm_up(contender, feed, device, steps=1)
     _forget_peak(device)
     warm_up(contender, feed, device)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_resident() - start
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident() - start
     shape = (data.channels, *data.image_size)
     sizes = (batch // 2, batch) if batch >= 4 else (batch, 2 * batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=contender.precision != "fp32"):
@@ -308,32 +308,6 @@ def _forget_peak(device: torch.device) -> None:
             forget.write_text("5")
         except OSError:  # some containers forbid it: the peak then is that of the first step too
             pass
-
-
-def _resident() -> int:
-    """Bytes that this process has in memory; where the system does not say, the most that it had."""
-    return _status("VmRSS") or _most_resident()
-
-
-def _peak_resident() -> int:
-    return _status("VmHWM") or _most_resident()
-
-
-def _status(key: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":")), 0)
-
-
-def _most_resident() -> int:
-    try:
-        import resource
-    except ImportError:
-        raise BnnfreeError("memory: this system does not tell how much a process holds.") from None
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # -- what the device could do

@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from bnnfree.nn.fused import int8
-from bnnfree.nn.fused.passes import Activation, Gate, Latent, Passes, Prepared, Shared
+from bnnfree.nn.fused.passes import Activation, Gate, Gradients, Latent, Passes, Prepared, Shared
 from bnnfree.nn.fused.place import Place
 
 SMALL = 16  # positions of a map: below, a product of matrices finds the weights' gradient sooner, measured on AVX-512
@@ -107,11 +107,21 @@ class BinaryNode(Function):
         of_latents, dots = step.passes.weight_gradient(latents, step.latent, raw, constants, undone, total, inputs)
         of_factor = dots if sizes is None else dots * sizes
         of_threshold = None if threshold is None else back.threshold
-        of_act = [
-            None if p is None else d for p, d in zip(act, (back.slope, back.shift_in, back.shift_out), strict=True)
-        ]
         of_identity = None if ctx.of_identity is None else g.to(ctx.of_identity)
-        return (None, back.v, *of_act, of_threshold, None, None, of_latents, None, of_factor, total, None, of_identity)
+        return (
+            None,
+            back.v,
+            *_of_act(act, back),
+            of_threshold,
+            None,
+            None,
+            of_latents,
+            None,
+            of_factor,
+            total,
+            None,
+            of_identity,
+        )
 
 
 class ActivationNode(Function):
@@ -137,10 +147,13 @@ class ActivationNode(Function):
             g = torch.ops.aten.avg_pool2d_backward(g, v, side, side, [0, 0], True, False, None)
         act = Activation(slope, shift_in, shift_out)
         back = ctx.passes.backward(v, act, None, None, g, None, beta)
-        of_act = [
-            None if p is None else d for p, d in zip(act, (back.slope, back.shift_in, back.shift_out), strict=True)
-        ]
-        return (None, back.v, *of_act, None, None)
+        return (None, back.v, *_of_act(act, back), None, None)
+
+
+def _of_act(act: Activation, back: Gradients) -> list[Tensor | None]:
+    """Gradients of the parameters that the activation has."""
+    given = back.slope, back.shift_in, back.shift_out
+    return [None if mine is None else gradient for mine, gradient in zip(act, given, strict=True)]
 
 
 def _weight(step: Step, latents: Tensor, inputs: Tensor | None) -> Prepared:

@@ -4,7 +4,7 @@
    last) of a map, so that threads share one; sums over positions are kept per sample, so the number of threads changes
    no bit. Per-channel parameters are always there: a slope of 1 and shifts of 0 where a block has none.
 
-   passes.h is included once for each pair of types: T of the trunk, S of signs and of gradients with respect to them;
+   passes.h and weights.h are included once for each pair of types: T of the trunk, S of signs and of gradients with respect to them;
    R is what is calculated with. All loops are over channels and without branches, so that compilers vectorise them. */
 
 #include <math.h>
@@ -59,80 +59,52 @@ enum { APPROX, CLIP, IDENTITY };
 
 #define R double
 #define TRUNK f64
-#define SIGNS f64
 #define T double
+#define SIGNS f64
 #define S double
 #include "passes.h"
+#include "weights.h"
 
 #undef R
-#define R float
 #undef TRUNK
-#undef SIGNS
 #undef T
+#undef SIGNS
 #undef S
+#define R float
 #define TRUNK f32
-#define SIGNS f32
 #define T float
+#define SIGNS f32
 #define S float
 #include "passes.h"
+#include "weights.h"
 
 #undef SIGNS
 #undef S
 #define SIGNS bf16
 #define S bf16
 #include "passes.h"
+#include "weights.h"
 
+#define FORWARD_ONLY
 #undef SIGNS
 #undef S
 #define SIGNS u8
 #define S uint8_t
-#define FORWARD_ONLY
 #include "passes.h"
-#undef FORWARD_ONLY
-
-#undef SIGNS
-#undef S
-#define SIGNS bf16
-#define S bf16
-#undef TRUNK
-#undef T
-#define TRUNK bf16
-#define T bf16
-#include "passes.h"
-
-#undef TRUNK
-#undef SIGNS
-#undef T
-#undef S
-#undef R
-#define R double
-#define TRUNK f64
-#define SIGNS f64
-#define T double
-#define S double
-#include "weights.h"
-
-#undef R
-#define R float
-#undef TRUNK
-#undef SIGNS
-#undef T
-#undef S
-#define TRUNK f32
-#define SIGNS f32
-#define T float
-#define S float
-#include "weights.h"
-
-#undef SIGNS
-#undef S
-#define SIGNS bf16
-#define S bf16
-#include "weights.h"
 
 #undef SIGNS
 #undef S
 #define SIGNS s8
 #define S int8_t
-#define FORWARD_ONLY
 #include "weights.h"
+#undef FORWARD_ONLY
+
+#undef TRUNK
+#undef T
+#undef SIGNS
+#undef S
+#define TRUNK bf16
+#define T bf16
+#define SIGNS bf16
+#define S bf16
+#include "passes.h"
