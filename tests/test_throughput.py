@@ -158,7 +158,7 @@ def test_what_a_contender_holds_grows_with_what_it_makes(small):
         return contender
 
     found = held(make, feed, data, CPU, 6)
-    assert 80e6 < found["peak_memory_bytes"] < 400e6  # what was free before may be given back meanwhile
+    assert 100e6 <= found["peak_memory_bytes"] < 400e6
     maps = 4 * 6 * (9 * 9 * 8 + 5 * 5 * 16 + 3 * 3 * 32)
     assert maps < found["saved_bytes_per_image"] < 10 * maps and found["saved_bytes_fixed"] > 0
 

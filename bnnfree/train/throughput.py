@@ -285,6 +285,8 @@ def held(make: Callable[[], Contender], feed: Feed, data: Data, device: torch.de
     saved_bytes_per_image   what autograd keeps for the backward pass and grows with the batch
     saved_bytes_fixed       what it keeps and does not
     """
+    with settings(False):
+        pass  # gives back on leaving what is free already: else that would happen while the contender is measured
     start = resident()
     contender = make()
     warm_up(contender, feed, device, steps=1)
