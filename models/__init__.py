@@ -12,13 +12,15 @@ from collections.abc import Callable
 from torch import nn
 
 from models.reactnet_a import reactnet_a
-from models.resnet import birealnet18, reactnet18, reactnet20, resnet20, xnor_resnet18
+from models.resnet import birealnet18, birealnet20, reactnet18, reactnet20, resnet20, xnor_resnet18, xnor_resnet20
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "reactnet18": reactnet18,
     "reactnet20": reactnet20,
     "reactnet_a": reactnet_a,
     "birealnet18": birealnet18,
+    "birealnet20": birealnet20,
     "xnor_resnet18": xnor_resnet18,
+    "xnor_resnet20": xnor_resnet20,
     "resnet20": resnet20,
 }

@@ -1,10 +1,12 @@
-"""Residual networks of 3x3 convolutions: ReActNet-18/20, Bi-Real-18, XNOR-ResNet-18, and the real ResNet-20.
+"""Residual networks of 3x3 convolutions: ReActNet, Bi-Real and XNOR-ResNet of 18 and 20 layers, the real ResNet-20.
 
     name            widths             blocks per stage   a block holds      thresholds, RPReLU
     reactnet18      64 128 256 512     4                  one convolution    yes
     birealnet18     64 128 256 512     4                  one convolution    no
     xnor_resnet18   64 128 256 512     2                  two convolutions   no
     reactnet20      16 32 64           6                  one convolution    yes
+    birealnet20     16 32 64           6                  one convolution    no
+    xnor_resnet20   16 32 64           3                  two convolutions   no
     resnet20        16 32 64           3                  two convolutions   no: all real, with ReLU
 
 The first block of each stage but the first has stride 2 and a pooled 1x1 shortcut convolution. Stem
@@ -70,6 +72,16 @@ def birealnet18(classes: int, channels: int = 3, **options) -> Trunk:
 def xnor_resnet18(classes: int, channels: int = 3, **options) -> Trunk:
     """XNOR-ResNet-18: as Bi-Real-18, but a shortcut spans two binary convolutions."""
     return _resnet((64, 128, 256, 512), 2, classes, channels, convs=2, react=False, **options)
+
+
+def birealnet20(classes: int, channels: int = 3, **options) -> Trunk:
+    """Bi-Real-20: as ReActNet-20 with a bare sign and no activation on the trunk."""
+    return _resnet((16, 32, 64), 6, classes, channels, react=False, **options)
+
+
+def xnor_resnet20(classes: int, channels: int = 3, **options) -> Trunk:
+    """XNOR-ResNet-20: as Bi-Real-20, but a shortcut spans two binary convolutions."""
+    return _resnet((16, 32, 64), 3, classes, channels, convs=2, react=False, **options)
 
 
 def resnet20(classes: int, channels: int = 3, **options) -> Trunk:

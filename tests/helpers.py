@@ -30,7 +30,7 @@ TINY = {
 
 BATCH_FREE = ("none", "free", "free_paper", "gn", "ln", "in", "frn", "ic_gn", "ic_frn", "ln_pn", "gn_pn", "in_pn")
 BATCH = ("bn", "brn", "ic", "kn")
-NARROW = {"reactnet20": 0.5, "resnet20": 0.5}  # the others 1/8: 8 channels in their first stage
+NARROW = {name: 0.5 for name in MODELS if name.endswith("20")}  # the others 1/8: 8 channels in their first stage
 
 
 def noise(*shape, seed=0, dtype=torch.float64):

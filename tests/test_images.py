@@ -104,6 +104,15 @@ def test_evaluation_keeps_the_order(split):
     assert torch.equal(joined(split.batches(4))[1], split.labels)
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_spread_takes_images_at_equal_distances(split, count):
+    images, labels = (torch.cat(each) for each in zip(*split.batches(4), strict=True))
+    places = torch.arange(count) * len(split) // count
+    found = split.spread(count)
+    assert torch.equal(found[0], images[places]) and torch.equal(found[1], labels[places])
+    assert len(split.spread(len(split) + 1)[1]) == len(split)
+
+
 def test_order_differs_by_epoch_and_by_seed_only(split):
     def pixels(seed, epoch):
         return joined(split.train_batches(10, seed=seed, epoch=epoch))[0]

@@ -82,7 +82,7 @@ def test_every_key_has_a_sentence():
             nested = [s for s in vars(__import__("bnnfree.train.recipe", fromlist=["x"])).items() if s[0] in inner]
             sections += [value for _, value in nested]
             assert nested or found.description, f"{section.__name__}.{name}"
-    assert len(sections) == 10
+    assert len(sections) == 11
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -106,8 +106,9 @@ def test_the_tool_shows_random_networks_and_the_points_of_a_sweep(tmp_path):
     assert done.stdout.splitlines()[-1] == str(tmp_path / "probe")
     found = json.loads((tmp_path / "probe" / "probe.json").read_text())
     assert {name: len(runs) for name, runs in found.items()} == {"runs: ln": 2, "runs: bn": 2, str(recipe): 1}
-    assert all(len(run) == 18 and {s["type"] for s in run} == {"RSign"} for runs in found.values() for run in runs)
-    assert "±" in done.stdout and (tmp_path / "probe" / "probe.png").stat().st_size > 1000
+    signals = [run["signals"] for runs in found.values() for run in runs]
+    assert all(len(run) == 18 and {s["type"] for s in run} == {"RSign"} for run in signals)
+    assert "±" in done.stdout and (tmp_path / "probe" / "signals.png").stat().st_size > 1000
     assert "runs: ln" in (tmp_path / "probe" / "probe.md").read_text()
 
 

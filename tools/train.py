@@ -12,7 +12,8 @@ examples:
 
 data.batch_size counts the images of all processes together. When a process is killed, torchrun --max-restarts
 starts all again and they go on from the last checkpoint by themselves; after the whole job: --resume.
-Prints the run folder last; it holds recipe.yaml, metrics.jsonl, curves.png, last.pt, best.pt, result.json.
+With probe.every=100 every binary layer is measured each 100 steps (tools/probe.py). Prints the run folder last; it
+holds recipe.yaml, metrics.jsonl, curves.png, last.pt, best.pt, result.json, and probe.png where layers are measured.
 """
 
 import argparse

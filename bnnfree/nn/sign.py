@@ -6,7 +6,8 @@ in the slope that stands for its derivative in the backward pass:
     forward   s = sign(t)                    sign(0) = +1
     backward  dL/dt = dL/ds * slope(t)
 
-To add one: a function `slope(t, parameter)` and a line in STES; the tests pick it up from there.
+To add one: functions `slope(t, parameter)` and `smooth(t, parameter)`, its integral from 0, and a line in STES; the
+tests pick it up from there.
 """
 
 from __future__ import annotations
@@ -31,9 +32,20 @@ def clip_slope(t: Tensor, width: Tensor) -> Tensor:
     return (t.abs() <= width).to(t.dtype)
 
 
+def clip_smooth(t: Tensor, width: Tensor) -> Tensor:
+    """clip(t, -width, width)."""
+    return torch.where(t.abs() <= width, t, width * t.sign())  # Why not clamp: its slope at the edges is not 1
+
+
 def approx_slope(t: Tensor, width: Tensor) -> Tensor:
     """slope(t) = max(0, 2 - 2|t|/width) / width. Ref: Liu et al. 2018, "Bi-Real Net" (width 1)."""
     return (2 - (2 / width) * t.abs()).clamp_min(0) / width
+
+
+def approx_smooth(t: Tensor, width: Tensor) -> Tensor:
+    """u (2 - |u|) with u = clip(t / width, -1, 1): two parabolas between -1 and 1."""
+    u = (t / width).clamp(-1, 1)
+    return u * (2 - u.abs())
 
 
 def swish_slope(t: Tensor, steepness: Tensor) -> Tensor:
@@ -42,10 +54,21 @@ def swish_slope(t: Tensor, steepness: Tensor) -> Tensor:
     return steepness * (2 - u * torch.tanh(u / 2)) / (1 + torch.cosh(u))
 
 
+def swish_smooth(t: Tensor, steepness: Tensor) -> Tensor:
+    """2 f (1 + k t (1 - f)) - 1 with f = sigmoid(k t)."""
+    u = (steepness * t).clamp(-80, 80)
+    return 2 * torch.sigmoid(u) * (1 + u * torch.sigmoid(-u)) - 1
+
+
 def sigmoid_slope(t: Tensor, steepness: Tensor) -> Tensor:
     """slope(t) = 2 k f (1 - f) with f = sigmoid(k t). Ref: Ma et al. 2024, "A&B BNN" (k = 3)."""
     f = torch.sigmoid(steepness * t)
     return 2 * steepness * f * (1 - f)
+
+
+def sigmoid_smooth(t: Tensor, steepness: Tensor) -> Tensor:
+    """2 sigmoid(k t) - 1."""
+    return torch.tanh(steepness * t / 2)
 
 
 def ede_slope(t: Tensor, steepness: Tensor) -> Tensor:
@@ -56,9 +79,19 @@ def ede_slope(t: Tensor, steepness: Tensor) -> Tensor:
     return (1 / steepness).clamp_min(1) * steepness * (1 - torch.tanh(steepness * t).square())
 
 
+def ede_smooth(t: Tensor, steepness: Tensor) -> Tensor:
+    """max(1, 1/k) tanh(k t)."""
+    return (1 / steepness).clamp_min(1) * torch.tanh(steepness * t)
+
+
 def identity_slope(t: Tensor, _: Tensor) -> Tensor:
     """slope(t) = 1: the plain straight-through estimator of latent weights."""
     return torch.ones_like(t)
+
+
+def identity_smooth(t: Tensor, _: Tensor) -> Tensor:
+    """t."""
+    return t
 
 
 def ede_steepness(progress: float, first: float = 0.1, last: float = 10.0) -> float:
@@ -68,20 +101,24 @@ def ede_steepness(progress: float, first: float = 0.1, last: float = 10.0) -> fl
 
 @dataclass(frozen=True)
 class STE:
-    """A slope, its parameter's default, and how the parameter moves with training progress (None: fixed)."""
+    """A slope, its parameter's default, and how the parameter moves with training progress (None: fixed).
+
+    smooth: the integral of the slope from 0, the function that the sign stands for in the backward pass.
+    """
 
     slope: Callable[[Tensor, Tensor], Tensor]
+    smooth: Callable[[Tensor, Tensor], Tensor]
     parameter: float = 1.0
     anneal: Callable[[float], float] | None = None
 
 
 STES: dict[str, STE] = {
-    "approx": STE(approx_slope),
-    "clip": STE(clip_slope),
-    "swish": STE(swish_slope, 5.0),
-    "sigmoid": STE(sigmoid_slope, 3.0),
-    "ede": STE(ede_slope, ede_steepness(0.0), ede_steepness),
-    "identity": STE(identity_slope),
+    "approx": STE(approx_slope, approx_smooth),
+    "clip": STE(clip_slope, clip_smooth),
+    "swish": STE(swish_slope, swish_smooth, 5.0),
+    "sigmoid": STE(sigmoid_slope, sigmoid_smooth, 3.0),
+    "ede": STE(ede_slope, ede_smooth, ede_steepness(0.0), ede_steepness),
+    "identity": STE(identity_slope, identity_smooth),
 }
 
 STE_WINDOWS = ("fixed", "sample")

@@ -92,6 +92,17 @@ class Split:
         parts = _parts(len(self), batch_size, rank, world)
         yield from self._read(torch.arange(len(self)), None, [part for part in parts if _length(part)], device)
 
+    def spread(self, count: int) -> tuple[Tensor, Tensor]:
+        """`count` images (all, if there are fewer) from first to last at equal distances, and their labels, on the CPU.
+
+        Why not the first ones: files lie in folders by class. Not augmented, normalised as in training.
+        """
+        count = min(count, len(self))
+        order = torch.arange(count) * len(self) // count
+        parts = [slice(first, min(first + 256, count)) for first in range(0, count, 256)]
+        images, labels = zip(*self._read(order, None, parts, "cpu"), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
     def train_batches(
         self,
         batch_size: int,

@@ -1,6 +1,6 @@
 """One stage of training: the network, what moves it, one epoch of it, one evaluation. Prints nothing.
 
-Imports torch, bnnfree.nn, bnnfree.optim and its own room; never models, export, engine.
+Imports torch, bnnfree.nn, bnnfree.optim, bnnfree.analysis and its own room; never models, export, engine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bnnfree.analysis.probe import Prober
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BinaryConv2d, BinaryLinear, anneal, calibrate, update_input_means
 from bnnfree.nn.fused import Shared, choose_speed
@@ -63,6 +64,8 @@ class Stage:
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
         self.clip_rate = ClipRate()
+        self.prober = None if recipe.probe.every is None else Prober()
+        self._probed: tuple[Tensor, Tensor, Tensor | None] | None = None  # images, labels, what the teacher says
         self._start_epoch()
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -90,19 +93,22 @@ class Stage:
 
     def calibrate(self) -> None:
         """Set the data-dependent constants from the stage's first training images, augmented as in training."""
-        images = []
-        wanted = self.recipe.free.calibration
-        batches = self.data.train.train_batches(
-            self.recipe.data.batch_size, seed=self.recipe.seed, epoch=self.first_epoch, device=self.dist.device
-        )
-        for batch, _ in batches:
-            images.append(batch)
-            wanted -= len(batch)
-            if wanted <= 0:
-                break
-        calibrate(self.model, torch.cat(images)[: self.recipe.free.calibration])
+        calibrate(self.model, self._first_images(self.recipe.free.calibration, self.first_epoch)[0])
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
+
+    def _first_images(self, wanted: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """The first `wanted` training images of an epoch and their labels, of all processes together."""
+        parts, found = [], 0
+        for part in self.data.train.train_batches(
+            self.recipe.data.batch_size, seed=self.recipe.seed, epoch=epoch, device=self.dist.device
+        ):
+            parts.append(part)
+            found += len(part[0])
+            if found >= wanted:
+                break
+        images, labels = (torch.cat(each)[:wanted] for each in zip(*parts, strict=True))
+        return images, labels
 
     def _start_epoch(self) -> None:
         self.step = 0
@@ -128,9 +134,12 @@ class Stage:
             world=self.dist.world,
             device=self.dist.device,
         )
+        if self.epoch == self.step == 0:
+            self._probe()
         while self.step < self.steps:
             lr = self._take_step(list(itertools.islice(batches, recipe.accumulate)))
             self.step += 1
+            self._probe()
             if self.step % 50 == 0 or self.step == self.steps or self.dist.device.type == "cpu":
                 self._check_finite()
             after_step()
@@ -144,6 +153,8 @@ class Stage:
             "flips": self._flips(),
             "agc_rate": self.clip_rate.mean(),
         }
+        if self.prober is not None and self.dist.main:
+            metrics["probe"] = self.prober.take()
         self.epoch += 1
         self._start_epoch()
         return metrics
@@ -208,6 +219,29 @@ class Stage:
         forward has the loss in it, agc the preconditioner, optimizer what follows it. Who times steps overrides it.
         """
 
+    def _probe(self) -> None:
+        """Measure the binary layers, if it is time, in the main process; an error is one of all processes."""
+        done, every = self.epoch * self.steps + self.step, self.recipe.probe.every
+        if every is not None and done % every == 0:
+            self.dist.together(self._measure if self.dist.main else lambda: None)
+
+    def _measure(self) -> None:
+        recipe = self.recipe
+        assert self.prober is not None
+        if self._probed is None:
+            images, labels = self._first_images(recipe.probe.images, 0)
+            with torch.no_grad():
+                self._probed = images, labels, None if self.teacher is None else self.teacher(images)
+        images, labels, taught = self._probed
+
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            return LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing) / len(labels)
+
+        assert recipe.agc.clip != "auto"
+        agc = None if recipe.agc.clip is None else (recipe.agc.clip, recipe.agc.eps)
+        step = (self.first_epoch + self.epoch) * self.steps + self.step
+        self.prober.measure(self.model, step, images, labels, loss=loss, agc=agc)
+
     def _move_average(self) -> None:
         assert self.average is not None and self.recipe.ema.decay is not None
         old, new = self.average.state_dict(), self.model.state_dict()
@@ -245,6 +279,7 @@ class Stage:
             "sums": self.sums,
             "clip_rate": self.clip_rate.state_dict(),
             "signs": self.signs,
+            "probe": None if self.prober is None else self.prober.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -259,6 +294,8 @@ class Stage:
             self.precondition.load_state_dict(state["precondition"])
         self.sums = state["sums"].to(self.dist.device)
         self.clip_rate.load_state_dict(state["clip_rate"])
+        if self.prober is not None:
+            self.prober.load_state_dict(state["probe"])
         self.signs = {name: signs.to(self.dist.device) for name, signs in state["signs"].items()}
 
 

@@ -231,6 +231,15 @@ class FreeRecipe(_Part):
     """false: input means stay at their calibration"""
 
 
+class ProbeRecipe(_Part):
+    """What is measured of binary layers while they train: key `probe` of metrics.jsonl, probe.png."""
+
+    every: int | None = Field(default=None, ge=1)
+    """optimiser steps between two probes; the first comes before a stage's first step; null: none"""
+    images: int = Field(default=64, ge=2)
+    """how many: the first of the run's first epoch, augmented as there, the same in every probe"""
+
+
 class Recipe(_Part):
     """A whole training: what, on what, how, in which stages."""
 
@@ -243,6 +252,7 @@ class Recipe(_Part):
     loss: LossRecipe = LossRecipe()
     ema: EmaRecipe = EmaRecipe()
     free: FreeRecipe = FreeRecipe()
+    probe: ProbeRecipe = ProbeRecipe()
     accumulate: int = Field(default=1, ge=1)
     """forward passes per optimiser step"""
     seed: int = Field(default=0, ge=0, lt=2**63)

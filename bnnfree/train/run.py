@@ -206,7 +206,7 @@ class Run:
             # without validation images the last epoch is the best
             if last_stage and metrics.get("val_top1", float(stage.epoch)) > self.best["top1"]:
                 self.best = {"top1": metrics.get("val_top1", float(stage.epoch)), "epoch": metrics["epoch"]}
-                self._save("best.pt", optimizers=[], signs={})
+                self._save("best.pt", optimizers=[], signs={}, probe=None)
             self._save("last.pt")
 
     def _save(self, name: str, **instead: Any) -> None:
@@ -302,11 +302,12 @@ def fit(
 ) -> dict[str, Any]:
     """Train `recipe` into `folder` and return its result: the whole job of tools/train.py.
 
-    folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), curves.png (where `curves`), last.pt (to
-    resume from), best.pt (by validation accuracy in the last stage) and result.json (accuracy on the test split,
-    looked at once, at the end). A folder with a run in it is refused unless `resume`, which goes on from its
-    last.pt and, deterministic, ends with the same bits as a run that was never stopped. So does, by itself, what
-    torchrun restarts. Under torchrun only process 0 needs the folder; each process needs the data.
+    folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), where `curves` curves.png (and probe.png
+    of a recipe that probes), last.pt (to resume from), best.pt (by validation accuracy in the last stage) and
+    result.json (accuracy on the test split, looked at once, at the end). A folder with a run in it is refused unless
+    `resume`, which goes on from its last.pt and, deterministic, ends with the same bits as a run that was never
+    stopped. So does, by itself, what torchrun restarts. Under torchrun only process 0 needs the folder; each process
+    needs the data.
     """
     folder = Path(folder)
     try:
@@ -330,7 +331,7 @@ def _open(folder: Path, resume: bool) -> dict[str, Any] | None:
         raise BnnfreeError(
             f"run folder {folder}: holds a run already. Go on with --resume, or choose another with --out."
         )
-    for name in ARTEFACTS:
+    for name in (*ARTEFACTS, "probe.png"):
         for torn in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
             torn.unlink(missing_ok=True)
     if job is not None and not restarted:
