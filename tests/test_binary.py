@@ -269,6 +269,69 @@ def test_centring_makes_the_weight_gradient_one_of_centred_inputs(geometry):
     assert not layer.input_mean.requires_grad
 
 
+CENTRED = {
+    "convolution": (lambda **kw: BinaryConv2d(4, 3, 3, padding=1, **kw), (5, 4, 5, 7)),
+    "strided": (lambda **kw: BinaryConv2d(4, 6, 1, stride=2, **kw), (4, 4, 5, 3)),
+    "linear": (lambda **kw: BinaryLinear(4, 3, **kw), (6, 4)),
+}
+
+
+def input_gradient(layer, x, upstream):
+    x = x.clone().requires_grad_()
+    layer(x).backward(upstream)
+    return x.grad
+
+
+def centred_pair(kind):
+    """The same layer with and without centre_gradient, inputs, and a gradient of its outputs."""
+    make, shape = CENTRED[kind]
+    layers = []
+    for centred in (True, False):
+        torch.manual_seed(3)
+        layers.append(make(centre="input", centre_gradient=centred).double().train())
+    x = noise(*shape, seed=45).sign()
+    return *layers, x, noise(*layers[0](x).shape, seed=46)
+
+
+@pytest.mark.parametrize("kind", CENTRED)
+def test_a_centred_gradient_loses_the_mean_of_the_other_samples(kind):
+    layer, bare, x, upstream = centred_pair(kind)
+    got, whole = (input_gradient(each, x, upstream) for each in (layer, bare))
+    own = whole.flatten(2).mean(2) if whole.dim() > 2 else whole
+    for n in range(len(x)):
+        others = torch.stack([own[m] for m in range(len(x)) if m != n]).mean(0)
+        same(got[n], whole[n] - others.view(-1, *[1] * (x.dim() - 2)))
+    for (name, a), (_, b) in zip(layer.named_parameters(), bare.named_parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad) and a.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", CENTRED)
+def test_a_centred_gradient_is_the_same_on_average_for_any_batch_size(kind):
+    """The mean over all batches of two of these samples is what the whole batch gives; a sample alone keeps its own."""
+    layer, bare, x, upstream = centred_pair(kind)
+    pairs = [list(pair) for pair in itertools.combinations(range(len(x)), 2)]
+    found = torch.zeros_like(x)
+    for pair in pairs:
+        found[pair] += input_gradient(layer, x[pair], upstream[pair]) / (len(x) - 1)
+    same(found, input_gradient(layer, x, upstream))
+    assert torch.equal(input_gradient(layer, x[:1], upstream[:1]), input_gradient(bare, x[:1], upstream[:1]))
+
+
+def test_a_centred_gradient_is_that_of_batch_centring_but_for_the_own_share():
+    """Of a 1x1 convolution, whose positions are alike: autograd through y less its batch mean, times N / (N - 1)."""
+    torch.manual_seed(3)
+    layer = BinaryConv2d(4, 3, 1, centre="input", centre_gradient=True, gain=False).double().train()
+    x = noise(5, 4, 3, 4, seed=45).requires_grad_()
+    upstream = noise(5, 3, 3, 4, seed=46)
+    weight, factor, _ = layer.fold(x)
+    y = layer.linear(x, weight * factor.view(-1, 1, 1, 1), None)
+    (whole,) = torch.autograd.grad(y, x, upstream, retain_graph=True)
+    (batch,) = torch.autograd.grad(y - y.mean((0, 2, 3), keepdim=True), x, upstream)
+    own = whole.mean((2, 3), keepdim=True)
+    got = input_gradient(layer, x.detach(), upstream)
+    same(got, batch + (own - own.mean(0, keepdim=True)) / 4, 1e-10)
+
+
 def test_negative_learned_scale_still_points_downhill():
     layer = BinaryLinear(3, 1, scale="learned", standardize=False, gain=False).double()
     with torch.no_grad():

@@ -26,15 +26,17 @@ from models import MODELS
 CPU = Dist(0, 1, torch.device("cpu"))
 ODD = ("data.batch_size=14", "agc.clip=0.02")  # of 72 images: 7 and 7 of a batch, 1 and 1 of the last
 
+FREE = ("model.norm=free", "model.centre_gradient=false")  # with it a process centres by its own images: not to the bit
+
 EXACT = {  # options under which two processes are one
-    "free": ("model.norm=free",),
-    "accumulate": ("model.norm=free", "accumulate=3", "data.batch_size=13"),
-    "bnp": ("model.norm=free", "optimizer.precondition=bnp", "optimizer.name=sgd", "accumulate=2"),
+    "free": FREE,
+    "accumulate": (*FREE, "accumulate=3", "data.batch_size=13"),
+    "bnp": (*FREE, "optimizer.precondition=bnp", "optimizer.name=sgd", "accumulate=2"),
 }
 SLOW = {  # python -m pytest -m slow tests/test_dist.py
     "free_paper": ("model.norm=free_paper",),
-    "compiled": ("model.norm=free", "speed=compiled", "accumulate=2"),
-    "layers": ("model.norm=free", "speed=layers", "accumulate=2"),
+    "compiled": (*FREE, "speed=compiled", "accumulate=2"),
+    "layers": (*FREE, "speed=layers", "accumulate=2"),
     "gn_pn": ("model.norm=gn_pn",),
 }
 BATCHED = ("bn", "kn")  # statistics of a process's own images: not one process, but the same weights in both
@@ -77,7 +79,7 @@ def group(tmp_path_factory):
 
 def work(rank, folder):
     train_cut(rank, folder / "ic", ("model.norm=ic",), resumed=True)
-    train_cut(rank, folder / "free", ("model.norm=free",), resumed=False)
+    train_cut(rank, folder / "free", FREE, resumed=False)
     train_doubles(rank, folder, EXACT | {norm: (f"model.norm={norm}", "accumulate=2") for norm in BATCHED})
     check_pieces(rank, folder)
     processes.stop()
@@ -120,7 +122,7 @@ def test_with_statistics_of_their_own_images_processes_keep_the_same_weights(gro
 
 def float_stage(dist, *options):
     # Why SGD: the first step of Adam divides each gradient by itself, which makes much of the rounding of the smallest
-    recipe = tiny("model.norm=free", "data.batch_size=14", "optimizer.name=sgd", *options)
+    recipe = tiny(*FREE, "data.batch_size=14", "optimizer.name=sgd", *options)
     torch.manual_seed(0)
     model = build_model(recipe, MODELS, describe(recipe.data), "both")
     stage = Stage(recipe, 1, model, load_data(recipe.data), dist)
@@ -253,7 +255,7 @@ def test_so_they_do_with_other_norms_and_more_processes(tmp_path, count, norm):
 def test_one_process_goes_on_from_two_where_that_is_the_same_training(group):
     cut, whole = group / "free" / "cut", group / "free" / "whole"
     assert load_checkpoint(cut / "last.pt")["step"] > 0 and not (cut / "result.json").exists()
-    train(cut, *FULL, "model.norm=free", resume=True)
+    train(cut, *FULL, *FREE, resume=True)
     for ours, theirs in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert json.loads((cut / "result.json").read_text())["processes"] == 1

@@ -92,15 +92,16 @@ def test_passes_over_maps_equal_torchs(native, pair, shape, react):
         if base is not None or trunk == real_of(trunk):
             assert_near(*h, trunk, "residual")
     windows = PASSES.binarize(v, act, gate, signs, True, False)[1]
-    for kind, of_h, of_s, w in itertools.product(KINDS, (g, None), (e, None), (windows, None)):
-        if of_h is None and of_s is None:
+    take = noise(*v.shape[:2], seed=9).to(real_of(trunk))
+    for kind, of_h, of_s, w, t in itertools.product(KINDS, (g, None), (e, None), (windows, None), (take, None)):
+        if of_s is None and (of_h is None or t is not None):
             continue
         how = None if of_s is None else gate._replace(ste=kind)
-        back = [p.backward(v, act, how, w, of_h, of_s, None if how else gate.beta) for p in (native, PASSES)]
+        back = [p.backward(v, act, how, w, of_h, of_s, None if how else gate.beta, t) for p in (native, PASSES)]
         for field, a, b in zip(back[0]._fields, *back, strict=True):
             if field == "threshold" and of_s is None:
                 continue
-            assert_near(a, b, trunk, (field, kind, of_h is None, of_s is None, w is None))
+            assert_near(a, b, trunk, (field, kind, of_h is None, of_s is None, w is None, t is None))
 
 
 @pytest.mark.parametrize("pair", [
@@ -316,7 +317,9 @@ def test_without_operations_of_8_bits_they_are_not_taken(monkeypatch, error):
 def test_gradients_of_weights_on_small_and_large_maps_are_those_of_the_convolution(place, kernel, size):
     """Small maps take another way; both equal autograd's."""
     x, w = noise(3, 6, *size), noise(4, 6, *kernel, seed=1).requires_grad_()
-    step = Step(PASSES, place, Latent(False, False, False), "approx", False, torch.float64, False, False, None, False)
+    step = Step(
+        PASSES, place, Latent(False, False, False), "approx", False, torch.float64, False, False, False, None, False
+    )
     padded, padding = place.padded(x)
     y = torch.nn.functional.conv2d(padded, w, None, place.stride, padding, place.dilation)
     g = noise(*y.shape, seed=2)
@@ -380,7 +383,7 @@ def test_a_half_precision_trunk_trains(passes):
     model.fusion = Fusion(passes, BF16, BF16)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(40):
         loss = cross_entropy(model(images), labels)
         losses.append(loss.item())
         loss.backward()

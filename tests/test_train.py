@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
 @pytest.mark.parametrize("norm", ["free", "free_paper", "none", "frn", "gn_pn"])
 def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, norm):
     """4 x 8 == 1 x 32 to 1e-9 in float64; the EMA of input means moves once per step, on all micro-batches."""
-    common = (f"model.norm={norm}", "data.samples=120", "agc.clip=0.02")
+    common = (f"model.norm={norm}", "model.centre_gradient=false", "data.samples=120", "agc.clip=0.02")
     small = double_stage(monkeypatch, tiny(*common, "data.batch_size=8", "accumulate=4"))
     large = double_stage(monkeypatch, tiny(*common, "data.batch_size=32"))
     assert small.steps == large.steps
@@ -74,8 +74,9 @@ def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, no
         torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_accumulation_is_not_exact_with_bn(monkeypatch):
-    common = ("model.norm=bn", "data.samples=120")
+@pytest.mark.parametrize("norm", ["bn", "free"])  # free: its gradient is centred by a micro-batch
+def test_accumulation_is_not_exact_with_bn(monkeypatch, norm):
+    common = (f"model.norm={norm}", "data.samples=120")
     small = double_stage(monkeypatch, tiny(*common, "data.batch_size=8", "accumulate=4"))
     large = double_stage(monkeypatch, tiny(*common, "data.batch_size=32"))
     for stage in (small, large):

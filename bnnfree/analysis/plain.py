@@ -152,6 +152,7 @@ class PlainConv(nn.Module):
         self.fan_in, self.exact = layer.fan_in, layer.exact
         self.binary = isinstance(layer, BinaryConv2d) and layer.binary
         self.scale_rule = layer.scale_rule if isinstance(layer, BinaryConv2d) else "none"
+        self.centre_gradient = layer.centre_gradient
 
     def latent(self) -> Tensor:
         """What: the weight, standardised if the layer has it."""
@@ -204,6 +205,10 @@ class PlainConv(nn.Module):
             with torch.no_grad():
                 self.input_sum += x.mean((2, 3)).sum(0)
                 self.input_count += len(x)
+            if self.centre_gradient and len(x) > 1:
+                own = x.mean((2, 3), keepdim=True)
+                others = (own.sum(0, keepdim=True) - own) / (len(x) - 1)
+                x = x - (others - others.detach())  # x, without the gradient through the others' mean
         weight, factor = self.made_weight()
         y = self.convolve(x, weight)
         if self.centre == "input":

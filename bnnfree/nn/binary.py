@@ -88,7 +88,7 @@ class BinaryConv2d(_BinaryWeight, ConvLayer):
 
     scale: "fan_in" 1/sqrt(fan_in) | "mean_abs" mean|What_o|, no gradient | "learned" | "none" 1.
     Further options: stride=1, padding=0, dilation=1, groups=1, pad_value=0 (what padding carries: 0, +1 or -1), and
-    standardize=True, gain=True, bias=False, centre=None, unit_output=False as in WeightLayer.
+    standardize=True, gain=True, bias=False, centre=None, centre_gradient=False, unit_output=False as in WeightLayer.
     binary=False keeps What instead of its sign. latent_std: deviation of the initial latents, for
     standardised ones (None, and without standardisation: the value at which the output has unit variance).
     binary_input: the input is signs, so autocast may use its exact low-precision product.

@@ -39,6 +39,7 @@ class Design:
     standardize scaled weight standardisation of all convolutions
     centre      taking out the expected mean: of binary convolutions by their inputs' running mean, of real ones by
                 their outputs' at calibration (WeightLayer, centre "input" and "output")
+    centre_gradient  taking the other samples' mean out of the gradient of a centred binary convolution's inputs
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
@@ -51,6 +52,7 @@ class Design:
     real: bool = False
     standardize: bool | None = None
     centre: bool | None = None
+    centre_gradient: bool | None = None
     scale: str | None = None
     alpha: float | None = None
     beta: str | None = None
@@ -92,6 +94,8 @@ class Design:
     def binary_options(self) -> dict:
         """Options of the binary convolutions."""
         options = self._asked(self.rule.binary, "input")
+        if self.centre_gradient is not None:
+            options["centre_gradient"] = self.centre_gradient
         return options if self.scale is None else {**options, "scale": self.scale}
 
     def _asked(self, options: Mapping[str, Any], centre: str) -> dict:

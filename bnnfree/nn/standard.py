@@ -41,6 +41,28 @@ def tap_coverage(size: int, kernel: int, stride: int, padding: int, dilation: in
     return [sum(0 <= s + k * dilation < size for s in starts) / positions for k in range(kernel)]
 
 
+def mean_gradient_of_others(grad: Tensor) -> Tensor | None:
+    """[N, C]: for each sample the mean over positions of the other samples' gradients; None for a sample alone."""
+    if len(grad) < 2:
+        return None
+    real = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
+    own = grad.flatten(2).mean(2, dtype=real) if grad.dim() > 2 else grad.to(real)
+    return (own.sum(0, keepdim=True) - own) / (len(grad) - 1)
+
+
+class _CentreGradient(torch.autograd.Function):
+    """Forward x; backward the gradient less `mean_gradient_of_others`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        mean = mean_gradient_of_others(grad)
+        return grad if mean is None else grad - mean.view(*mean.shape, *[1] * (grad.dim() - 2)).to(grad.dtype)
+
+
 class WeightLayer(nn.Module):
     """A linear map y_o = g_o (W_o * x - c_o) / sd_o + b_o whose parts are options; base of all our layers.
 
@@ -52,6 +74,14 @@ class WeightLayer(nn.Module):
     g, b  learnable per channel, init 1 and 0, where `gain` and `bias` are set
 
     All of it folds into one weight and one bias per output channel: nothing remains at inference.
+    Centring holds a layer's mean at 0 whatever moves its inputs' mean, but mu is a constant to the backward pass: with
+    this alone it asks the inputs for shifts that centring will undo. `centre_gradient` takes that out, in training:
+
+        dL/dx_n <- dL/dx_n - (mean over positions of dL/dx_m and over the other samples m of the batch)
+
+    which is how the mean of batch normalisation acts on its inputs' gradient, but without a sample's own share, so that
+    the expected gradient is the same for any batch size; a sample alone keeps its gradient. The forward pass, and the
+    gradients of this layer's own parameters, know no batch.
     mu follows the inputs only when `update_input_means` is called after an optimiser step (see
     `bnnfree.nn.calibrate`), so micro-batches and processes see one and the same mu within a step.
     `preconditioner` stands between the effective weight and the map in training (`bnnfree.optim.Precondition`).
@@ -72,6 +102,7 @@ class WeightLayer(nn.Module):
         gain: bool = True,
         bias: bool = False,
         centre: str | None = None,
+        centre_gradient: bool = False,
         unit_output: bool = False,
     ):
         super().__init__()
@@ -82,6 +113,7 @@ class WeightLayer(nn.Module):
         self.gain = nn.Parameter(torch.ones(out_channels)) if gain else None
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.standardize, self.centre, self.unit_output = standardize, centre, unit_output
+        self.centre_gradient = centre_gradient and centre == "input"
         self.fan_in = weight[0].numel()
         self.calibrating = False
         self.exact = False  # True: scale after the product, so that the sums of signs are whole numbers
@@ -127,6 +159,8 @@ class WeightLayer(nn.Module):
             with torch.no_grad():
                 self.input_sum += _sum_of_sample_means(x)
                 self.input_count += x.shape[0]
+            if self.centre_gradient:
+                x = _CentreGradient.apply(x)
         if low is None and self.exact:
             low = x.dtype
         factor = self.output_factor(scale)
@@ -193,7 +227,8 @@ class WeightLayer(nn.Module):
         parts = [f"weight={list(self.weight.shape)}"]
         parts += [name for name in ("standardize", "unit_output") if getattr(self, name)]
         parts += [name for name in ("gain", "bias") if getattr(self, name) is not None]
-        return ", ".join(parts + ([f"centre={self.centre}"] if self.centre else []))
+        parts += [f"centre={self.centre}"] if self.centre else []
+        return ", ".join(parts + (["centre_gradient"] if self.centre_gradient else []))
 
 
 def _per_row(vector: Tensor, weight: Tensor) -> Tensor:
@@ -275,7 +310,7 @@ class ScaledStdConv2d(ConvLayer):
 
     Latents start at N(0, 1/fan_in). Shapes: [N, I, H, W] -> [N, O, H', W'].
     Options: stride=1, padding=0, dilation=1, groups=1, pad_value=0 (what padding carries: 0, +1 or -1), and
-    standardize=True, gain=True, bias=False, centre=None, unit_output=False as in WeightLayer.
+    standardize=True, gain=True, bias=False, centre=None, centre_gradient=False, unit_output=False as in WeightLayer.
     Ref: Brock et al. 2021, "Characterizing signal propagation ..."; Chen et al. 2021, section 3.
     """
 

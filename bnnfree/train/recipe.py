@@ -69,6 +69,8 @@ class ModelRecipe(_Part):
     """scaled weight standardisation; null: the normaliser's own"""
     centre: bool | None = None
     """takes the expected mean out of each convolution's output; null: the normaliser's own"""
+    centre_gradient: bool | None = None
+    """takes the other images' mean out of the gradient of a centred convolution's inputs; null: the normaliser's own"""
     scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
     """size of the binary weights: fan_in | mean_abs | learned | none; null: the normaliser's own"""
     alpha: float | None = None

@@ -25,6 +25,7 @@ static void *noise(size_t bytes) {
         T *v = noise(size * sizeof(T)), *g = noise(size * sizeof(T)), *h = noise(size * sizeof(T));                    \
         S *s = noise(size * sizeof(S)), *e = noise(size * sizeof(S));                                                  \
         R *p[5], *windows = noise(n * sizeof(R)), *moments = noise(3 * n * channels * sizeof(R));                      \
+        R *take = noise(n * channels * sizeof(R));                                                                     \
         R *counts = noise(n * channels * sizeof(R)), *sums = noise(5 * n * channels * sizeof(R));                      \
         for (int i = 0; i < 5; i++)                                                                                    \
             p[i] = noise(channels * sizeof(R));                                                                        \
@@ -35,15 +36,16 @@ static void *noise(size_t bytes) {
             residual_##pair(e, k ? v : NULL, h, 0, n, pixels, channels, p[0], p[1], p[2], p[3], p[4]);                 \
         activate_##pair(v, h, 0, n, pixels, channels, p[0], p[1], p[2], 2);                                            \
         calls++;                                                                                                       \
-        for (int k = 0; k < 24; k++)                                                                                   \
+        for (int k = 0; k < 48; k++)                                                                                   \
             if (k & 3)                                                                                                 \
                 for (size_t half = n / 2, part = 0; part < 2; part++, calls++)                                         \
                     backward_##pair(v, k & 1 ? g : NULL, k & 2 ? e : NULL, h, part ? half : 0, part ? n : half,        \
-                                    pixels, channels, p[0], p[1], p[2], 2, p[3], 1, k & 4 ? windows : NULL, sums,      \
-                                    k / 8);                                                                            \
+                                    pixels, channels, p[0], p[1], p[2], 2, p[3], 1, k & 4 ? windows : NULL,            \
+                                    k & 8 ? take : NULL, sums, k / 16);                                                                          \
         for (int i = 0; i < 5; i++)                                                                                    \
             free(p[i]);                                                                                                \
         free(v), free(g), free(h), free(s), free(e), free(windows), free(moments), free(counts), free(sums);           \
+        free(take);                                                                                                    \
     }
 
 #define ROWS(pair, T, S, R)                                                                                            \

@@ -140,6 +140,7 @@ def _run_unit(
         fusion.signs or v.dtype,
         added,
         counts,
+        conv.centre_gradient,
         fusion.shared,
         fusion.int8 and conv.binary and v.dtype == torch.float32 and fusion.signs in (None, torch.float32),
     )

@@ -106,7 +106,7 @@ class NativePasses(Passes):
         self._over_samples("residual", h, y.dtype, [y, v, h], parameters)
         return h
 
-    def backward(self, v, act, gate, windows, of_h, of_s, beta=None):
+    def backward(self, v, act, gate, windows, of_h, of_s, beta=None, take=None):
         v = _dense(v)
         of_h = None if of_h is None else _dense(of_h.to(v.dtype))
         of_s = None if of_s is None else _dense(of_s)
@@ -118,7 +118,8 @@ class NativePasses(Passes):
         beta = beta if gate is None else gate.beta
         inverse = 1.0 if gate is None else 1 / float(gate.parameter)
         kind = KINDS["identity" if gate is None else gate.ste]
-        numbers = [_number(v, beta), threshold, _number(v, inverse), windows, sums, ctypes.c_int(kind)]
+        take = None if take is None else take.to(sums.dtype).contiguous()
+        numbers = [_number(v, beta), threshold, _number(v, inverse), windows, take, sums, ctypes.c_int(kind)]
         self._over_samples("backward", v, signs, [v, of_h, of_s, d], [*self._act(v, act), *numbers])
         of_threshold, of_slope, of_in, of_out, added = sums.double().sum(0).to(sums.dtype)
         return Gradients(d, of_threshold, of_slope, of_in, of_out, None if of_h is None else added)

@@ -130,12 +130,14 @@ class Passes:
         of_h: Tensor | None,
         of_s: Tensor | None,
         beta: Tensor | None = None,
+        take: Tensor | None = None,
     ) -> Gradients:
-        """From d s (with a gate) and from d h = of_h, to which act(v) was added (without a gate: act(v) beta)."""
+        """From d s less take [N, C] (with a gate) and from d h = of_h, to which act(v) was added (without a gate: act(v) beta)."""
         z = _shifted(v, act)
         dx, of_threshold, added = None, None, None
         if gate is not None and of_s is not None:
             t = _gate(_prelu(z, act), gate, fresh=act.slope is not None)
+            of_s = of_s if take is None else of_s.to(t.dtype) - take[:, :, None, None].to(t.dtype)
             dx = _slope(t, gate, windows).mul_(of_s)
             of_threshold = _sum(dx)
             dx = dx if gate.beta is None else dx.mul_(gate.beta)

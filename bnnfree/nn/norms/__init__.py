@@ -94,9 +94,17 @@ NORMS: dict[str, Norm] = {
         batch.batch_norm,
     ),
     "free": Norm(
-        "centred binary convolutions with a constant scale: the bits' running mean is taken out through the "
-        "weights, the output's deviation is a constant of one calibration pass",
-        binary=_options(standardize=True, gain=True, bias=True, scale="fan_in", centre="input", unit_output=True),
+        "centred binary convolutions with a constant scale: the bits' running mean is taken out through the weights, "
+        "the others' mean out of the bits' gradient; the output's deviation is a constant of one calibration pass",
+        binary=_options(
+            standardize=True,
+            gain=True,
+            bias=True,
+            scale="fan_in",
+            centre="input",
+            centre_gradient=True,
+            unit_output=True,
+        ),  # fmt: skip
         real=_options(standardize=True, gain=True, bias=True, centre="output", unit_output=True),
         window="sample",
     ),

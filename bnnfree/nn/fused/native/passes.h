@@ -96,12 +96,13 @@ INLINE R FUNCTION(ste)(R u, R inverse, int kind) {
     return (fall > 0 ? fall : 0) * inverse;
 }
 
-/* d v from g = d h (if `added`, act(v) was added to h) and e = d s (if `signed_`). `window` is k of this sample: the
-   estimator sees k t and its slope counts k times. sums [5, C]: of d threshold, d slope, d in, d out, g. */
+/* d v from g = d h (if `added`, act(v) was added to h) and e = d s less take [C] (if `signed_`, the latter if
+   `taking`). `window` is k of this sample: the estimator sees k t and its slope counts k times. sums [5, C]: of d threshold, d slope, d in, d out, g. */
 INLINE void FUNCTION(backward_sample)(const T *restrict v, const T *restrict g, const S *restrict e, T *restrict d,
                                       size_t pixels, size_t channels, const R *restrict slope, const R *restrict in,
                                       const R *restrict out, R beta, const R *restrict threshold, R inverse, R window,
-                                      R *restrict sums, int kind, int added, int signed_) {
+                                      const R *restrict take, R *restrict sums, int kind, int added, int signed_,
+                                      int taking) {
     R *restrict of_threshold = sums, *restrict of_slope = sums + channels, *restrict of_in = sums + 2 * channels;
     R *restrict of_out = sums + 3 * channels, *restrict of_g = sums + 4 * channels;
     for (size_t p = 0; p < pixels; p++)
@@ -112,7 +113,8 @@ INLINE void FUNCTION(backward_sample)(const T *restrict v, const T *restrict g, 
             R dx = 0;
             if (signed_) {
                 R t = (z * steep + out[c]) * beta + threshold[c];
-                R dt = SIGN_OF(e[i]) * (FUNCTION(ste)(t * window, inverse, kind) * window);
+                R ds = SIGN_OF(e[i]) - (taking ? take[c] : (R)0);
+                R dt = ds * (FUNCTION(ste)(t * window, inverse, kind) * window);
                 of_threshold[c] += dt;
                 dx = dt * beta;
             }
@@ -130,13 +132,21 @@ INLINE void FUNCTION(backward_sample)(const T *restrict v, const T *restrict g, 
 }
 
 #define SAMPLE(kind, added, signed_)                                                                                   \
+    do {                                                                                                               \
+        if ((signed_) && take)                                                                                         \
+            SAMPLE_TAKING(kind, added, signed_, 1);                                                                    \
+        else                                                                                                           \
+            SAMPLE_TAKING(kind, added, signed_, 0);                                                                    \
+    } while (0)
+#define SAMPLE_TAKING(kind, added, signed_, taking)                                                                    \
     FUNCTION(backward_sample)(v + at, (added) ? g + at : NULL, (signed_) ? e + at : NULL, d + at, pixels, channels,    \
-                              slope, in, out, beta, threshold, inverse, k, sums + n * 5 * channels, kind, added,       \
-                              signed_)
+                              slope, in, out, beta, threshold, inverse, k, (taking) ? take + n * channels : NULL,      \
+                              sums + n * 5 * channels, kind, added, signed_, taking)
 
 EACH_CPU void FUNCTION(backward)(const T *v, const T *g, const S *e, T *d, size_t first, size_t last, size_t pixels,
                                  size_t channels, const R *slope, const R *in, const R *out, R beta,
-                                 const R *threshold, R inverse, const R *windows, R *sums, int kind) {
+                                 const R *threshold, R inverse, const R *windows, const R *take, R *sums,
+                                 int kind) {
     for (size_t n = first; n < last; n++) {
         size_t at = n * pixels * channels;
         R k = windows ? windows[n] : 1;
@@ -158,6 +168,7 @@ EACH_CPU void FUNCTION(backward)(const T *v, const T *g, const S *e, T *d, size_
 }
 
 #undef SAMPLE
+#undef SAMPLE_TAKING
 #endif
 
 #undef TRUNK_OF
