@@ -9,7 +9,7 @@ Kept for the backward pass: v, in the trunk's type (4 bytes per activation in fl
 estimator and activation are functions; a window per sample, two numbers per output channel. Signs and weights are made
 again. Everything else is a parameter.
 
-backward  with g = d h:   d s = correlation of g with factor W, less the mean of the other samples' where that is asked for
+backward  with g = d h:   d s = correlation of g with factor W, less the other samples' mean where that is asked for
                           d W = factor (correlation of g with s - sum(g) inputs), and on through z by the identity
                           d x = g + beta slope(t) d s, and on through the activation
 """

@@ -132,7 +132,10 @@ class Passes:
         beta: Tensor | None = None,
         take: Tensor | None = None,
     ) -> Gradients:
-        """From d s less take [N, C] (with a gate) and from d h = of_h, to which act(v) was added (without a gate: act(v) beta)."""
+        """From d s (with a gate), less take [N, C], and from d h = of_h.
+
+        To h act(v) was added, without a gate act(v) beta.
+        """
         z = _shifted(v, act)
         dx, of_threshold, added = None, None, None
         if gate is not None and of_s is not None:
