@@ -20,9 +20,12 @@ from bnnfree.nn import (
     ScaledStdConv2d,
     calibrate,
     centred_layers,
+    gather_gradients,
+    reference_pass,
     standardize_weight,
     update_input_means,
 )
+from bnnfree.nn.centring import SHRINKAGE
 
 PADS = (0, 1, -1)
 # kernel, stride, dilation, groups, pad_value; the padding grows with the kernel, unlike in rows and columns
@@ -299,26 +302,53 @@ def test_a_centred_gradient_loses_the_mean_of_the_other_samples(kind):
     got, whole = (input_gradient(each, x, upstream) for each in (layer, bare))
     own = whole.flatten(2).mean(2) if whole.dim() > 2 else whole
     for n in range(len(x)):
-        others = torch.stack([own[m] for m in range(len(x)) if m != n]).mean(0)
+        others = sum(own[m] for m in range(len(x)) if m != n) / (len(x) - 1 + SHRINKAGE)
         same(got[n], whole[n] - others.view(-1, *[1] * (x.dim() - 2)))
     for (name, a), (_, b) in zip(layer.named_parameters(), bare.named_parameters(), strict=True):
         assert torch.equal(a.grad, b.grad) and a.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("kind", CENTRED)
-def test_a_centred_gradient_is_the_same_on_average_for_any_batch_size(kind):
-    """The mean over all batches of two of these samples is what the whole batch gives; a sample alone keeps its own."""
+def test_what_centring_takes_is_the_same_on_average_for_any_batch_size(kind):
+    """Over all batches of two of these samples, but for the shrinkage; a sample alone keeps its gradient."""
     layer, bare, x, upstream = centred_pair(kind)
     pairs = [list(pair) for pair in itertools.combinations(range(len(x)), 2)]
+    whole = input_gradient(bare, x, upstream)
     found = torch.zeros_like(x)
     for pair in pairs:
         found[pair] += input_gradient(layer, x[pair], upstream[pair]) / (len(x) - 1)
-    same(found, input_gradient(layer, x, upstream))
-    assert torch.equal(input_gradient(layer, x[:1], upstream[:1]), input_gradient(bare, x[:1], upstream[:1]))
+    all_at_once, n = input_gradient(layer, x, upstream), len(x)
+    same((found - whole) * (1 + SHRINKAGE), (all_at_once - whole) * (n - 1 + SHRINKAGE) / (n - 1))
+    assert torch.equal(input_gradient(layer, x[:1], upstream[:1]), whole[:1])
+
+
+@pytest.mark.parametrize("kind", CENTRED)
+def test_a_pass_of_all_images_after_gathering_takes_the_batch_mean(kind):
+    """However they were divided: parameters before the layer have the gradient of x less its batch mean's."""
+    layer, bare, x, upstream = centred_pair(kind)
+    shift = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+    scale = noise(*x.shape, seed=47)  # the inputs' response to the shift differs from place to place
+
+    def run(layer, rows, grad):
+        layer(x[rows] + scale[rows] * shift.view(-1, *[1] * (x.dim() - 2))).backward(grad)
+
+    whole = input_gradient(bare, x, upstream)
+    mean = whole.mean([d for d in range(x.dim()) if d != 1], keepdim=True)
+    expected = ((whole - mean) * scale).sum([d for d in range(x.dim()) if d != 1])
+    for parts in ([[0], [1, 2], list(range(3, len(x)))], [list(range(len(x)))]):
+        model, shift.grad = nn.ModuleList([layer]), None
+        assert gather_gradients(model)
+        for rows in parts:
+            run(layer, rows, upstream[rows])
+        counted = layer.input_count.clone()
+        with reference_pass(model):
+            run(layer, list(range(len(x))), torch.zeros_like(upstream))
+        same(shift.grad, expected, 1e-10)
+        assert layer.input_count == counted and layer.gradient_centre.total is None
 
 
 def test_a_centred_gradient_is_that_of_batch_centring_but_for_the_own_share():
-    """Of a 1x1 convolution, whose positions are alike: autograd through y less its batch mean, times N / (N - 1)."""
+    """Of a 1x1 convolution, whose positions are alike: autograd through y less its batch mean."""
     torch.manual_seed(3)
     layer = BinaryConv2d(4, 3, 1, centre="input", centre_gradient=True, gain=False).double().train()
     x = noise(5, 4, 3, 4, seed=45).requires_grad_()
@@ -329,7 +359,8 @@ def test_a_centred_gradient_is_that_of_batch_centring_but_for_the_own_share():
     (batch,) = torch.autograd.grad(y - y.mean((0, 2, 3), keepdim=True), x, upstream)
     own = whole.mean((2, 3), keepdim=True)
     got = input_gradient(layer, x.detach(), upstream)
-    same(got, batch + (own - own.mean(0, keepdim=True)) / 4, 1e-10)
+    taken = (own.sum(0, keepdim=True) - own) / (4 + SHRINKAGE)
+    same(got + taken, batch + own.mean(0, keepdim=True), 1e-10)
 
 
 def test_negative_learned_scale_still_points_downhill():

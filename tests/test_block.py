@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BATCH, BATCH_FREE, noise, without_drop
+from helpers import BATCH, BATCH_FREE, make_model, noise, without_drop
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, UnknownNameError
@@ -26,7 +26,9 @@ from bnnfree.nn import (
     ThresholdedLinear,
     calibrate,
     expected_betas,
+    gather_gradients,
     make_norm,
+    reference_pass,
 )
 
 # name -> cin, cout, further arguments of BinaryBlock, further fields of Design
@@ -359,6 +361,34 @@ def test_batch_free_network_has_no_batch_effect(norm, holds):
 def test_a_centred_gradient_is_the_only_batch_effect_of_free(holds):
     of_gradients = holds is batch_gradient_is_the_sum_of_single_ones
     assert holds(network("free"), noise(5, 3, 9, 7, seed=6)) != of_gradients
+
+
+def test_without_centring_what_is_wrong_with_gradients_of_biases_is_larger_than_these():
+    """Of a random ReActNet-20, against gathering and a pass of all its images: more than that of weights."""
+    model = make_model("reactnet20", "free", latent_std=0.04).double().train()
+    images = noise(24, 3, 16, 16, seed=7)
+    calibrate(model, images)
+    weight = noise(24, 3, seed=8)
+
+    def gradients():
+        found = {name: p.grad.clone() for name, p in model.named_parameters()}
+        return found, {name: p for name, p in found.items() if name.endswith(("bias", "shift")) and "head" not in name}
+
+    gather_gradients(model)
+    (model(images).log_softmax(1) * weight).sum().backward()
+    (whole, biases) = gradients()
+    with reference_pass(model):
+        logits = model(images)
+        logits.backward(torch.zeros_like(logits))
+    (right, right_biases) = gradients()
+
+    def error(got, expected):
+        return math.sqrt(sum((got[k] - e).square().sum().item() for k, e in expected.items())
+                         / sum(e.square().sum().item() for e in expected.values()))  # fmt: skip
+
+    weights = {name: p for name, p in right.items() if p.dim() == 4}
+    print(error(biases, right_biases), error(whole, weights))
+    assert error(biases, right_biases) > 1 > error(whole, weights) > 0.05
 
 
 @pytest.mark.parametrize("holds", INDEPENDENCE[:3])

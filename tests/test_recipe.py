@@ -151,7 +151,7 @@ def test_norm_options_are_a_table_of_names_and_numbers(value):
         ("lr=2", "lr", "stages.0.lr or optimizer.lr"),  # in its place elsewhere
         ("model.epochs=2", "model.epochs", "stages.0.epochs"),
         ("model.float=2", "model.float", ""),  # pydantic's own name for a branch of a union
-        ("model.str=2", "model.str", "'ste'"),
+        ("model.str=2", "model.str", "'start'"),
     ],
 )
 def test_an_unknown_key_names_file_key_and_the_nearest(override, key, hint):

@@ -147,7 +147,7 @@ def look(source: Path, overrides: list[str], count: int) -> Look:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         initial = build_model(recipe, MODELS, network.data, network.binarize)
-        calibrate(initial, images)
+        calibrate(initial, images, recipe.model.start == "balanced" and len(recipe.stages) == 1)
         initial.train()
         signals = trace_signals(network.model, images, batch=64) if network.trained else trace_signals(initial, images)
         seen = Look(by_depth(signals), course=course_of(source))

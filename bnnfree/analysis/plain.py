@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BinaryBlock, BinaryConv2d, Clip, RPReLU, RSign, ScaledStdConv2d, Sign
+from bnnfree.nn.centring import SHRINKAGE
 from bnnfree.nn.standard import EPS, tap_coverage
 
 KEPT = (nn.Linear, nn.ReLU, nn.Identity, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, Clip)
@@ -152,7 +153,7 @@ class PlainConv(nn.Module):
         self.fan_in, self.exact = layer.fan_in, layer.exact
         self.binary = isinstance(layer, BinaryConv2d) and layer.binary
         self.scale_rule = layer.scale_rule if isinstance(layer, BinaryConv2d) else "none"
-        self.centre_gradient = layer.centre_gradient
+        self.centre_gradient = layer.gradient_centre is not None
 
     def latent(self) -> Tensor:
         """What: the weight, standardised if the layer has it."""
@@ -207,8 +208,8 @@ class PlainConv(nn.Module):
                 self.input_count += len(x)
             if self.centre_gradient and len(x) > 1:
                 own = x.mean((2, 3), keepdim=True)
-                others = (own.sum(0, keepdim=True) - own) / (len(x) - 1)
-                x = x - (others - others.detach())  # x, without the gradient through the others' mean
+                others = (own.sum(0, keepdim=True) - own) / (len(x) - 1 + SHRINKAGE)
+                x = x - (others - others.detach())  # x, whose gradient loses that of the others
         weight, factor = self.made_weight()
         y = self.convolve(x, weight)
         if self.centre == "input":

@@ -1,13 +1,22 @@
 """Layers: signs and their estimators, binary and standardised layers, the BN-free block, normalisers.
 
 One file per concept: sign, standard (weight standardisation), binary, react (RSign, RPReLU), norms (what
-replaces BN), variance (alpha and beta), block (the residual block), calibrate (constants from data).
+replaces BN), centring (of gradients), variance (alpha and beta), block (the residual block), calibrate
+(constants from data).
 Imports torch only.
 """
 
 from bnnfree.nn.binary import SCALES, BinaryConv2d, BinaryLinear
 from bnnfree.nn.block import BINARIZE, SHORTCUTS, BinaryBlock, Clip, Design
-from bnnfree.nn.calibrate import anneal, calibrate, centred_layers, update_input_means
+from bnnfree.nn.calibrate import (
+    anneal,
+    calibrate,
+    centred_layers,
+    measure_deviations,
+    rescale,
+    update_input_means,
+)
+from bnnfree.nn.centring import gather_gradients, reference_pass
 from bnnfree.nn.norms import (
     NORMS,
     BatchRenorm2d,
@@ -61,8 +70,12 @@ __all__ = [
     "check_norm",
     "expected_betas",
     "first_belief",
+    "gather_gradients",
     "gaussian_moments",
     "make_norm",
+    "measure_deviations",
+    "reference_pass",
+    "rescale",
     "sign",
     "sign_of_weight",
     "standardize_weight",

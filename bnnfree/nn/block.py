@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.binary import SCALES, BinaryConv2d
 from bnnfree.nn.norms import NORMS, Belief, Norm, check_norm, make_dropout, make_norm, run_believing
-from bnnfree.nn.react import RPReLU, RSign
-from bnnfree.nn.sign import STE_WINDOWS, STES, Sign
+from bnnfree.nn.react import RPReLU, RSign, channel_medians
+from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, check_ste
 from bnnfree.nn.standard import ConvLayer, ScaledStdConv2d
 from bnnfree.nn.variance import BETA_MODES
 
@@ -41,6 +41,8 @@ class Design:
                 their outputs' at calibration (WeightLayer, centre "input" and "output")
     centre_gradient  taking the other samples' mean out of the gradient of a centred binary convolution's inputs
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
+    ste_parameter, ste_last  width or steepness of the estimator (None: its default), and what it is at the end of
+                training (None: the same), log-linear in between
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
 
@@ -58,6 +60,8 @@ class Design:
     beta: str | None = None
     ste: str = "approx"
     ste_window: str | None = None
+    ste_parameter: float | None = None
+    ste_last: float | None = None
     pad_value: int = 0
     latent_std: float | None = None
 
@@ -69,6 +73,7 @@ class Design:
         if self.scale is not None:
             pick(dict.fromkeys(SCALES), self.scale, "scale")
         pick(STES, self.ste, "ste")
+        check_ste(self.ste, self.ste_parameter, self.ste_last)
         if self.centre and self.norm == "kn":
             raise BnnfreeError("centre: got true with norm 'kn', whose priors pass through the layers, expected false.")
         pick(dict.fromkeys(STE_WINDOWS), self.window, "ste_window")
@@ -168,7 +173,8 @@ class Design:
         """
         if not BINARIZE[self.binarize][0]:
             return Clip(channels if self.react else None)
-        return RSign(channels, self.ste, self.window) if self.react else Sign(self.ste, self.window)
+        how = self.ste, self.window, self.ste_parameter, self.ste_last
+        return RSign(channels, *how) if self.react else Sign(*how)
 
     def make_conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> ConvLayer:
         """A binary convolution of signs, or a real one of real values, padded to keep the size at stride 1."""
@@ -204,6 +210,12 @@ class Clip(nn.Module):
     def __init__(self, channels: int | None = None):
         super().__init__()
         self.bias = None if channels is None else nn.Parameter(torch.zeros(channels))
+
+    @torch.no_grad()
+    def balance(self, x: Tensor) -> None:
+        """b as RSign would have it, for a stage with signs that follows."""
+        if self.bias is not None:
+            self.bias.copy_(-channel_medians(x))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.bias is None else x + self.bias.view(1, -1, 1, 1)

@@ -1,36 +1,131 @@
-"""Setting the constants of layers: from data, and by how far training is. Imports torch and bnnfree.nn only."""
+"""Setting the constants of layers: from data, and by how far training is.
+
+Imports torch, bnnfree.errors and bnnfree.nn only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnnfree.errors import BnnfreeError
 from bnnfree.nn.standard import WeightLayer
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor) -> None:
+def calibrate(model: nn.Module, images: Tensor, balance: bool = False) -> None:
     """Set every constant that comes from data, layer by layer, in one forward pass of `images`.
 
     Each layer sees inputs made by the layers before it with their constants already set: the input means
     of centred layers, output means and deviations, and beta of blocks in mode "measured". Parameters stay
     as they are. Call it on the bare model (not the compiled one), before training or at a stage's start.
 
+    balance: the layers that have a method `balance` set parameters in the same pass, so that training starts with
+    bits of which half are +1 and no constant on the trunk: RSign's threshold is minus the median of each channel that
+    enters it, RPReLU's output shift minus the mean of its activation. Batch norms then take the statistics of these
+    images, as in training, and keep none.
+
     Shapes: images [N, C, H, W], normalised as in training; a few hundred samples suffice.
+    Errors: BnnfreeError for `balance` in a model that has nothing to balance.
     """
     parts = [module for module in model.modules() if hasattr(module, "calibrating")]
+    with _evaluating(model), _balancing(model, balance):
+        try:
+            for part in parts:
+                part.calibrating = True  # type: ignore[assignment]
+            model(images)
+        finally:
+            for part in parts:
+                part.calibrating = False  # type: ignore[assignment]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        for part in parts:
-            part.calibrating = True  # type: ignore[assignment]
-        model(images)
+        yield
     finally:
-        for part in parts:
-            part.calibrating = False  # type: ignore[assignment]
         model.train(was_training)
+
+
+@contextmanager
+def _balancing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within it a forward pass balances layer by layer, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    layers = [module for module in model.modules() if callable(getattr(module, "balance", None))]
+    if not layers:
+        raise BnnfreeError(
+            f"balanced start: got a {type(model).__name__} without RSign and RPReLU, expected one that has them. "
+            "Use start=plain."
+        )
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    kept = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: layer.balance(*args)) for layer in layers]
+    try:
+        for norm in norms:
+            norm.train()
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, buffers in zip(norms, kept, strict=True):
+            for buffer, old in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(old)
+
+
+@torch.no_grad()
+def measure_deviations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """{layer: [O]}: what `output_std` would be after a calibration with `images`, of layers with a gain beside it.
+
+    The model stays as it is. A layer without a gain has nothing that could make up for another constant. Shapes of
+    images: [N, C, H, W].
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda layer, args: found.update({name: layer.output_moments(args[0])[0]})
+
+    hooks = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in model.named_modules()
+        if isinstance(module, WeightLayer) and module.unit_output and module.gain is not None
+    ]
+    if not hooks:
+        return found
+    try:
+        with _evaluating(model):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def rescale(model: nn.Module, deviations: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Give layers the constant deviations that `measure_deviations` found; the network's function stays the same.
+
+        g <- g r,  sd <- sd r,  r = deviation / sd           so g / sd, by which the output is multiplied, stays
+
+    What is centred by stays too. So the gain's gradient is divided by r, and a step of the same size moves the
+    function by another amount: as after a calibration of today's network. Returns: each gain and its r [O].
+    """
+    scaled: list[tuple[nn.Parameter, Tensor]] = []
+    for name, deviation in deviations.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, WeightLayer) and layer.gain is not None
+        ratio = deviation / layer.output_std
+        layer.gain.mul_(ratio)
+        layer.output_std.copy_(deviation)
+        scaled.append((layer.gain, ratio))
+    return scaled
 
 
 def centred_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:

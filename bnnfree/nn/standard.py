@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
+from bnnfree.nn.centring import GradientCentre
 
 EPS = 1e-5
 CENTRES = ("input", "output")
@@ -41,28 +42,6 @@ def tap_coverage(size: int, kernel: int, stride: int, padding: int, dilation: in
     return [sum(0 <= s + k * dilation < size for s in starts) / positions for k in range(kernel)]
 
 
-def mean_gradient_of_others(grad: Tensor) -> Tensor | None:
-    """[N, C]: for each sample the mean over positions of the other samples' gradients; None for a sample alone."""
-    if len(grad) < 2:
-        return None
-    real = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
-    own = grad.flatten(2).mean(2, dtype=real) if grad.dim() > 2 else grad.to(real)
-    return (own.sum(0, keepdim=True) - own) / (len(grad) - 1)
-
-
-class _CentreGradient(torch.autograd.Function):
-    """Forward x; backward the gradient less `mean_gradient_of_others`."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        mean = mean_gradient_of_others(grad)
-        return grad if mean is None else grad - mean.view(*mean.shape, *[1] * (grad.dim() - 2)).to(grad.dtype)
-
-
 class WeightLayer(nn.Module):
     """A linear map y_o = g_o (W_o * x - c_o) / sd_o + b_o whose parts are options; base of all our layers.
 
@@ -74,14 +53,8 @@ class WeightLayer(nn.Module):
     g, b  learnable per channel, init 1 and 0, where `gain` and `bias` are set
 
     All of it folds into one weight and one bias per output channel: nothing remains at inference.
-    Centring holds a layer's mean at 0 whatever moves its inputs' mean, but mu is a constant to the backward pass: with
-    this alone it asks the inputs for shifts that centring will undo. `centre_gradient` takes that out, in training:
-
-        dL/dx_n <- dL/dx_n - (mean over positions of dL/dx_m and over the other samples m of the batch)
-
-    which is how the mean of batch normalisation acts on its inputs' gradient, but without a sample's own share, so that
-    the expected gradient is the same for any batch size; a sample alone keeps its gradient. The forward pass, and the
-    gradients of this layer's own parameters, know no batch.
+    centre_gradient: the gradient with respect to the inputs of a layer with centre "input" is centred too, in
+    training; see `bnnfree.nn.centring`.
     mu follows the inputs only when `update_input_means` is called after an optimiser step (see
     `bnnfree.nn.calibrate`), so micro-batches and processes see one and the same mu within a step.
     `preconditioner` stands between the effective weight and the map in training (`bnnfree.optim.Precondition`).
@@ -113,7 +86,7 @@ class WeightLayer(nn.Module):
         self.gain = nn.Parameter(torch.ones(out_channels)) if gain else None
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.standardize, self.centre, self.unit_output = standardize, centre, unit_output
-        self.centre_gradient = centre_gradient and centre == "input"
+        self.gradient_centre = GradientCentre() if centre_gradient and centre == "input" else None
         self.fan_in = weight[0].numel()
         self.calibrating = False
         self.exact = False  # True: scale after the product, so that the sums of signs are whole numbers
@@ -154,13 +127,14 @@ class WeightLayer(nn.Module):
         x = x.to(self.weight.dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
         weight, scale = self.unit_weight()
         if self.calibrating:
-            self._calibrate(x, weight, scale)
+            self._calibrate(x)
         elif self.centre == "input" and self.training:
-            with torch.no_grad():
-                self.input_sum += _sum_of_sample_means(x)
-                self.input_count += x.shape[0]
-            if self.centre_gradient:
-                x = _CentreGradient.apply(x)
+            if self.counts_inputs():
+                with torch.no_grad():
+                    self.input_sum += _sum_of_sample_means(x)
+                    self.input_count += x.shape[0]
+            if self.gradient_centre is not None:
+                x = self.gradient_centre(x)
         if low is None and self.exact:
             low = x.dtype
         factor = self.output_factor(scale)
@@ -175,6 +149,10 @@ class WeightLayer(nn.Module):
         shape = (1, -1) + (1,) * (y.dim() - 2)
         y = y if factor is None else y * factor.view(shape)
         return y if bias is None else y + bias.view(shape)
+
+    def counts_inputs(self) -> bool:
+        """Do inputs in training move the running mean? Those of reference images do not."""
+        return self.centre == "input" and (self.gradient_centre is None or self.gradient_centre.mode != "reference")
 
     def low_precision(self) -> bool:
         """May autocast run the map in its dtype? Real layers are thin, and feed signs: they stay float32."""
@@ -208,27 +186,37 @@ class WeightLayer(nn.Module):
         return -centre if bias is None else bias - centre
 
     @torch.no_grad()
-    def _calibrate(self, x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    def output_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(deviation, mean) [O] of W * x, without gain and constants; the deviation of a constant channel counts as 1.
+
+        This is what `output_std` and `output_mean` hold once x was calibrated with.
+        """
+        weight, scale = self.unit_weight()
+        folded = weight if scale is None else weight * _per_row(scale, weight)
+        y = self.linear(x, folded, None)
+        std, mean = torch.std_mean(y, dim=[d for d in range(y.dim()) if d != 1], correction=0)
+        return torch.where(std > EPS, std, torch.ones_like(std)), mean
+
+    @torch.no_grad()
+    def _calibrate(self, x: Tensor) -> None:
         """Set the constants from this input: mean of the inputs, mean and deviation of the outputs."""
         if self.centre == "input":
             self.input_mean.copy_(_sum_of_sample_means(x) / x.shape[0])
             self.input_sum.zero_()  # what was collected before belongs to other constants
             self.input_count.zero_()
         if self.centre == "output" or self.unit_output:
-            folded = weight if scale is None else weight * _per_row(scale, weight)
-            y = self.linear(x, folded, None)
-            std, mean = torch.std_mean(y, dim=[d for d in range(y.dim()) if d != 1], correction=0)
+            std, mean = self.output_moments(x)
             if self.centre == "output":
                 self.output_mean.copy_(mean)
             if self.unit_output:
-                self.output_std.copy_(torch.where(std > EPS, std, torch.ones_like(std)))
+                self.output_std.copy_(std)
 
     def extra_repr(self) -> str:
         parts = [f"weight={list(self.weight.shape)}"]
         parts += [name for name in ("standardize", "unit_output") if getattr(self, name)]
         parts += [name for name in ("gain", "bias") if getattr(self, name) is not None]
         parts += [f"centre={self.centre}"] if self.centre else []
-        return ", ".join(parts + (["centre_gradient"] if self.centre_gradient else []))
+        return ", ".join(parts + (["centre_gradient"] if self.gradient_centre else []))
 
 
 def _per_row(vector: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,14 @@
 
 from bnnfree.optim.agc import ClipRate, adaptive_grad_clip
 from bnnfree.optim.bop import Bop
-from bnnfree.optim.groups import OPTIMIZERS, describe_groups, find_head, make_optimizer, parameter_groups
+from bnnfree.optim.groups import (
+    OPTIMIZERS,
+    describe_groups,
+    find_head,
+    make_optimizer,
+    parameter_groups,
+    rescale_moments,
+)
 from bnnfree.optim.precondition import Precondition
 
 __all__ = [
@@ -15,4 +22,5 @@ __all__ = [
     "find_head",
     "make_optimizer",
     "parameter_groups",
+    "rescale_moments",
 ]

@@ -6,7 +6,7 @@ to a list of torch optimisers, and its line in OPTIMIZERS.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,13 +17,20 @@ from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
 from bnnfree.optim.bop import Bop
 
-KINDS = ("latent", "real", "affine", "head")
+KINDS = ("latent", "real", "affine", "gain", "head")
 LATENT = (BinaryConv2d, BinaryLinear)
 REAL = (WeightLayer, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MOMENTS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2}  # what optimisers keep, in powers of the gradient
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, affine_lr_mult: float = 1.0, agc: bool = True
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    affine_lr_mult: float = 1.0,
+    agc: bool = True,
+    gain_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters of `model`, each parameter in exactly one of them.
 
@@ -31,10 +38,12 @@ def parameter_groups(
     latent  `.weight` of BinaryConv2d, BinaryLinear, signed or not   lr                   yes    if agc
     real    `.weight` of ScaledStdConv2d, nn.Conv*d, nn.Linear       lr                   yes    if agc
     affine  all else: gains, scales, biases, RSign, RPReLU, norms    lr * affine_lr_mult  no     no
+    gain    `.gain` of our layers, where gain_decay is not 0         lr * affine_lr_mult  its own  no
     head    every parameter of `find_head(model)`                    lr                   no     no
 
+    Without gain_decay gains are affine.
     Types include subclasses; names and numbers of dims decide nothing, so a rename changes nothing.
-    A parameter shared by several modules appears once: head before latent before real before affine.
+    A parameter shared by several modules appears once: head before latent before real before gain before affine.
     Returns: non-empty groups in this order, dicts of params, names (full dotted ones), kind, lr, weight_decay
     and agc (bool, read by `adaptive_grad_clip`).
     Why affine has no AGC: a vector is one unit; biases that start at zero would be held to a gradient norm of
@@ -42,10 +51,12 @@ def parameter_groups(
     2021 find it better not to clip the last linear layer.
     Errors: BnnfreeError for a negative number, a model with nothing to train, a lazy layer not yet run.
     """
-    for option, value in {"lr": lr, "weight_decay": weight_decay, "affine_lr_mult": affine_lr_mult}.items():
+    numbers = {"lr": lr, "weight_decay": weight_decay, "affine_lr_mult": affine_lr_mult, "gain_decay": gain_decay}
+    for option, value in numbers.items():
         if not value >= 0:
             raise BnnfreeError(f"parameter_groups: got {option} {value!r}, expected a number of at least 0.")
-    kinds = _kinds(model)
+    kinds = _kinds(model, gains=gain_decay != 0)
+    decays = {"latent": weight_decay, "real": weight_decay, "gain": gain_decay}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
     for name, param in model.named_parameters():
         if isinstance(param, UninitializedParameter):
@@ -60,8 +71,8 @@ def parameter_groups(
             "params": [param for _, param in named],
             "names": [name for name, _ in named],
             "kind": kind,
-            "lr": lr * affine_lr_mult if kind == "affine" else lr,
-            "weight_decay": weight_decay if kind in ("latent", "real") else 0.0,
+            "lr": lr * affine_lr_mult if kind in ("affine", "gain") else lr,
+            "weight_decay": decays.get(kind, 0.0),
             "agc": agc and kind in ("latent", "real"),
         }
         for kind, named in members.items()
@@ -144,9 +155,29 @@ def make_optimizer(
     )
 
 
-def _kinds(model: nn.Module) -> dict[Tensor, str]:
+@torch.no_grad()
+def rescale_moments(optimizers: Iterable[torch.optim.Optimizer], scaled: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """After parameters were multiplied by factors without a change of the function: what optimisers remember of them.
+
+    With p' = r p and the same loss, dL/dp' = (dL/dp) / r. So momenta are divided by r and second moments by r^2: the
+    memory is then of gradients that would have been seen by p' all along, and neither direction nor size of the next
+    steps is one of two units mixed. Of torch's optimisers; weight decay is of p' as it is.
+    scaled: pairs of a parameter and its factors, of its shape (see `bnnfree.nn.rescale`).
+    """
+    pairs = list(scaled)
+    for optimizer in optimizers:
+        for param, ratio in pairs:
+            kept = optimizer.state.get(param, {})
+            for name, power in MOMENTS.items():
+                if (moment := kept.get(name)) is not None:  # Why None: SGD's momentum before its first step
+                    moment /= ratio**power
+
+
+def _kinds(model: nn.Module, gains: bool) -> dict[Tensor, str]:
     """The kind of every parameter that is not affine; tensors hash by identity."""
     kinds: dict[Tensor, str] = {}
+    if gains:
+        kinds |= {m.gain: "gain" for m in model.modules() if isinstance(m, WeightLayer) and m.gain is not None}
     for kind, types in (("real", REAL), ("latent", LATENT)):  # the latter overrules: LATENT are WeightLayers
         kinds |= {module.weight: kind for module in model.modules() if isinstance(module, types)}
     head = find_head(model)

@@ -106,7 +106,7 @@ def build_model(recipe: Recipe, builders: Builders, data: Mapping[str, Any], bin
 
     `data`: classes (list of names), channels, image_size (H, W), as a checkpoint carries them.
     """
-    options = recipe.model.model_dump(exclude={"name"})
+    options = recipe.model.model_dump(exclude={"name", "start"})  # start: how training begins, not what is built
     if options["stem"] == "auto":
         options["stem"] = "imagenet" if min(data["image_size"]) > 64 else "cifar"
     options["binarize"] = binarize or options["binarize"]

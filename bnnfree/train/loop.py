@@ -18,9 +18,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnnfree.analysis.probe import Prober
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import BinaryConv2d, BinaryLinear, anneal, calibrate, update_input_means
+from bnnfree.nn import (
+    BinaryConv2d,
+    BinaryLinear,
+    anneal,
+    calibrate,
+    gather_gradients,
+    measure_deviations,
+    reference_pass,
+    rescale,
+    update_input_means,
+)
 from bnnfree.nn.fused import Shared, choose_speed
-from bnnfree.optim import ClipRate, Precondition, adaptive_grad_clip, make_optimizer, parameter_groups
+from bnnfree.optim import (
+    ClipRate,
+    Precondition,
+    adaptive_grad_clip,
+    make_optimizer,
+    parameter_groups,
+    rescale_moments,
+)
 from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist, data_parallel
 from bnnfree.train.images import Split
@@ -51,6 +68,7 @@ class Stage:
         self.first_epoch = sum(stage.epochs for stage in recipe.stages[:index])
         passes = data.train.train_steps(recipe.data.batch_size, dist.world)
         self.steps = math.ceil(passes / recipe.accumulate)
+        self._rescaled_before = self._rescaling_steps()
         self.model = model.to(dist.device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
         self.optimizers = self._make_optimizers()
@@ -61,6 +79,8 @@ class Stage:
         if recipe.optimizer.precondition == "bnp":
             self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
         self.shared = Shared() if recipe.accumulate > 1 else None
+        small = recipe.accumulate > 1 and recipe.data.batch_size < recipe.free.reference
+        self.gathers = small and dist.world == 1 and self.precondition is None and gather_gradients(self.model)
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
         self.clip_rate = ClipRate()
@@ -76,8 +96,9 @@ class Stage:
             weight_decay=options.weight_decay if stage.weight_decay is None else stage.weight_decay,
             affine_lr_mult=options.affine_lr_mult,
             agc=self.recipe.agc.clip is not None,
+            gain_decay=options.gain_decay,
         )
-        others = {"name", "lr", "affine_lr_mult", "weight_decay", "precondition", "bnp_rho", "bnp_floor"}
+        others = {"name", "lr", "affine_lr_mult", "weight_decay", "gain_decay", "precondition", "bnp_rho", "bnp_floor"}
         passed = options.model_dump(exclude=others)
         return make_optimizer(groups, options.name, **passed)
 
@@ -92,10 +113,30 @@ class Stage:
         return self.model if self.average is None else self.average
 
     def calibrate(self) -> None:
-        """Set the data-dependent constants from the stage's first training images, augmented as in training."""
-        calibrate(self.model, self._first_images(self.recipe.free.calibration, self.first_epoch)[0])
+        """Set the data-dependent constants from the stage's first training images, augmented as in training.
+
+        In the first stage thresholds and shifts too, for a balanced start; later ones keep what was learned.
+        """
+        balance = self.index == 0 and self.recipe.model.start == "balanced"
+        calibrate(self.model, self._first_images(self.recipe.free.calibration, self.first_epoch)[0], balance)
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
+
+    def _rescaling_steps(self) -> set[int]:
+        """Before which steps of the stage constant deviations are measured anew: evenly spaced within it."""
+        times, total = self.recipe.free.recalibrate, self.epochs * self.steps
+        return {total * i // (times + 1) for i in range(1, times + 1)} - {0}
+
+    def _rescale(self) -> None:
+        """Measure the constant deviations again on the images of the stage's calibration; gains make up for it."""
+        images = self._first_images(self.recipe.free.calibration, self.first_epoch)[0]
+        deviations = measure_deviations(self.model, images)
+        for deviation in deviations.values():  # as process 0 has them: gains are no buffers that are made equal later
+            self.dist.sum_(deviation if self.dist.main else deviation.zero_())
+        # Why the average too: its gains and deviations move apart, and their ratio is not the ratios' average
+        if self.average is not None:
+            rescale(self.average, deviations)
+        rescale_moments(self.optimizers, rescale(self.model, deviations))
 
     def _first_images(self, wanted: int, epoch: int) -> tuple[Tensor, Tensor]:
         """The first `wanted` training images of an epoch and their labels, of all processes together."""
@@ -167,10 +208,14 @@ class Stage:
         for param_group in self.groups:
             param_group["lr"] = factor * param_group["initial_lr"]
         anneal(self.model, done / total_steps)
+        if done in self._rescaled_before:
+            self._rescale()
         samples = self.dist.sum_(torch.tensor(float(sum(len(y) for _, y in group)), device=self.dist.device))
         for i, (images, labels) in enumerate(group):
             with self._gradients_shared(i == len(group) - 1):
                 self._backward(images, labels, samples)
+        if self.gathers:
+            self._respond(torch.cat([images for images, _ in group])[-recipe.free.reference :])
         if self.precondition is not None:
             self.precondition.step(self.dist.sum_)
         if recipe.agc.clip is not None:
@@ -181,7 +226,7 @@ class Stage:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if recipe.free.track:
+        if recipe.free.track and done < recipe.free.freeze * total_steps:
             update_input_means(self.model, recipe.free.window, self.dist.sum_)
         if self.shared is not None:
             self.shared.forget()
@@ -212,6 +257,13 @@ class Stage:
             correct = (logits.argmax(1) == labels).sum()
             self.sums += _vector(loss, correct, len(labels))
         self.part_done("backward")
+
+    def _respond(self, images: Tensor) -> None:
+        """Centre what the passes of this step have gathered, by a pass of some of their images without a loss."""
+        with reference_pass(self.model):
+            with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.recipe.precision != "fp32"):
+                logits = self.net(images)
+            logits.backward(torch.zeros_like(logits))
 
     def part_done(self, part: str) -> None:
         """Called when a step is done with `part`: forward, backward (of each pass), agc, optimizer. Nothing here.

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from bnnfree import errors
 from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES, check_norm
 from bnnfree.nn.fused import PRECISIONS, SPEEDS
+from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
 from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
@@ -70,7 +71,7 @@ class ModelRecipe(_Part):
     centre: bool | None = None
     """takes the expected mean out of each convolution's output; null: the normaliser's own"""
     centre_gradient: bool | None = None
-    """takes the other images' mean out of the gradient of a centred convolution's inputs; null: the normaliser's own"""
+    """takes what is common to the images out of the gradient of centred layers' inputs; null: the normaliser's own"""
     scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
     """size of the binary weights: fan_in | mean_abs | learned | none; null: the normaliser's own"""
     alpha: float | None = None
@@ -81,15 +82,22 @@ class ModelRecipe(_Part):
     """straight-through estimator of the activations: approx | clip | swish | sigmoid | ede | identity"""
     ste_window: _one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
     """window of that estimator: fixed | sample; null: the normaliser's own"""
+    ste_parameter: float | None = Field(default=None, gt=0)
+    """its width (approx, clip) or steepness (swish, sigmoid) at a stage's start; null: the estimator's default"""
+    ste_last: float | None = Field(default=None, gt=0)
+    """the same at a stage's end, log-linear in between; null: it does not move"""
     pad_value: _one_of((0, 1, -1), int) = 0  # type: ignore[valid-type]
     """what the padding of binary convolutions carries"""
     latent_std: float | None = Field(default=0.04, gt=0)
     """deviation of the initial latent weights, where standardised; about 10 times the learning rate"""
+    start: Literal["plain", "balanced"] = "plain"
+    """thresholds and shifts at the start: plain (0) | balanced (half of a channel's bits +1, no mean on the trunk)"""
 
     @model_validator(mode="after")
-    def _norm_takes_its_options(self) -> ModelRecipe:
+    def _names_take_their_options(self) -> ModelRecipe:
         try:
             check_norm(self.norm, self.norm_options)
+            check_ste(self.ste, self.ste_parameter, self.ste_last)
         except errors.BnnfreeError as error:
             raise _contradiction(f"model.{error}") from None
         return self
@@ -162,6 +170,8 @@ class OptimizerRecipe(_Part):
     """factor on lr for gains, biases, thresholds and slopes"""
     weight_decay: float = Field(default=0.0, ge=0)
     """of convolution weights, and of nothing else"""
+    gain_decay: float = Field(default=0.0, ge=0)
+    """weight decay of the gains of convolutions (norms that have them)"""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """adam, adamw"""
     eps: float = Field(default=1e-8, gt=0)
@@ -231,6 +241,12 @@ class FreeRecipe(_Part):
     """training images of the pass that sets the constants at the start of a stage"""
     track: bool = True
     """false: input means stay at their calibration"""
+    freeze: float = Field(default=1.0, gt=0, le=1)
+    """share of a stage's steps after which input means stay as they are"""
+    recalibrate: int = Field(default=0, ge=0)
+    """times within a stage, evenly spaced, that constant deviations are measured anew; gains make up for it"""
+    reference: int = Field(default=32, ge=0)
+    """centre_gradient: smaller passes of an accumulated step leave it to one of so many of its images; 0: never"""
 
 
 class ProbeRecipe(_Part):
@@ -269,6 +285,20 @@ class Recipe(_Part):
     """where to train"""
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     """time between checkpoints within an epoch; one is always written at its end"""
+
+    @model_validator(mode="after")
+    def _layers_have_what_is_moved(self) -> Recipe:
+        norm, layers = self.model.norm, NORMS[self.model.norm].binary
+        if self.free.freeze < 1 and not self.free.track:
+            raise _contradiction("free.freeze says when input means stop, but free.track is false: they never move")
+        centred = bool(layers.get("centre")) if self.model.centre is None else self.model.centre
+        if self.free.freeze < 1 and not centred:
+            raise _contradiction(f"free.freeze is {self.free.freeze} but no layer is centred (model.norm {norm!r})")
+        if self.free.recalibrate and not (layers.get("unit_output") and layers.get("gain")):
+            raise _contradiction(f"free.recalibrate: layers of model.norm {norm!r} have no constant deviation and gain")
+        if self.optimizer.gain_decay and not layers.get("gain"):
+            raise _contradiction(f"optimizer.gain_decay: layers of model.norm {norm!r} have no gain")
+        return self
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:

@@ -34,7 +34,7 @@ from bnnfree.train.data import Data, load_data
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage, evaluate
 from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import save_recipe
+from bnnfree.train.recipes import parse_recipe, save_recipe
 from bnnfree.train.report import Report, machine, write_json
 from bnnfree.train.settings import settings
 
@@ -63,6 +63,12 @@ class Run:
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
         self.seconds = 0.0
         self.stage = self._start_stage(0, None)
+        fewest = min(stage.epochs for stage in recipe.stages) * self.stage.steps
+        if recipe.free.recalibrate >= fewest:
+            raise BnnfreeError(
+                f"free.recalibrate: got {recipe.free.recalibrate} for a stage of {fewest} steps, expected fewer than "
+                "it has steps."
+            )
 
     def _start_stage(self, index: int, weights) -> Stage:
         torch.manual_seed(self.recipe.seed + index)
@@ -99,9 +105,11 @@ class Run:
 
     def load(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Go back to where last.pt was written; returns the metrics up to there."""
+        # Why parsed: keys that there were not when it was written have their defaults
+        recipe = parse_recipe(state["recipe"], f"run folder {self.folder}", self.builders)
         changed = [
             f"{key} ({was!r} -> {now!r})"
-            for key, was, now in _differences(state["recipe"], self.recipe.model_dump())
+            for key, was, now in _differences(recipe.model_dump(), self.recipe.model_dump())
             if key not in MAY_CHANGE
         ]
         if changed:

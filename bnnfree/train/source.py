@@ -97,7 +97,7 @@ def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Ne
         torch.default_generator.manual_seed(recipe.seed)  # Why not torch.manual_seed: it would reseed GPUs too
         model = build_model(recipe, builders, data, binarize)
         count = 64 if max(size) <= DECODED_SIZE else 8  # large images have many places to average over
-        calibrate(model, torch.randn(count, channels, *size))
+        calibrate(model, torch.randn(count, channels, *size), recipe.model.start == "balanced")
     return Network(model.eval(), recipe, binarize, data, False, str(path), None)
 
 

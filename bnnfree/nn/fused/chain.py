@@ -130,7 +130,7 @@ def _run_unit(
     fusion: Fusion,
 ) -> Tensor:
     """h of one sign and convolution; the running mean of the convolution's inputs is kept."""
-    counts = conv.centre == "input"
+    centred, counts = conv.centre == "input", conv.counts_inputs()
     step = Step(
         fusion.passes,
         Place(conv.stride, conv.padding, conv.dilation, conv.groups, conv.pad_value),
@@ -140,7 +140,7 @@ def _run_unit(
         fusion.signs or v.dtype,
         added,
         counts,
-        conv.centre_gradient,
+        conv.gradient_centre,
         fusion.shared,
         fusion.int8 and conv.binary and v.dtype == torch.float32 and fusion.signs in (None, torch.float32),
     )
@@ -161,7 +161,7 @@ def _run_unit(
         None if scale is None or not conv.binary else scale.detach().abs(),
         factor,
         bias,
-        conv.expected_input(v.shape[2:]) if counts else None,
+        conv.expected_input(v.shape[2:]) if centred else None,
         identity,
     )
     if counts:

@@ -9,7 +9,7 @@ Kept for the backward pass: v, in the trunk's type (4 bytes per activation in fl
 estimator and activation are functions; a window per sample, two numbers per output channel. Signs and weights are made
 again. Everything else is a parameter.
 
-backward  with g = d h:   d s = correlation of g with factor W, less the other samples' mean where that is asked for
+backward  with g = d h:   d s = correlation of g with factor W, less what centring takes
                           d W = factor (correlation of g with s - sum(g) inputs), and on through z by the identity
                           d x = g + beta slope(t) d s, and on through the activation
 """
@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bnnfree.nn.centring import GradientCentre
 from bnnfree.nn.fused import int8
 from bnnfree.nn.fused.passes import Activation, Gate, Gradients, Latent, Passes, Prepared, Shared
 from bnnfree.nn.fused.place import Place
-from bnnfree.nn.standard import mean_gradient_of_others
 
 SMALL = 16  # positions of a map: below, a product of matrices finds the weights' gradient sooner, measured on AVX-512
 
@@ -39,7 +39,7 @@ class Step(NamedTuple):
     signs     dtype of signs, weights and their products, and of gradients with respect to them
     added     x is added to h
     counts    the sum over samples of the means of s are an output
-    others    the signs' gradient loses the mean of the other samples' (WeightLayer, centre_gradient)
+    centre    what is taken from the signs' gradient (bnnfree.nn.centring)
     shared    weights of this optimiser step, if micro-batches share them
     int8      the products of the forward pass are whole numbers of 8 bits, see `int8`
     """
@@ -52,7 +52,7 @@ class Step(NamedTuple):
     signs: torch.dtype
     added: bool
     counts: bool
-    others: bool
+    centre: GradientCentre | None
     shared: Shared | None
     int8: bool
 
@@ -103,7 +103,7 @@ class BinaryNode(Function):
         made = step.passes.prepare(latents, step.latent, step.signs, whole, constants=constants)
         of_s, raw = _convolve_back(step, g, s, made.weight)
         del s, made
-        take = mean_gradient_of_others(of_s) if step.others else None
+        take = None if step.centre is None else step.centre.taken(of_s)
         back = step.passes.backward(v, act, gate, windows, g if step.added else None, of_s, take=take)
         total = back.added if back.added is not None else g.to(factor.dtype).sum((0, 2, 3))
         size = sizes if sizes is not None else undo

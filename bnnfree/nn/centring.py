@@ -1,0 +1,96 @@
+"""Centring the gradient that reaches the inputs of centred layers. Imports torch only.
+
+A layer that takes out the expected mean of its outputs (`bnnfree.nn.standard.WeightLayer`, centre "input") holds that
+mean at 0 whatever moves the mean of its inputs. To the backward pass the expected mean is a constant: left alone, it
+asks thresholds, shifts, gains and weights before the layer for shifts that the layer is about to undo. In a random
+ReActNet-20 what is wrong with the gradients of biases is larger than these gradients (tests/test_block.py). It is
+known: the gradient with respect to the inputs, as far as it moves all samples together.
+
+    batch       dL/dx_n <- dL/dx_n - 1/(N - 1 + SHRINKAGE) sum over m != n of (mean over positions of dL/dx_m)
+                N samples of one pass, without the own share, which is signal; shrunk, because few others are noise.
+                A sample alone keeps its gradient
+    gather      dL/dx_n stays, and the means over positions are summed over the passes of a step
+    reference   a pass of R images after these, with no loss: dL/dx_r <- dL/dx_r - 1/R (that sum + the sum over the R
+                images). What it adds to the gradients is the same correction, whatever the passes' size: the response
+                of the inputs' means to the parameters, measured on these images, times the sum
+
+The first is what the mean in batch normalisation does to the gradient, but for the own share. All act in the backward
+pass alone; the forward pass knows no batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+SHRINKAGE = 8.0  # samples: means of fewer others than these are mostly noise, measured on ReActNet-20
+MODES = ("batch", "gather", "reference")
+
+
+class GradientCentre:
+    """What is taken from the gradient of one layer's inputs; `mode` is one of MODES."""
+
+    def __init__(self) -> None:
+        self.mode = "batch"
+        self.total: Tensor | None = None  # [C], in mode "gather"
+
+    def taken(self, grad: Tensor) -> Tensor | None:
+        """[N, C] to be subtracted at every position of grad [N, C, ...]; None: nothing."""
+        real = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
+        own = grad.flatten(2).mean(2, dtype=real) if grad.dim() > 2 else grad.to(real)
+        if self.mode == "gather":
+            total = own.sum(0)
+            self.total = total if self.total is None else self.total + total
+            return None
+        if self.mode == "reference":
+            total = own.sum(0) if self.total is None else own.sum(0) + self.total
+            return (total / len(own)).expand(len(own), -1)
+        if len(own) < 2:
+            return None
+        return (own.sum(0) - own) / (len(own) - 1 + SHRINKAGE)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x, whose gradient will lose what is taken."""
+        return _Centred.apply(x, self)
+
+
+class _Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, centre: GradientCentre) -> Tensor:
+        ctx.centre = centre
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        taken = ctx.centre.taken(grad)
+        if taken is None:
+            return grad, None
+        return grad - taken.view(*taken.shape, *[1] * (grad.dim() - 2)).to(grad.dtype), None
+
+
+def gradient_centres(model: nn.Module) -> list[GradientCentre]:
+    """Those of all layers that have one."""
+    found = (getattr(module, "gradient_centre", None) for module in model.modules())
+    return [centre for centre in found if centre is not None]
+
+
+def gather_gradients(model: nn.Module) -> bool:
+    """From now on passes gather; whether there is a layer that does."""
+    centres = gradient_centres(model)
+    for centre in centres:
+        centre.mode, centre.total = "gather", None
+    return bool(centres)
+
+
+@contextmanager
+def reference_pass(model: nn.Module) -> Iterator[None]:
+    """Within it a pass is one of reference images; afterwards passes gather for the next step."""
+    for centre in gradient_centres(model):
+        centre.mode = "reference"
+    try:
+        yield
+    finally:
+        gather_gradients(model)

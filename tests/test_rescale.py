@@ -1,0 +1,229 @@
+"""Constants measured anew within a stage: the function stays, and so does what optimisers and processes agree on."""
+
+import pytest
+import torch
+from helpers import assert_same, double_stage, make_model, noise, tiny, train
+from test_dist import spawn
+from torch import nn
+
+from bnnfree.errors import BnnfreeError
+from bnnfree.nn import BinaryConv2d, BinaryLinear, RSign, WeightLayer, calibrate, measure_deviations, rescale
+from bnnfree.optim import make_optimizer, rescale_moments
+from bnnfree.train import dist as processes
+
+
+class Mixed(nn.Module):
+    """Every kind of layer with a constant deviation: centred both ways and not at all, binary, real, without a gain."""
+
+    def __init__(self):
+        super().__init__()
+        unit = {"unit_output": True}
+        self.layers = nn.Sequential(
+            BinaryConv2d(3, 5, 3, centre="input", bias=True, **unit),
+            RSign(5),
+            BinaryConv2d(5, 6, (3, 2), stride=2, padding=1, centre="output", pad_value=1, **unit),
+            BinaryConv2d(6, 4, 1, centre="output", gain=False, **unit),
+            BinaryConv2d(4, 5, 1, binary=False, scale="learned", **unit),
+            BinaryConv2d(5, 4, 1, centre="input"),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            BinaryLinear(4, 3, centre="input", **unit),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def grown(make):
+    """A calibrated model in float64 that was then changed, as training does: its deviations are out of date."""
+    torch.manual_seed(1)
+    model, images = make().double(), noise(7, 3, 9, 11, seed=3)
+    calibrate(model, images)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter += 0.5 * parameter.std(correction=0).clamp_min(0.2) * noise(*parameter.shape, seed=i)
+    return model, images
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Mixed,
+        lambda: make_model("reactnet20", "free"),
+        lambda: make_model("reactnet_a", "free", binarize="activations", centre=False),
+        lambda: make_model("xnor_resnet18", "free", pad_value=-1),
+    ],
+)
+def test_rescaling_leaves_the_function_and_what_it_is_centred_by(make):
+    """In float64 to 1e-12, in training and in evaluation; with any images, not those measured with alone."""
+    model, images = grown(make)
+    others = noise(5, 3, 8, 7, seed=9)
+    before = {mode: model.train(mode)(others).detach() for mode in (True, False)}
+    buffers = {
+        name: b.clone() for name, b in model.named_buffers() if not name.endswith(("output_std", "_sum", "_count"))
+    }
+    deviations = measure_deviations(model, images)
+    old = {
+        name: (model.get_submodule(name).output_std.clone(), model.get_submodule(name).gain.clone())
+        for name in deviations
+    }
+    scaled = rescale(model, deviations)
+    for mode, values in before.items():
+        torch.testing.assert_close(model.train(mode)(others), values, rtol=1e-12, atol=1e-12)
+    assert {n: b for n, b in model.named_buffers() if n in buffers}.keys() == buffers.keys()
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers() if name in buffers)
+    assert len(scaled) == len(deviations) > 0
+    for (name, (std, gain)), (parameter, ratio) in zip(old.items(), scaled, strict=True):
+        layer = model.get_submodule(name)
+        assert parameter is layer.gain and (ratio - 1).abs().max() > 1e-3
+        torch.testing.assert_close(layer.output_std, std * ratio)
+        torch.testing.assert_close(layer.gain, gain * ratio)
+
+
+@pytest.mark.parametrize("make", [Mixed, lambda: make_model("reactnet20", "free")])
+def test_then_each_channels_deviation_is_its_gain_and_layers_without_one_keep_their_constant(make):
+    model, images = grown(make)
+    kept = {name: m.output_std.clone() for name, m in units(model) if m.gain is None}
+    was_training = model.train().training
+    rescale(model, measure_deviations(model, images))
+    assert model.training is was_training
+    model.eval()
+    seen = []
+    for _, layer in units(model):
+        layer.register_forward_hook(lambda layer, _, y: seen.append((layer.gain, y)))
+    with torch.no_grad():
+        model(images)
+    assert len(seen) == len(units(model))
+    for gain, y in seen:
+        if gain is not None:
+            std = y.transpose(0, 1).flatten(1).std(1, correction=0)
+            assert ((std - gain.abs()).abs() <= 1e-9 * std).all()
+    assert all(torch.equal(dict(units(model))[name].output_std, std) for name, std in kept.items())
+
+
+def units(model):
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, WeightLayer) and m.unit_output]
+
+
+def test_a_constant_channel_has_a_deviation_of_one():
+    layer = BinaryConv2d(3, 4, 1, unit_output=True)
+    rescale(nn.Sequential(layer), measure_deviations(nn.Sequential(layer), torch.zeros(2, 3, 5, 7)))
+    assert torch.equal(layer.output_std, torch.ones(4)) and torch.equal(layer.gain, torch.ones(4))
+
+
+OPTIMIZERS = {
+    "adam": {},
+    "adamw": {},
+    "sgd": {"momentum": 0.7},
+    "nesterov": {"momentum": 0.7, "nesterov": True},
+    "plain": {"momentum": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rescaled_moments_are_those_of_gradients_in_the_new_unit(name):
+    """p' = r p has the gradient g / r: who always saw that has the same memory; p's own learning rate is 0 here."""
+    ratio, gradients = noise(5, seed=1).abs() + 0.1, [noise(5, seed=i) for i in range(2, 5)]
+    states = []
+    for divisor in (torch.ones(5), ratio):
+        param, other = nn.Parameter(noise(5)), nn.Parameter(noise(3))
+        groups = [{"params": [param, other], "kind": "affine", "lr": 0.0, "weight_decay": 0.0}]
+        kind = name if name in ("adam", "adamw") else "sgd"
+        optimizers = make_optimizer(groups, kind, **OPTIMIZERS[name])
+        rescale_moments(optimizers, [(param, ratio)])  # before the first step there is nothing
+        for gradient in gradients:
+            param.grad, other.grad = gradient / divisor, gradient[:3].clone()
+            optimizers[0].step()
+        states.append((optimizers, param, other))
+    (ours, param, other), (theirs, new, untouched) = states
+    rescale_moments(ours, [(param, ratio)])
+    for mine, wanted in ((param, new), (other, untouched)):
+        mine, wanted = ours[0].state[mine], theirs[0].state[wanted]
+        assert mine.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("times, before", [(0, []), (1, [5]), (3, [2, 5, 7]), (9, list(range(1, 10)))])
+def test_a_stage_rescales_so_often_evenly_within_it(monkeypatch, times, before):
+    """10 steps; what the loss of the step after is shows nothing of it."""
+    losses, changes = [], []
+    for count in (0, times):
+        stage = double_stage(monkeypatch, tiny(f"free.recalibrate={count}", "ema.decay=0.5"))
+        seen, previous = [], [dict(units(stage.model))[n].output_std.clone() for n, _ in units(stage.model)]
+
+        def after(stage=stage, seen=seen, previous=previous):
+            now = [m.output_std.clone() for _, m in units(stage.model)]
+            seen.append((any((a != b).any() for a, b in zip(now, previous, strict=True)), stage.sums[0].item()))
+            previous[:] = now
+            for (_, ours), (_, theirs) in zip(units(stage.model), units(stage.average), strict=True):
+                assert torch.equal(ours.output_std, theirs.output_std)
+
+        for _ in range(2):
+            stage.train_epoch(after)
+        changes.append([step for step, (changed, _) in enumerate(seen) if changed])
+        losses.append([loss for _, loss in seen])
+    assert changes == [[], before]
+    same = slice(0, 1 + (before or [9])[0])
+    torch.testing.assert_close(torch.tensor(losses[1][same]), torch.tensor(losses[0][same]), rtol=1e-10, atol=0)
+    assert times == 0 or losses[1][-1] != losses[0][-1]
+
+
+def test_rescaling_leaves_the_function_of_the_average(monkeypatch):
+    stage = double_stage(monkeypatch, tiny("free.recalibrate=1", "ema.decay=0.8"))
+    stage.train_epoch(lambda: None)
+    images = noise(5, 3, 9, 9, seed=4)
+    before = stage.average(images), stage.model.eval()(images)
+    gains = [m.gain.clone() for _, m in units(stage.average)]
+    stage._rescale()
+    after = stage.average(images), stage.model(images)
+    torch.testing.assert_close(after, before, rtol=1e-11, atol=1e-11)
+    assert any((m.gain != gain).any() for (_, m), gain in zip(units(stage.average), gains, strict=True))
+
+
+def test_a_stage_rescales_what_its_optimisers_remember_of_gains_too(monkeypatch):
+    stage = double_stage(monkeypatch, tiny("free.recalibrate=1"))
+    stage.train_epoch(lambda: None)
+    before = {n: (p.detach().clone(), stage.optimizers[0].state[p]["exp_avg"].clone()) for n, p in params(stage)}
+    stage._rescale()
+    for name, param in params(stage):
+        old, momentum = before[name]
+        ratio = param.detach() / old if name.endswith(".gain") else 1.0
+        torch.testing.assert_close(stage.optimizers[0].state[param]["exp_avg"] * ratio, momentum, rtol=1e-10, atol=0)
+    assert any((param != before[name][0]).any() for name, param in params(stage))
+
+
+def params(stage):
+    return list(stage.model.named_parameters())
+
+
+def test_a_stage_with_no_more_steps_than_times_is_refused(tmp_path):
+    with pytest.raises(BnnfreeError, match="free.recalibrate: got 10 for a stage of 10 steps, expected fewer"):
+        train(tmp_path / "a", "free.recalibrate=10")
+
+
+SPLIT = ("model.centre_gradient=false", "free.recalibrate=2", "data.batch_size=14")  # 7 and 7; 6 steps an epoch
+
+
+def rescale_apart(rank, folder):
+    """An epoch in each of two processes, of which the second measures something else."""
+    dist = processes.start("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        stage = double_stage(patch, tiny(*SPLIT), dist)
+        if rank:
+            patch.setattr("bnnfree.train.loop.measure_deviations", lambda *a: {
+                name: std * 1.5 for name, std in measure_deviations(*a).items()})  # fmt: skip
+        stage.epochs = 1
+        stage._rescaled_before = stage._rescaling_steps()
+        stage.train_epoch(lambda: None)
+    torch.save(stage.model.state_dict(), folder / f"{rank}.pt")
+
+
+def test_processes_end_with_the_same_gains_and_constants_as_one(tmp_path, monkeypatch):
+    spawn(rescale_apart, tmp_path)
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert_same(dict(ours), dict(theirs))
+    rescale_apart(0, tmp_path)
+    alone = torch.load(tmp_path / "0.pt")
+    for key, value in alone.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-8, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
