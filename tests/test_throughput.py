@@ -309,7 +309,7 @@ def test_a_checkout_that_is_not_the_released_code_is_one_line(tool, checkout, fi
      ((RECIPE, *SMALL, "--batch", "49"), "48 training images"), ((RECIPE, "model.nrom=bn"), "nrom"),
      ((RECIPE, "data.name=image_folder", "data.root=/nonexistent"), "data.name=fake"),
      ((RECIPE, *SMALL, "--against", str(ROOT)), "reactnet18"), (("none.yaml",), "none.yaml"),
-     ((RECIPE, *SMALL, "model.norm=gn", "--batch", "4", "--precision", "bf16_trunk"), "bf16_trunk")],
+     ((RECIPE, *SMALL, "model.norm=ic", "--batch", "4", "--precision", "bf16_trunk"), "bf16_trunk")],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_one_line_and_exit_code_2(tool, arguments, word):  # noqa: F811
     code, _, errors = tool("bench", "--train", *arguments)

@@ -51,7 +51,7 @@ VARIANTS = {
     "fused_compiled": Variant("such nodes compiled by torch", ("speed=fused_compiled",), trunk=True),
     "plain": Variant("the same function as the papers' code writes it, stepped as released", LAYERS, make="plain"),
     "plain_compiled": Variant("that, compiled by torch", LAYERS, make="plain", compiled=True),
-    "bn": Variant("with batch normalisation", ("model.norm=bn", "model.norm_options={}")),
+    "bn": Variant("with batch normalisation", ("model.norm=bn", "model.norm_options={}"), trunk=True),
     "float": Variant("real weights and activations", binarize="none"),
     "reference": Variant("the released code itself", make="reference"),
 }

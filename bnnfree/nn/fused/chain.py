@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bnnfree.nn.binary import BinaryConv2d
-from bnnfree.nn.block import BinaryBlock
+from bnnfree.nn.block import BinaryBlock, Clip
 from bnnfree.nn.fused.node import ActivationNode, BinaryNode, Step
 from bnnfree.nn.fused.passes import Activation, Latent, Passes, Shared
 from bnnfree.nn.fused.place import Place
+from bnnfree.nn.norms import KalmanNorm2d
 from bnnfree.nn.react import RPReLU, RSign
 from bnnfree.nn.sign import Sign
 
@@ -44,14 +46,16 @@ def unfusible(block: nn.Module) -> str | None:
         return f"a {type(hooked[0]).__name__} has hooks"
     if not isinstance(block.act, nn.Identity | RPReLU):
         return f"its activation is a {type(block.act).__name__}"
-    parts = _parts(block.branch)
-    if not parts or len(parts) % 2:
-        return "its branch is not made of signs and convolutions"
-    for sign, conv in zip(parts[::2], parts[1::2], strict=True):
+    units = _units(block)
+    if units is None:
+        return "its branch is not made of signs, convolutions and what follows these"
+    for sign, conv, after in units:
         if type(sign) not in (Sign, RSign):
             return f"a {type(sign).__name__} is no sign"
         if type(conv) is not BinaryConv2d:
             return f"a {type(conv).__name__} follows a sign"
+        if any(isinstance(module, KalmanNorm2d) for module in after):
+            return "a KalmanNorm2d leads a belief beside the map"
         if conv.preconditioner is not None:
             return "gradients are preconditioned"
         if conv.groups > 1 and conv.centre is not None or conv.centre == "output":
@@ -80,13 +84,26 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, fusion: Fusion) -> Tensor
         return _activated(v, act, fusion).to(dtype)
 
 
-def _parts(branch: nn.Sequential) -> list[nn.Module]:
-    return [module for module in branch if not isinstance(module, nn.Identity)]
+class _Unit(NamedTuple):
+    """A sign, the convolution that reads it, and the modules after that: a normaliser, or none."""
+
+    sign: Sign
+    conv: BinaryConv2d
+    after: list[nn.Module]
 
 
-def _units(block: BinaryBlock) -> list[tuple[Sign, BinaryConv2d]]:
-    parts = _parts(block.branch)
-    return list(zip(parts[::2], parts[1::2], strict=True))  # type: ignore[arg-type]
+def _units(block: BinaryBlock) -> list[_Unit] | None:
+    """The branch as units; None where it is something else."""
+    units: list[_Unit] = []
+    parts = [module for module in block.branch if not isinstance(module, nn.Identity)]
+    starts = [i for i, module in enumerate(parts) if isinstance(module, Sign | Clip)]
+    if not starts or starts[0]:
+        return None
+    for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
+        if end - start < 2:
+            return None
+        units.append(_Unit(parts[start], parts[start + 1], parts[start + 2 : end]))  # type: ignore[arg-type]
+    return units
 
 
 def _activated(v: Tensor, act: Activation, fusion: Fusion, beta: Tensor | None = None, pool: int = 1) -> Tensor:
@@ -98,20 +115,34 @@ def _activated(v: Tensor, act: Activation, fusion: Fusion, beta: Tensor | None =
 def _run_block(block: BinaryBlock, v: Tensor, act: Activation, fusion: Fusion) -> tuple[Tensor, Activation]:
     beta = block.beta if block.scaled else None
     units = _units(block)
+    assert units is not None  # unfusible has said so
     plain = block.stride == 1 and block.shortcut is None and not block.duplicate
     identity = None
     if not plain:
         pooled = block.stride > 1 or block.shortcut is not None
         identity = block.widened(_activated(v, act, fusion, beta if pooled else None, block.stride)).to(v.dtype)
-    elif len(units) > 1:
+    elif len(units) > 1 or units[-1].after:
         identity = _activated(v, act, fusion)
-    for i, (sign, conv) in enumerate(units):
+    for i, unit in enumerate(units):
         last = i + 1 == len(units)
         alpha = block.alpha if last and block.damped else None
-        added = last and identity is None
-        v = _run_unit(sign, conv, v, act, beta, alpha, added, identity if last else None, fusion)
+        if unit.after:
+            h = _run_unit(unit, v, act, beta, None, False, None, fusion)
+            h = _normalised(h, unit.after, alpha)
+            v = h.to(v.dtype) if not last else (h + identity).to(v.dtype)
+        else:
+            added = last and identity is None
+            v = _run_unit(unit, v, act, beta, alpha, added, identity if last else None, fusion)
         act, beta = Activation(), None
     return v, _activation_of(block.act)
+
+
+def _normalised(h: Tensor, after: list[nn.Module], alpha: Tensor | None) -> Tensor:
+    """What the modules after a convolution make of its output, in the parameters' dtype, times alpha."""
+    h = h.float() if h.dtype in (torch.bfloat16, torch.float16) else h
+    for module in after:
+        h = module(h)
+    return h if alpha is None else h * alpha
 
 
 def _activation_of(act: nn.Module) -> Activation:
@@ -119,8 +150,7 @@ def _activation_of(act: nn.Module) -> Activation:
 
 
 def _run_unit(
-    sign: Sign,
-    conv: BinaryConv2d,
+    unit: _Unit,
     v: Tensor,
     act: Activation,
     beta: Tensor | None,
@@ -130,6 +160,7 @@ def _run_unit(
     fusion: Fusion,
 ) -> Tensor:
     """h of one sign and convolution; the running mean of the convolution's inputs is kept."""
+    sign, conv, _ = unit
     centred, counts = conv.centre == "input", conv.counts_inputs()
     step = Step(
         fusion.passes,
