@@ -302,7 +302,8 @@ def test_a_centred_gradient_loses_the_mean_of_the_other_samples(kind):
     got, whole = (input_gradient(each, x, upstream) for each in (layer, bare))
     own = whole.flatten(2).mean(2) if whole.dim() > 2 else whole
     for n in range(len(x)):
-        others = sum(own[m] for m in range(len(x)) if m != n) / (len(x) - 1 + SHRINKAGE)
+        others = sum(own[m] for m in range(len(x)) if m != n) / (len(x) - 1)
+        others = others * (len(x) - 1) ** 2 / ((len(x) - 1) ** 2 + SHRINKAGE**2)
         same(got[n], whole[n] - others.view(-1, *[1] * (x.dim() - 2)))
     for (name, a), (_, b) in zip(layer.named_parameters(), bare.named_parameters(), strict=True):
         assert torch.equal(a.grad, b.grad) and a.grad.abs().max() > 0, name
@@ -318,7 +319,8 @@ def test_what_centring_takes_is_the_same_on_average_for_any_batch_size(kind):
     for pair in pairs:
         found[pair] += input_gradient(layer, x[pair], upstream[pair]) / (len(x) - 1)
     all_at_once, n = input_gradient(layer, x, upstream), len(x)
-    same((found - whole) * (1 + SHRINKAGE), (all_at_once - whole) * (n - 1 + SHRINKAGE) / (n - 1))
+    share = [m**2 / (m**2 + SHRINKAGE**2) for m in (1, n - 1)]
+    same((found - whole) / share[0], (all_at_once - whole) / share[1])
     assert torch.equal(input_gradient(layer, x[:1], upstream[:1]), whole[:1])
 
 
@@ -359,7 +361,7 @@ def test_a_centred_gradient_is_that_of_batch_centring_but_for_the_own_share():
     (batch,) = torch.autograd.grad(y - y.mean((0, 2, 3), keepdim=True), x, upstream)
     own = whole.mean((2, 3), keepdim=True)
     got = input_gradient(layer, x.detach(), upstream)
-    taken = (own.sum(0, keepdim=True) - own) / (4 + SHRINKAGE)
+    taken = (own.sum(0, keepdim=True) - own) * 4 / (4**2 + SHRINKAGE**2)
     same(got + taken, batch + own.mean(0, keepdim=True), 1e-10)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BinaryBlock, BinaryConv2d, Clip, RPReLU, RSign, ScaledStdConv2d, Sign
-from bnnfree.nn.centring import SHRINKAGE
+from bnnfree.nn.centring import weight_of_each
 from bnnfree.nn.standard import EPS, tap_coverage
 
 KEPT = (nn.Linear, nn.ReLU, nn.Identity, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, Clip)
@@ -208,7 +208,7 @@ class PlainConv(nn.Module):
                 self.input_count += len(x)
             if self.centre_gradient and len(x) > 1:
                 own = x.mean((2, 3), keepdim=True)
-                others = (own.sum(0, keepdim=True) - own) / (len(x) - 1 + SHRINKAGE)
+                others = (own.sum(0, keepdim=True) - own) * weight_of_each(len(x) - 1)
                 x = x - (others - others.detach())  # x, whose gradient loses that of the others
         weight, factor = self.made_weight()
         y = self.convolve(x, weight)

@@ -6,9 +6,9 @@ asks thresholds, shifts, gains and weights before the layer for shifts that the 
 ReActNet-20 what is wrong with the gradients of biases is larger than these gradients (tests/test_block.py). It is
 known: the gradient with respect to the inputs, as far as it moves all samples together.
 
-    batch       dL/dx_n <- dL/dx_n - 1/(N - 1 + SHRINKAGE) sum over m != n of (mean over positions of dL/dx_m)
-                N samples of one pass, without the own share, which is signal; shrunk, because few others are noise.
-                A sample alone keeps its gradient
+    batch       dL/dx_n <- dL/dx_n - share (mean over m != n of the means over positions of dL/dx_m)
+                N samples of one pass, without the own share, which is signal. Few others are noise:
+                share = (N - 1)^2 / ((N - 1)^2 + SHRINKAGE^2). A sample alone keeps its gradient
     gather      dL/dx_n stays, and the means over positions are summed over the passes of a step
     reference   a pass of R images after these, with no loss: dL/dx_r <- dL/dx_r - 1/R (that sum + the sum over the R
                 images). What it adds to the gradients is the same correction, whatever the passes' size: the response
@@ -26,8 +26,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-SHRINKAGE = 8.0  # samples: means of fewer others than these are mostly noise, measured on ReActNet-20
+SHRINKAGE = 8.0  # others: the mean of fewer is mostly noise (recipes/NOTES.md, section 5)
 MODES = ("batch", "gather", "reference")
+
+
+def weight_of_each(others: int) -> float:
+    """What each of `others` samples counts in the mean that is taken: share / others."""
+    return others / (others**2 + SHRINKAGE**2)
 
 
 class GradientCentre:
@@ -50,7 +55,7 @@ class GradientCentre:
             return (total / len(own)).expand(len(own), -1)
         if len(own) < 2:
             return None
-        return (own.sum(0) - own) / (len(own) - 1 + SHRINKAGE)
+        return (own.sum(0) - own) * weight_of_each(len(own) - 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x, whose gradient will lose what is taken."""
