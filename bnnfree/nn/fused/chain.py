@@ -129,7 +129,7 @@ def _run_block(block: BinaryBlock, v: Tensor, act: Activation, fusion: Fusion) -
         if unit.after:
             h = _run_unit(unit, v, act, beta, None, False, None, fusion)
             h = _normalised(h, unit.after, alpha)
-            v = h.to(v.dtype) if not last else (h + identity).to(v.dtype)
+            v = (h if identity is None or not last else h + identity).to(v.dtype)
         else:
             added = last and identity is None
             v = _run_unit(unit, v, act, beta, alpha, added, identity if last else None, fusion)
