@@ -2,14 +2,26 @@
 
 import pytest
 import torch
-from helpers import assert_same, double_stage, make_model, noise, tiny, train
+from helpers import assert_same, double_stage, make_model, metrics_of, noise, tiny, train
 from test_dist import spawn
 from torch import nn
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import BinaryConv2d, BinaryLinear, RSign, WeightLayer, calibrate, measure_deviations, rescale
+from bnnfree.nn import (
+    BatchRenorm2d,
+    BinaryConv2d,
+    BinaryLinear,
+    RSign,
+    WeightLayer,
+    calibrate,
+    measure_deviations,
+    rescale,
+    settle,
+)
 from bnnfree.optim import make_optimizer, rescale_moments
 from bnnfree.train import dist as processes
+from bnnfree.train import load_checkpoint
+from bnnfree.train.recipes import RecipeError
 
 
 class Mixed(nn.Module):
@@ -227,3 +239,34 @@ def test_processes_end_with_the_same_gains_and_constants_as_one(tmp_path, monkey
     alone = torch.load(tmp_path / "0.pt")
     for key, value in alone.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-8, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_settled_statistics_are_the_plain_mean_over_batches_and_nothing_else_moves():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), BatchRenorm2d(4)).double().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    batches = [noise(n, 3, 5, 4, seed=n) for n in (3, 7)]
+    settle(model, batches)
+    outputs = [model[0](images) for images in batches]
+    torch.testing.assert_close(model[1].running_mean, sum(y.mean((0, 2, 3)) for y in outputs) / 2)
+    torch.testing.assert_close(model[1].running_var, sum(y.var((0, 2, 3)) for y in outputs) / 2)
+    assert model[1].momentum == 0.3 and not model.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) or key.startswith("1."), key
+
+
+def test_a_training_that_settles_learns_the_same_and_is_evaluated_otherwise(tmp_path):
+    found = []
+    for name, options in {"as": (), "settled": ("settle=40",)}.items():
+        train(tmp_path / name, "model.norm=bn", *options)
+        found.append((load_checkpoint(tmp_path / name / "last.pt")["model"], metrics_of(tmp_path / name)))
+    (plain, before), (settled, after) = found
+    for key, value in plain.items():
+        assert torch.equal(value, settled[key]) != ("running" in key or "tracked" in key), key
+    assert [m["loss"] for m in before] == [m["loss"] for m in after]
+    assert [m["val_loss"] for m in before] != [m["val_loss"] for m in after]
+
+
+def test_only_batch_norm_settles():
+    with pytest.raises(RecipeError, match="settle is 40 but model.norm is 'free'"):
+        tiny("settle=40")

@@ -14,6 +14,7 @@ from bnnfree.nn.calibrate import (
     centred_layers,
     measure_deviations,
     rescale,
+    settle,
     update_input_means,
 )
 from bnnfree.nn.centring import gather_gradients, reference_pass
@@ -76,6 +77,7 @@ __all__ = [
     "measure_deviations",
     "reference_pass",
     "rescale",
+    "settle",
     "sign",
     "sign_of_weight",
     "standardize_weight",

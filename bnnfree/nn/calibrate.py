@@ -5,7 +5,7 @@ Imports torch, bnnfree.errors and bnnfree.nn only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -126,6 +126,28 @@ def rescale(model: nn.Module, deviations: Mapping[str, Tensor]) -> list[tuple[nn
         layer.output_std.copy_(deviation)
         scaled.append((layer.gain, ratio))
     return scaled
+
+
+@torch.no_grad()
+def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of all nn.BatchNorm2d to the plain mean over these batches, weights as they are.
+
+    Why: at momentum 0.1 they are those of some ten batches, and a ReActNet-20 loses two points by that
+    (recipes/NOTES.md, section 4). All else runs as in evaluation, batch renormalisation and its like too, which train
+    with their statistics. Shapes: batches of [N, C, H, W].
+    """
+    norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    momenta = [norm.momentum for norm in norms]
+    with _evaluating(model):
+        try:
+            for norm in norms:
+                norm.train().reset_running_stats()
+                norm.momentum = None  # torch: the mean over all batches
+            for images in batches:
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def centred_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:

@@ -27,6 +27,7 @@ from bnnfree.nn import (
     measure_deviations,
     reference_pass,
     rescale,
+    settle,
     update_input_means,
 )
 from bnnfree.nn.fused import Shared, choose_speed
@@ -121,6 +122,16 @@ class Stage:
         calibrate(self.model, self._first_images(self.recipe.free.calibration, self.first_epoch)[0], balance)
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
+
+    def settle(self) -> None:
+        """Measure the running statistics of what is evaluated on the first images of the epoch to come."""
+        recipe = self.recipe
+        if recipe.settle:
+            batches = self.data.train.train_batches(
+                recipe.data.batch_size, seed=recipe.seed, epoch=self.first_epoch + self.epoch, device=self.dist.device
+            )
+            count = -(-recipe.settle // recipe.data.batch_size)
+            settle(self.evaluated, (images for images, _ in itertools.islice(batches, count)))
 
     def _rescaling_steps(self) -> set[int]:
         """Before which steps of the stage constant deviations are measured anew: evenly spaced within it."""

@@ -271,6 +271,8 @@ class Recipe(_Part):
     ema: EmaRecipe = EmaRecipe()
     free: FreeRecipe = FreeRecipe()
     probe: ProbeRecipe = ProbeRecipe()
+    settle: int = Field(default=0, ge=0)
+    """images on which norm bn's running statistics are measured before each evaluation; 0: as training left them"""
     accumulate: int = Field(default=1, ge=1)
     """forward passes per optimiser step"""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -324,6 +326,8 @@ class Recipe(_Part):
         if isinstance(self.agc.clip, float) and self.agc.clip <= 0:
             raise _contradiction(f"agc.clip: got {self.agc.clip}, expected a number above 0, null or auto")
         rule = NORMS[self.model.norm]
+        if self.settle and self.model.norm != "bn":
+            raise _contradiction(f"settle is {self.settle} but model.norm is {self.model.norm!r}, not 'bn'")
         standardized = self.model.standardize
         if standardized is None:
             standardized = rule.binary.get("standardize", False)

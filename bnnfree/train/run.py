@@ -204,6 +204,7 @@ class Run:
             seconds = time.monotonic() - start
             metrics["seconds"] = seconds
             metrics["images_per_second"] = len(self.data.train) * (1 - first_step / stage.steps) / seconds
+            stage.settle()
             if self.data.val is not None:
                 val = evaluate(stage.evaluated, self.data.val, self.dist, precision=self.recipe.precision)
                 metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
