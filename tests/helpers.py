@@ -33,6 +33,9 @@ BATCH = ("bn", "brn", "ic", "kn")
 NARROW = {name: 0.5 for name in MODELS if name.endswith("20")}  # the others 1/8: 8 channels in their first stage
 
 
+KINDS_OF_MODELS = [name for name in MODELS if name not in ("birealnet20", "xnor_resnet20")]  # those of 18, narrower
+
+
 def noise(*shape, seed=0, dtype=torch.float64):
     """Normal values."""
     print(f"seed {seed}")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import noise, without_drop
+from helpers import KINDS_OF_MODELS, noise, without_drop
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, UnknownNameError
@@ -24,7 +24,7 @@ def make_model(name, classes=3, seed=0, **options):
 
 
 @pytest.mark.parametrize("norm, binarize", SHAPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_every_parameter_of_every_model_gets_a_gradient(name, norm, binarize):
     """On 1x1 maps, as reactnet_a ends with here, instances are constants and FRN's thresholds are never met."""
     stem = "imagenet" if name == "reactnet_a" else "cifar"
@@ -68,6 +68,8 @@ LAYOUT = {
     "birealnet18": (16, 3, 2),
     "xnor_resnet18": (8, 3, 2),
     "reactnet20": (18, 2, 2),
+    "birealnet20": (18, 2, 2),
+    "xnor_resnet20": (9, 2, 2),
     "reactnet_a": (26, 4, 1),
     "resnet20": (9, 2, 2),
 }
@@ -78,7 +80,7 @@ def test_the_layout_table_has_every_model():
 
 
 @pytest.mark.parametrize("stem, size", [("cifar", (13, 10)), ("cifar", (8, 8)), ("imagenet", (65, 34))])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_maps_halve_where_the_layout_says_for_odd_and_oblong_images(name, stem, size):
     model, sizes = make_model(name, stem=stem, classes=7, channels=1), []
     for block in model.blocks:
@@ -112,7 +114,7 @@ def test_width_multiplies_the_channels_to_multiples_of_8(name, width, expected):
     assert model.get_classifier() is model.head and model.head.in_features == expected[-1]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_activations_are_rprelu_in_react_models_and_relu_in_the_real_one(name):
     model = make_model(name)
     acts = {type(b.act) for b in model.modules() if isinstance(b, BinaryBlock)}
@@ -151,7 +153,7 @@ def test_blocks_of_the_paper_have_alpha_and_beta_in_their_state(name, beta, expe
 
 
 @pytest.mark.parametrize("norm", ["none", "free", "free_paper", "bn", "ic_frn"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_half_of_the_initial_latents_are_positive_in_every_layer(name, norm):
     for key, layer in make_model(name, norm=norm, width=0.25).named_modules():
         if isinstance(layer, WeightLayer):
@@ -226,7 +228,7 @@ def test_unknown_names_get_the_nearest_known_one(name, wrong):
         make_model(name, **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
 @pytest.mark.parametrize("width", [0, -1.0])
 def test_a_width_that_is_not_positive_is_refused(name, width):
     with pytest.raises(BnnfreeError, match="width: got"):

@@ -6,13 +6,12 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, make_model, noise
+from helpers import KINDS_OF_MODELS, ROOT, make_model, noise
 from torch import nn
 
 from bnnfree.analysis.signals import SHARES, by_depth, split_power, trace_signals
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import NORMS, Sign
-from models import MODELS
 
 
 def powers_of(x):
@@ -54,7 +53,7 @@ def test_instance_norm_leaves_spatial_power_only_and_layer_norm_lets_means_diffe
     assert signal.sample_mean > 0.1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_every_activation_has_a_line_and_the_signs_are_the_depth(name):
     model = make_model(name, "bn").eval()
     x = noise(4, 3, 9, 9, seed=8, dtype=torch.float32)

@@ -339,7 +339,7 @@ def test_tool_takes_a_run_folder_and_refuses_to_change_it(tool, tmp_path, capsys
     recipe.write_text(RECIPE)
     names = ["model.name=reactnet20", "model.width=0.5", "data.name=fake"]
     resolved = load_recipe(recipe, names, MODELS)
-    options = resolved.model.model_dump(exclude={"name", "stem", "binarize"})
+    options = resolved.model.model_dump(exclude={"name", "stem", "binarize", "start"})
     model = MODELS["reactnet20"](10, **options)
     data = {"classes": [str(i) for i in range(10)], "channels": 3, "image_size": [32, 32]}
     data |= {"mean": [0.5] * 3, "std": [0.2] * 3}

@@ -8,6 +8,7 @@ Imports torch, numpy and its own room, bnnfree.analysis for the released step; t
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import time
@@ -285,8 +286,9 @@ def held(make: Callable[[], Contender], feed: Feed, data: Data, device: torch.de
     saved_bytes_per_image   what autograd keeps for the backward pass and grows with the batch
     saved_bytes_fixed       what it keeps and does not
     """
+    gc.collect()  # what is over, and free already, goes now: else it would go while the contender is measured
     with settings(False):
-        pass  # gives back on leaving what is free already: else that would happen while the contender is measured
+        pass  # gives memory back on leaving
     start = resident()
     contender = make()
     warm_up(contender, feed, device, steps=1)
