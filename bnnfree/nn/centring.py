@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 SHRINKAGE = 8.0  # others: the mean of fewer is mostly noise (recipes/NOTES.md, section 5)
-MODES = ("batch", "gather", "reference")
 
 
 def weight_of_each(others: int) -> float:
@@ -36,7 +35,7 @@ def weight_of_each(others: int) -> float:
 
 
 class GradientCentre:
-    """What is taken from the gradient of one layer's inputs; `mode` is one of MODES."""
+    """What is taken from the gradient of one layer's inputs; `mode` is batch, gather or reference."""
 
     def __init__(self) -> None:
         self.mode = "batch"
