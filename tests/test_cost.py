@@ -1,4 +1,4 @@
-"""What watching and centring cost in training: ratios of medians, measured in turns in one process. All slow:
+"""What watching, centring and new constants cost in training: ratios of medians, in turns in one process. All slow:
 
 python -m pytest -m slow -n 0 -s tests/test_cost.py
 """
@@ -66,3 +66,11 @@ def test_centring_gradients_takes_little():
     with settings(True):
         steps = [stage_of(f"model.centre_gradient={which}")[1] for which in ("true", "false")]
         assert ratio(*steps) < 1.15
+
+
+def test_constants_measured_anew_each_9000_samples_take_less_than_4_percent():
+    """70 steps of 128."""
+    with settings(True):
+        stage, step = stage_of()
+        assert stage.recipe.free.recalibrate == 9000
+        assert ratio(stage._rescale, step) < 0.04 * 9000 / 128

@@ -120,7 +120,6 @@ def test_a_value_out_of_range_is_refused(override, said):
         (("free.freeze=0.5", "free.track=false"), "free.track is false"),
         (("free.freeze=0.5", "model.norm=bn"), "no layer is centred"),
         (("free.freeze=0.5", "model.centre=false"), "no layer is centred"),
-        (("free.recalibrate=1", "model.norm=bn"), "no constant deviation"),
         (("optimizer.gain_decay=0.1", "model.norm=gn"), "have no gain"),
         (("model.ste_parameter=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_last=0.5", "model.ste=ede"), "rule of its own"),

@@ -6,7 +6,6 @@ from helpers import assert_same, double_stage, make_model, metrics_of, noise, ti
 from test_dist import spawn
 from torch import nn
 
-from bnnfree.errors import BnnfreeError
 from bnnfree.nn import (
     BatchRenorm2d,
     BinaryConv2d,
@@ -156,11 +155,14 @@ def test_rescaled_moments_are_those_of_gradients_in_the_new_unit(name):
             torch.testing.assert_close(mine[key], value, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("times, before", [(0, []), (1, [5]), (3, [2, 5, 7]), (9, list(range(1, 10)))])
-def test_a_stage_rescales_so_often_evenly_within_it(monkeypatch, times, before):
-    """10 steps; what the loss of the step after is shows nothing of it."""
+@pytest.mark.parametrize(
+    "every, before",  # 10 steps of 16 samples
+    [(0, []), (80, [5]), (40, [3, 5, 8]), (17, [2, 3, 4, 5, 6, 7, 8, 9]), (1, list(range(1, 10))), (160, [])],
+)
+def test_a_stage_rescales_each_so_many_samples(monkeypatch, every, before):
+    """What the loss of the step after is shows nothing of it."""
     losses, changes = [], []
-    for count in (0, times):
+    for count in (0, every):
         stage = double_stage(monkeypatch, tiny(f"free.recalibrate={count}", "ema.decay=0.5"))
         seen, previous = [], [dict(units(stage.model))[n].output_std.clone() for n, _ in units(stage.model)]
 
@@ -178,11 +180,11 @@ def test_a_stage_rescales_so_often_evenly_within_it(monkeypatch, times, before):
     assert changes == [[], before]
     same = slice(0, 1 + (before or [9])[0])
     torch.testing.assert_close(torch.tensor(losses[1][same]), torch.tensor(losses[0][same]), rtol=1e-10, atol=0)
-    assert times == 0 or losses[1][-1] != losses[0][-1]
+    assert not before or losses[1][-1] != losses[0][-1]
 
 
 def test_rescaling_leaves_the_function_of_the_average(monkeypatch):
-    stage = double_stage(monkeypatch, tiny("free.recalibrate=1", "ema.decay=0.8"))
+    stage = double_stage(monkeypatch, tiny("free.recalibrate=0", "ema.decay=0.8"))
     stage.train_epoch(lambda: None)
     images = noise(5, 3, 9, 9, seed=4)
     before = stage.average(images), stage.model.eval()(images)
@@ -194,7 +196,7 @@ def test_rescaling_leaves_the_function_of_the_average(monkeypatch):
 
 
 def test_a_stage_rescales_what_its_optimisers_remember_of_gains_too(monkeypatch):
-    stage = double_stage(monkeypatch, tiny("free.recalibrate=1"))
+    stage = double_stage(monkeypatch, tiny("free.recalibrate=0"))
     stage.train_epoch(lambda: None)
     before = {n: (p.detach().clone(), stage.optimizers[0].state[p]["exp_avg"].clone()) for n, p in params(stage)}
     stage._rescale()
@@ -209,25 +211,25 @@ def params(stage):
     return list(stage.model.named_parameters())
 
 
-def test_a_stage_with_no_more_steps_than_times_is_refused(tmp_path):
-    with pytest.raises(BnnfreeError, match="free.recalibrate: got 10 for a stage of 10 steps, expected fewer"):
-        train(tmp_path / "a", "free.recalibrate=10")
+def test_without_such_constants_no_image_is_read(monkeypatch):
+    stage = double_stage(monkeypatch, tiny("model.norm=bn", "free.recalibrate=1"))
+    monkeypatch.setattr(stage, "_first_images", lambda *_: pytest.fail("images were read"))
+    stage.train_epoch(lambda: None)
 
 
-SPLIT = ("model.centre_gradient=false", "free.recalibrate=2", "data.batch_size=14")  # 7 and 7; 6 steps an epoch
+SPLIT = ("model.centre_gradient=false", "free.recalibrate=30", "data.batch_size=14")  # 7 and 7; 6 steps an epoch
 
 
 def rescale_apart(rank, folder):
-    """An epoch in each of two processes, of which the second measures something else."""
+    """An epoch in each of two processes, of which the first alone measures."""
     dist = processes.start("cpu")
     with pytest.MonkeyPatch.context() as patch:
         stage = double_stage(patch, tiny(*SPLIT), dist)
+        before = [m.output_std.clone() for _, m in units(stage.model)]
         if rank:
-            patch.setattr("bnnfree.train.loop.measure_deviations", lambda *a: {
-                name: std * 1.5 for name, std in measure_deviations(*a).items()})  # fmt: skip
-        stage.epochs = 1
-        stage._rescaled_before = stage._rescaling_steps()
+            patch.setattr("bnnfree.train.loop.measure_deviations", lambda *_: pytest.fail("process 1 measured"))
         stage.train_epoch(lambda: None)
+        assert all((m.output_std != old).any() for (_, m), old in zip(units(stage.model), before, strict=True))
     torch.save(stage.model.state_dict(), folder / f"{rank}.pt")
 
 

@@ -14,6 +14,7 @@ from bnnfree.nn.calibrate import (
     centred_layers,
     measure_deviations,
     rescale,
+    rescaled_layers,
     settle,
     update_input_means,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "measure_deviations",
     "reference_pass",
     "rescale",
+    "rescaled_layers",
     "settle",
     "sign",
     "sign_of_weight",

@@ -80,25 +80,25 @@ def _balancing(model: nn.Module, wanted: bool) -> Iterator[None]:
                 buffer.copy_(old)
 
 
+def rescaled_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:
+    """Name and module of each layer whose constant deviation has a gain beside it, that can make up for another."""
+    for name, module in model.named_modules():
+        if isinstance(module, WeightLayer) and module.unit_output and module.gain is not None:
+            yield name, module
+
+
 @torch.no_grad()
 def measure_deviations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """{layer: [O]}: what `output_std` would be after a calibration with `images`, of layers with a gain beside it.
+    """{layer: [O]}: what `output_std` would be after a calibration with `images`, of `rescaled_layers`.
 
-    The model stays as it is. A layer without a gain has nothing that could make up for another constant. Shapes of
-    images: [N, C, H, W].
+    The model stays as it is. Shapes of images: [N, C, H, W].
     """
     found: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
         return lambda layer, args: found.update({name: layer.output_moments(args[0])[0]})
 
-    hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if isinstance(module, WeightLayer) and module.unit_output and module.gain is not None
-    ]
-    if not hooks:
-        return found
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in rescaled_layers(model)]
     try:
         with _evaluating(model):
             model(images)

@@ -27,6 +27,7 @@ from bnnfree.nn import (
     measure_deviations,
     reference_pass,
     rescale,
+    rescaled_layers,
     settle,
     update_input_means,
 )
@@ -69,7 +70,6 @@ class Stage:
         self.first_epoch = sum(stage.epochs for stage in recipe.stages[:index])
         passes = data.train.train_steps(recipe.data.batch_size, dist.world)
         self.steps = math.ceil(passes / recipe.accumulate)
-        self._rescaled_before = self._rescaling_steps()
         self.model = model.to(dist.device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
         self.optimizers = self._make_optimizers()
@@ -85,6 +85,7 @@ class Stage:
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
         self.clip_rate = ClipRate()
+        self._constant_images: Tensor | None = None  # on which deviations are measured anew
         self.prober = None if recipe.probe.every is None else Prober()
         self._probed: tuple[Tensor, Tensor, Tensor | None] | None = None  # images, labels, what the teacher says
         self._start_epoch()
@@ -133,17 +134,25 @@ class Stage:
             count = -(-recipe.settle // recipe.data.batch_size)
             settle(self.evaluated, (images for images, _ in itertools.islice(batches, count)))
 
-    def _rescaling_steps(self) -> set[int]:
-        """Before which steps of the stage constant deviations are measured anew: evenly spaced within it."""
-        times, total = self.recipe.free.recalibrate, self.epochs * self.steps
-        return {total * i // (times + 1) for i in range(1, times + 1)} - {0}
+    def _rescales_before(self, done: int) -> bool:
+        """Have the samples of `done` steps of the stage just reached a multiple of `free.recalibrate`?"""
+        every, samples = self.recipe.free.recalibrate, self.recipe.data.batch_size * self.recipe.accumulate
+        return every > 0 and done * samples // every > max(done - 1, 0) * samples // every
 
     def _rescale(self) -> None:
-        """Measure the constant deviations again on the images of the stage's calibration; gains make up for it."""
-        images = self._first_images(self.recipe.free.calibration, self.first_epoch)[0]
-        deviations = measure_deviations(self.model, images)
-        for deviation in deviations.values():  # as process 0 has them: gains are no buffers that are made equal later
-            self.dist.sum_(deviation if self.dist.main else deviation.zero_())
+        """Measure the constant deviations again on the images of the stage's calibration; gains make up for it.
+
+        Process 0 measures, for all: gains are no buffers that are made equal later.
+        """
+        deviations = {name: torch.zeros_like(layer.output_std) for name, layer in rescaled_layers(self.model)}
+        if not deviations:
+            return
+        if self.dist.main:
+            if self._constant_images is None:  # kept: to read a data stream's first images takes long
+                self._constant_images = self._first_images(self.recipe.free.calibration, self.first_epoch)[0]
+            deviations = measure_deviations(self.model, self._constant_images)
+        for name in sorted(deviations):  # one order in all processes
+            self.dist.sum_(deviations[name])
         # Why the average too: its gains and deviations move apart, and their ratio is not the ratios' average
         if self.average is not None:
             rescale(self.average, deviations)
@@ -219,7 +228,7 @@ class Stage:
         for param_group in self.groups:
             param_group["lr"] = factor * param_group["initial_lr"]
         anneal(self.model, done / total_steps)
-        if done in self._rescaled_before:
+        if self._rescales_before(done):
             self._rescale()
         samples = self.dist.sum_(torch.tensor(float(sum(len(y) for _, y in group)), device=self.dist.device))
         for i, (images, labels) in enumerate(group):

@@ -243,8 +243,8 @@ class FreeRecipe(_Part):
     """false: input means stay at their calibration"""
     freeze: float = Field(default=1.0, gt=0, le=1)
     """share of a stage's steps after which input means stay as they are"""
-    recalibrate: int = Field(default=0, ge=0)
-    """times within a stage, evenly spaced, that constant deviations are measured anew; gains make up for it"""
+    recalibrate: int = Field(default=9000, ge=0)
+    """training samples after which constant deviations are measured anew, and gains make up for it; 0: never"""
     reference: int = Field(default=32, ge=0)
     """centre_gradient: smaller passes of an accumulated step leave it to one of so many of its images; 0: never"""
 
@@ -296,8 +296,6 @@ class Recipe(_Part):
         centred = bool(layers.get("centre")) if self.model.centre is None else self.model.centre
         if self.free.freeze < 1 and not centred:
             raise _contradiction(f"free.freeze is {self.free.freeze} but no layer is centred (model.norm {norm!r})")
-        if self.free.recalibrate and not (layers.get("unit_output") and layers.get("gain")):
-            raise _contradiction(f"free.recalibrate: layers of model.norm {norm!r} have no constant deviation and gain")
         if self.optimizer.gain_decay and not layers.get("gain"):
             raise _contradiction(f"optimizer.gain_decay: layers of model.norm {norm!r} have no gain")
         return self

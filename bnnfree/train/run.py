@@ -63,12 +63,6 @@ class Run:
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
         self.seconds = 0.0
         self.stage = self._start_stage(0, None)
-        fewest = min(stage.epochs for stage in recipe.stages) * self.stage.steps
-        if recipe.free.recalibrate >= fewest:
-            raise BnnfreeError(
-                f"free.recalibrate: got {recipe.free.recalibrate} for a stage of {fewest} steps, expected fewer than "
-                "it has steps."
-            )
 
     def _start_stage(self, index: int, weights) -> Stage:
         torch.manual_seed(self.recipe.seed + index)

@@ -95,7 +95,8 @@ NORMS: dict[str, Norm] = {
     ),
     "free": Norm(
         "centred binary convolutions with a constant scale: the bits' running mean is taken out through the weights, "
-        "the others' mean out of the bits' gradient; the output's deviation is a constant of one calibration pass",
+        "the others' mean out of the bits' gradient; the output's deviation is a constant of calibration passes, which "
+        "gains make up for",
         binary=_options(
             standardize=True,
             gain=True,
