@@ -47,6 +47,8 @@ from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
 
+RESCALING_IMAGES = 128  # a deviation that is some percent off is as good a unit for a gain
+
 
 class TrainingError(BnnfreeError):
     """Training cannot go on: the loss is not finite."""
@@ -140,18 +142,16 @@ class Stage:
         return every > 0 and done * samples // every > max(done - 1, 0) * samples // every
 
     def _rescale(self) -> None:
-        """Measure the constant deviations again on the images of the stage's calibration; gains make up for it.
-
-        Process 0 measures, for all: gains are no buffers that are made equal later.
-        """
+        """Measure the constant deviations again on images of the stage's calibration; gains make up for it."""
         deviations = {name: torch.zeros_like(layer.output_std) for name, layer in rescaled_layers(self.model)}
         if not deviations:
             return
-        if self.dist.main:
+        if self.dist.main:  # for all: gains are no buffers that are made equal later
             if self._constant_images is None:  # kept: to read a data stream's first images takes long
-                self._constant_images = self._first_images(self.recipe.free.calibration, self.first_epoch)[0]
+                wanted = min(self.recipe.free.calibration, RESCALING_IMAGES)
+                self._constant_images = self._first_images(wanted, self.first_epoch)[0]
             deviations = measure_deviations(self.model, self._constant_images)
-        for name in sorted(deviations):  # one order in all processes
+        for name in sorted(deviations):
             self.dist.sum_(deviations[name])
         # Why the average too: its gains and deviations move apart, and their ratio is not the ratios' average
         if self.average is not None:
