@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bnnfree.analysis.signals import SIGNS, bare_copy, own_random, sample_moments, split_power
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import STES, BinaryBlock, BinaryConv2d, BinaryLinear, Sign, WeightLayer
+from bnnfree.nn import STES, BinaryBlock, BinaryConv2d, BinaryLinear, Clip, Sign, WeightLayer
 from bnnfree.nn.sign import sample_window
 
 BINARY = (BinaryConv2d, BinaryLinear)
@@ -217,12 +217,6 @@ def _gradients(net: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -> di
     return {path: grad for path, grad in zip(latents, found, strict=True) if grad is not None}
 
 
-def _compared(sign: nn.Module, x: Tensor) -> Tensor:
-    """t: what the sign compares with 0."""
-    bias = getattr(sign, "bias", None)
-    return x if bias is None else x + bias.view(1, -1, *[1] * (x.dim() - 2))
-
-
 def _scaled(sign: Sign, t: Tensor) -> Tensor:
     """t in units of the estimator's window: k_n t with one per sample."""
     if sign.window != "sample":
@@ -232,14 +226,14 @@ def _scaled(sign: Sign, t: Tensor) -> Tensor:
 
 def _smooth(sign: Sign, x: Tensor) -> Tensor:
     """What stands for `sign` in the smooth network."""
-    t = _compared(sign, x)
+    t = sign.compared(x)
     return STES[sign.ste].smooth(_scaled(sign, t), sign.parameter.to(t.dtype))
 
 
 @torch.no_grad()
-def _of_bits(sign: nn.Module, x: Tensor) -> dict[str, Any]:
+def _of_bits(sign: Sign | Clip, x: Tensor) -> dict[str, Any]:
     """The numbers about t and the bits made of it."""
-    t = _compared(sign, x)
+    t = sign.compared(x)
     means, deviations = sample_moments(t)
     power = split_power(means, deviations)
     means, deviations = means.double(), deviations.double()

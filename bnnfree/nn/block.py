@@ -14,7 +14,7 @@ from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.binary import SCALES, BinaryConv2d
 from bnnfree.nn.norms import NORMS, Belief, Norm, check_norm, make_dropout, make_norm, run_believing
 from bnnfree.nn.react import RPReLU, RSign, channel_medians
-from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, check_ste
+from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, check_ste, per_channel
 from bnnfree.nn.standard import ConvLayer, ScaledStdConv2d
 from bnnfree.nn.variance import BETA_MODES
 
@@ -217,9 +217,12 @@ class Clip(nn.Module):
         if self.bias is not None:
             self.bias.copy_(-channel_medians(x))
 
+    def compared(self, x: Tensor) -> Tensor:
+        """t: what RSign would compare with 0."""
+        return x if self.bias is None else x + per_channel(self.bias, x)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.bias is None else x + self.bias.view(1, -1, 1, 1)
-        return x.clamp(-1, 1)
+        return self.compared(x).clamp(-1, 1)
 
 
 def _note_factors(block: BinaryBlock, _: object = None) -> None:

@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnfree.nn.sign import Sign
-
-
-def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.view(1, -1, *[1] * (x.dim() - 2))
+from bnnfree.nn.sign import Sign, per_channel
 
 
 def channel_medians(x: Tensor) -> Tensor:
@@ -52,8 +48,8 @@ class RSign(Sign):
         """b = minus each channel's median over x: half of its signs are +1, of an odd number one more (ties apart)."""
         self.bias.copy_(-channel_medians(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + _per_channel(self.bias, x))
+    def compared(self, x: Tensor) -> Tensor:
+        return x + per_channel(self.bias, x)
 
 
 class RPReLU(nn.Module):
@@ -80,5 +76,5 @@ class RPReLU(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.slope.dtype)
             if self.input_shift is not None:
-                x = x + _per_channel(self.input_shift, x)
-            return F.prelu(x, self.slope) + _per_channel(self.output_shift, x)
+                x = x + per_channel(self.input_shift, x)
+            return F.prelu(x, self.slope) + per_channel(self.output_shift, x)

@@ -22,6 +22,11 @@ from torch import Tensor, nn
 from bnnfree.errors import BnnfreeError, pick
 
 
+def per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector [C] shaped to meet x [N, C, ...]."""
+    return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
 def sign(x: Tensor) -> Tensor:
     """+1 where x >= 0, else -1, in x's dtype. Why: torch.sign(0) is 0, and a bit has no 0."""
     return (x >= 0).to(x.dtype).mul_(2).sub_(1)  # Why not torch.where: it takes several times as long on a CPU
@@ -213,8 +218,13 @@ class Sign(nn.Module):
         elif rule.anneal is not None:
             self.parameter.fill_(rule.anneal(progress))
 
+    def compared(self, x: Tensor) -> Tensor:
+        """t: what is compared with 0, of the layer's input x."""
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
-        return _Sign.apply(x, self.parameter.to(x.dtype), self.ste, self.window == "sample")
+        t = self.compared(x)
+        return _Sign.apply(t, self.parameter.to(t.dtype), self.ste, self.window == "sample")
 
     def extra_repr(self) -> str:
         moves = "" if self.last is None else f", parameter={self.first:g} to {self.last:g}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.nn.norms.gaussian import gaussian_moments
-from bnnfree.nn.norms.response import per_channel
+from bnnfree.nn.sign import per_channel
 
 EPS = 0.03
 FLOOR = 1e-6

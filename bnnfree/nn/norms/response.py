@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.nn.norms.options import positive_eps
+from bnnfree.nn.sign import per_channel
 
 EPS_START = 1e-4
-
-
-def per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector [C] shaped to meet x [N, C, ...]."""
-    return vector.view(1, -1, *[1] * (x.dim() - 2))
 
 
 def filter_response(
