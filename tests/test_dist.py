@@ -246,9 +246,19 @@ def test_processes_that_resume_within_an_epoch_end_with_the_same_bits(group):
 
 
 @pytest.mark.slow  # python -m pytest -m slow tests/test_dist.py
-@pytest.mark.parametrize(("count", "norm"), [(2, "brn"), (2, "kn"), (2, "ic_gn"), (3, "free"), (3, "kn")])
-def test_so_they_do_with_other_norms_and_more_processes(tmp_path, count, norm):
-    spawn(train_cut, tmp_path, (f"model.norm={norm}",), True, count=count)
+@pytest.mark.parametrize(
+    ("count", "norm", "others"),
+    [
+        (2, "bn", ("settle=40",)),
+        (2, "brn", ()),
+        (2, "kn", ()),
+        (2, "ic_gn", ()),
+        (3, "free", ("free.recalibrate=20",)),
+        (3, "kn", ()),
+    ],
+)
+def test_so_they_do_with_other_norms_and_more_processes(tmp_path, count, norm, others):
+    spawn(train_cut, tmp_path, (f"model.norm={norm}", *others), True, count=count)
     assert_cut_is_whole(tmp_path)
 
 
