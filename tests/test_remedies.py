@@ -36,7 +36,7 @@ from models import MODELS
 
 CPU = Dist(0, 1, torch.device("cpu"))
 ALL = ("free.freeze=0.6", "free.recalibrate=3", "optimizer.gain_decay=0.01", "model.start=balanced",
-       "model.ste_parameter=2", "model.ste_last=0.5", "ema.decay=0.9", "accumulate=2")  # fmt: skip
+       "model.ste_parameter=2", "model.ste_last=0.5", "ema.decay=0.9", "accumulate=2", "settle=40")  # fmt: skip
 
 
 def stage_of(recipe, index=0):

@@ -16,6 +16,7 @@ from bnnfree.nn import (
     measure_deviations,
     rescale,
     settle,
+    settled,
 )
 from bnnfree.optim import make_optimizer, rescale_moments
 from bnnfree.train import dist as processes
@@ -269,6 +270,33 @@ def test_a_training_that_settles_learns_the_same_and_is_evaluated_otherwise(tmp_
     assert [m["val_loss"] for m in before] != [m["val_loss"] for m in after]
 
 
-def test_only_batch_norm_settles():
-    with pytest.raises(RecipeError, match="settle is 40 but model.norm is 'free'"):
-        tiny("settle=40")
+def test_settled_input_means_are_of_these_images_and_training_gets_its_own_back():
+    """In a network of one centred layer; in deeper ones inputs are made with the means of the batches so far."""
+    torch.manual_seed(0)
+    layer = BinaryConv2d(3, 4, 1, centre="input").double()
+    model = nn.Sequential(layer).train()
+    layer.input_mean.copy_(noise(3))
+    old, batches = layer.input_mean.clone(), [noise(n, 3, 5, 4, seed=n) for n in (3, 7)]
+    with settled(model, batches):
+        torch.testing.assert_close(layer.input_mean, torch.cat(batches).mean((0, 2, 3)))
+    assert torch.equal(layer.input_mean, old) and model.training
+    assert layer.input_count == 0 and not layer._forward_pre_hooks
+
+
+def test_settling_free_keeps_its_training_and_what_is_best_has_the_settled_means(tmp_path):
+    """Without validation images the last epoch is the best."""
+    last, tested = {}, {}
+    for name, options in {"as": (), "settled": ("settle=40",)}.items():
+        tested[name] = train(tmp_path / name, "data.val_fraction=0", *options)["test_loss"]
+        last[name] = load_checkpoint(tmp_path / name / "last.pt")["model"]
+    assert_same(dict(last["as"]), dict(last["settled"]))
+    assert tested["as"] != tested["settled"]
+    best = load_checkpoint(tmp_path / "settled" / "best.pt")["model"]
+    other = [key for key, value in last["settled"].items() if not torch.equal(value, best[key])]
+    assert other == [key for key in best if key.endswith("input_mean")] != []
+
+
+def test_where_nothing_is_averaged_nothing_settles():
+    for options in (("model.norm=gn",), ("model.centre=false",)):
+        with pytest.raises(RecipeError, match="settle is 40 but model.norm .* has nothing that is averaged"):
+            tiny("settle=40", *options)

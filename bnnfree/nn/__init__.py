@@ -16,6 +16,7 @@ from bnnfree.nn.calibrate import (
     rescale,
     rescaled_layers,
     settle,
+    settled,
     update_input_means,
 )
 from bnnfree.nn.centring import gather_gradients, reference_pass
@@ -80,6 +81,7 @@ __all__ = [
     "rescale",
     "rescaled_layers",
     "settle",
+    "settled",
     "sign",
     "sign_of_weight",
     "standardize_weight",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn.standard import WeightLayer
+from bnnfree.nn.standard import WeightLayer, sum_of_sample_means
 
 
 @torch.no_grad()
@@ -130,14 +130,23 @@ def rescale(model: nn.Module, deviations: Mapping[str, Tensor]) -> list[tuple[nn
 
 @torch.no_grad()
 def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Set the running statistics of all nn.BatchNorm2d to the plain mean over these batches, weights as they are.
+    """Set what was averaged along the way to the plain mean over these batches, weights as they are.
 
-    Why: at momentum 0.1 they are those of some ten batches, and a ReActNet-20 loses two points by that
-    (recipes/NOTES.md, section 4). All else runs as in evaluation, batch renormalisation and its like too, which train
-    with their statistics. Shapes: batches of [N, C, H, W].
+    These are the running statistics of all nn.BatchNorm2d, which normalise by each batch's own meanwhile, and the input
+    means of centred layers, which are those of the batches so far. Why: at momentum 0.1 the former are of some ten
+    batches, the latter of two, and a network loses up to two points by that (recipes/NOTES.md, sections 4 and 7). All
+    else runs as in evaluation, batch renormalisation and its like too, which train with their statistics. Training
+    goes by the input means, but not by the statistics: see `settled`. Shapes: batches of [N, C, H, W].
     """
     norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
     momenta = [norm.momentum for norm in norms]
+    sums = {layer: torch.zeros_like(layer.input_mean) for _, layer in centred_layers(model)}
+
+    def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sums[layer] += sum_of_sample_means(args[0])  # type: ignore[index]
+
+    hooks = [layer.register_forward_pre_hook(add) for layer in sums]
+    samples = 0
     with _evaluating(model):
         try:
             for norm in norms:
@@ -145,9 +154,26 @@ def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
                 norm.momentum = None  # torch: the mean over all batches
             for images in batches:
                 model(images)
+                samples += len(images)
+                for layer, total in sums.items():
+                    layer.input_mean.copy_(total / samples)
         finally:
+            for hook in hooks:
+                hook.remove()
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+@contextmanager
+def settled(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """Within it the model is settled (`settle`); afterwards its input means are as they were, for training to go on."""
+    means = {layer: layer.input_mean.clone() for _, layer in centred_layers(model)}
+    settle(model, batches)
+    try:
+        yield
+    finally:
+        for layer, mean in means.items():
+            layer.input_mean.copy_(mean)
 
 
 def centred_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:

@@ -131,7 +131,7 @@ class WeightLayer(nn.Module):
         elif self.centre == "input" and self.training:
             if self.counts_inputs():
                 with torch.no_grad():
-                    self.input_sum += _sum_of_sample_means(x)
+                    self.input_sum += sum_of_sample_means(x)
                     self.input_count += x.shape[0]
             if self.gradient_centre is not None:
                 x = self.gradient_centre(x)
@@ -201,7 +201,7 @@ class WeightLayer(nn.Module):
     def _calibrate(self, x: Tensor) -> None:
         """Set the constants from this input: mean of the inputs, mean and deviation of the outputs."""
         if self.centre == "input":
-            self.input_mean.copy_(_sum_of_sample_means(x) / x.shape[0])
+            self.input_mean.copy_(sum_of_sample_means(x) / x.shape[0])
             self.input_sum.zero_()  # what was collected before belongs to other constants
             self.input_count.zero_()
         if self.centre == "output" or self.unit_output:
@@ -223,7 +223,7 @@ def _per_row(vector: Tensor, weight: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (weight.dim() - 1))
 
 
-def _sum_of_sample_means(x: Tensor) -> Tensor:
+def sum_of_sample_means(x: Tensor) -> Tensor:
     """[C]: the sum over samples of each sample's mean over positions."""
     return (x.flatten(2).mean(2) if x.dim() > 2 else x).sum(0)
 

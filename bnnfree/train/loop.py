@@ -28,7 +28,7 @@ from bnnfree.nn import (
     reference_pass,
     rescale,
     rescaled_layers,
-    settle,
+    settled,
     update_input_means,
 )
 from bnnfree.nn.fused import Shared, choose_speed
@@ -126,15 +126,14 @@ class Stage:
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
 
-    def settle(self) -> None:
-        """Measure the running statistics of what is evaluated on the first images of the epoch to come."""
-        recipe = self.recipe
-        if recipe.settle:
-            batches = self.data.train.train_batches(
-                recipe.data.batch_size, seed=recipe.seed, epoch=self.first_epoch + self.epoch, device=self.dist.device
-            )
-            count = -(-recipe.settle // recipe.data.batch_size)
-            settle(self.evaluated, (images for images, _ in itertools.islice(batches, count)))
+    def settled(self) -> AbstractContextManager[None]:
+        """Within it what is evaluated has means and variances of the first images of the epoch to come."""
+        recipe, size = self.recipe, self.recipe.data.batch_size
+        if not recipe.settle:
+            return nullcontext()
+        epoch = self.first_epoch + self.epoch
+        batches = self.data.train.train_batches(size, seed=recipe.seed, epoch=epoch, device=self.dist.device)
+        return settled(self.evaluated, (images for images, _ in itertools.islice(batches, -(-recipe.settle // size))))
 
     def _rescales_before(self, done: int) -> bool:
         """Have the samples of `done` steps of the stage just reached a multiple of `free.recalibrate`?"""

@@ -198,18 +198,18 @@ class Run:
             seconds = time.monotonic() - start
             metrics["seconds"] = seconds
             metrics["images_per_second"] = len(self.data.train) * (1 - first_step / stage.steps) / seconds
-            stage.settle()
-            if self.data.val is not None:
-                val = evaluate(stage.evaluated, self.data.val, self.dist, precision=self.recipe.precision)
-                metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
-            self.report.add(metrics)
-            shown = {key: metrics[key] for key in ("stage", "epoch")}
-            shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
-            self.bar.set_postfix(shown, refresh=False)
-            # without validation images the last epoch is the best
-            if last_stage and metrics.get("val_top1", float(stage.epoch)) > self.best["top1"]:
-                self.best = {"top1": metrics.get("val_top1", float(stage.epoch)), "epoch": metrics["epoch"]}
-                self._save("best.pt", optimizers=[], signs={}, probe=None)
+            with stage.settled():
+                if self.data.val is not None:
+                    val = evaluate(stage.evaluated, self.data.val, self.dist, precision=self.recipe.precision)
+                    metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
+                self.report.add(metrics)
+                shown = {key: metrics[key] for key in ("stage", "epoch")}
+                shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
+                self.bar.set_postfix(shown, refresh=False)
+                # without validation images the last epoch is the best
+                if last_stage and metrics.get("val_top1", float(stage.epoch)) > self.best["top1"]:
+                    self.best = {"top1": metrics.get("val_top1", float(stage.epoch)), "epoch": metrics["epoch"]}
+                    self._save("best.pt", optimizers=[], signs={}, probe=None)
             self._save("last.pt")
 
     def _save(self, name: str, **instead: Any) -> None:
