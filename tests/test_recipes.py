@@ -64,7 +64,8 @@ def test_recipe_is_valid_and_free_of_batch_norm(path):
     assert recipe.stages[-1].binarize in (None, "both")
     # the file's name says what is in it
     if path.stem != "reactnet_nobn":
-        assert path.stem == f"{recipe.data.name}_{recipe.model.name}"
+        width = {1.0: "", 0.5: "_half"}[recipe.model.width]
+        assert path.stem == f"{recipe.data.name}_{recipe.model.name}{width}"
         assert recipe.data.root == f"data/{recipe.data.name}"
 
 

@@ -21,7 +21,6 @@ from bnnfree.nn import (
 from bnnfree.optim import make_optimizer, rescale_moments
 from bnnfree.train import dist as processes
 from bnnfree.train import load_checkpoint
-from bnnfree.train.recipes import RecipeError
 
 
 class Mixed(nn.Module):
@@ -296,7 +295,15 @@ def test_settling_free_keeps_its_training_and_what_is_best_has_the_settled_means
     assert other == [key for key in best if key.endswith("input_mean")] != []
 
 
-def test_where_nothing_is_averaged_nothing_settles():
+def unread():
+    pytest.fail("images were read")
+    yield
+
+
+def test_where_nothing_is_averaged_no_image_is_read(monkeypatch):
     for options in (("model.norm=gn",), ("model.centre=false",)):
-        with pytest.raises(RecipeError, match="settle is 40 but model.norm .* has nothing that is averaged"):
-            tiny("settle=40", *options)
+        stage = double_stage(monkeypatch, tiny("settle=40", *options))
+        monkeypatch.setattr(stage.data.train, "train_batches", lambda *_, **__: unread())
+        before = {key: value.clone() for key, value in stage.model.state_dict().items()}
+        with stage.settled():
+            assert_same(dict(stage.model.state_dict()), before)

@@ -145,8 +145,9 @@ def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
     def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         sums[layer] += sum_of_sample_means(args[0])  # type: ignore[index]
 
-    hooks = [layer.register_forward_pre_hook(add) for layer in sums]
-    samples = 0
+    if not norms and not sums:
+        return  # and no batch is read
+    hooks, samples = [layer.register_forward_pre_hook(add) for layer in sums], 0
     with _evaluating(model):
         try:
             for norm in norms:

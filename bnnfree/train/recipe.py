@@ -272,7 +272,7 @@ class Recipe(_Part):
     free: FreeRecipe = FreeRecipe()
     probe: ProbeRecipe = ProbeRecipe()
     settle: int = Field(default=0, ge=0)
-    """images on which running statistics (bn) and input means (free) are measured for each evaluation; 0: never"""
+    """images on which statistics (bn) or input means (free) are measured for each evaluation; other norms have none"""
     accumulate: int = Field(default=1, ge=1)
     """forward passes per optimiser step"""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -296,8 +296,6 @@ class Recipe(_Part):
         centred = bool(layers.get("centre")) if self.model.centre is None else self.model.centre
         if self.free.freeze < 1 and not centred:
             raise _contradiction(f"free.freeze is {self.free.freeze} but no layer is centred (model.norm {norm!r})")
-        if self.settle and norm != "bn" and not centred:
-            raise _contradiction(f"settle is {self.settle} but model.norm {norm!r} has nothing that is averaged so")
         if self.optimizer.gain_decay and not layers.get("gain"):
             raise _contradiction(f"optimizer.gain_decay: layers of model.norm {norm!r} have no gain")
         return self
