@@ -272,7 +272,7 @@ class Recipe(_Part):
     free: FreeRecipe = FreeRecipe()
     probe: ProbeRecipe = ProbeRecipe()
     settle: int = Field(default=0, ge=0)
-    """images on which statistics (bn) or input means (free) are measured for each evaluation; other norms have none"""
+    """images to measure statistics (bn) or input means (free) on, for each evaluation; other norms have none; 0: none"""
     accumulate: int = Field(default=1, ge=1)
     """forward passes per optimiser step"""
     seed: int = Field(default=0, ge=0, lt=2**63)
