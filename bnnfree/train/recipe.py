@@ -272,7 +272,7 @@ class Recipe(_Part):
     free: FreeRecipe = FreeRecipe()
     probe: ProbeRecipe = ProbeRecipe()
     settle: int = Field(default=0, ge=0)
-    """images to measure statistics (bn) or input means (free) on, for each evaluation; other norms have none; 0: none"""
+    """images to measure statistics (bn) or input means (free) on for each evaluation; 0: none; other norms: nothing"""
     accumulate: int = Field(default=1, ge=1)
     """forward passes per optimiser step"""
     seed: int = Field(default=0, ge=0, lt=2**63)
