@@ -1,9 +1,12 @@
 """Constants measured anew within a stage: the function stays, and so does what optimisers and processes agree on."""
 
+import json
+
 import pytest
 import torch
 from helpers import assert_same, double_stage, make_model, metrics_of, noise, tiny, train
 from test_dist import spawn
+from test_tools import tool  # noqa: F401
 from torch import nn
 
 from bnnfree.nn import (
@@ -263,8 +266,7 @@ def test_a_training_that_settles_learns_the_same_and_is_evaluated_otherwise(tmp_
         train(tmp_path / name, "model.norm=bn", *options)
         found.append((load_checkpoint(tmp_path / name / "last.pt")["model"], metrics_of(tmp_path / name)))
     (plain, before), (settled, after) = found
-    for key, value in plain.items():
-        assert torch.equal(value, settled[key]) != ("running" in key or "tracked" in key), key
+    assert_same(dict(plain), dict(settled))
     assert [m["loss"] for m in before] == [m["loss"] for m in after]
     assert [m["val_loss"] for m in before] != [m["val_loss"] for m in after]
 
@@ -293,6 +295,29 @@ def test_settling_free_keeps_its_training_and_what_is_best_has_the_settled_means
     best = load_checkpoint(tmp_path / "settled" / "best.pt")["model"]
     other = [key for key, value in last["settled"].items() if not torch.equal(value, best[key])]
     assert other == [key for key in best if key.endswith("input_mean")] != []
+
+
+@pytest.mark.parametrize("norm", ["bn", "free"])
+def test_evaluate_settles_a_checkpoint_as_training_would_have(norm, tmp_path, tool):  # noqa: F811
+    """last.pt holds what training goes by; without validation images the last epoch is the one that is tested."""
+    tested = train(tmp_path / "settled", "settle=40", "data.val_fraction=0", f"model.norm={norm}")
+    known = ("test_loss", "test_top1", "test_top5")
+    losses = {}
+    for images in (0, 40):
+        written = tmp_path / f"{images}.json"
+        code, _, errors = tool("evaluate", tmp_path / "settled" / "last.pt", "--settle", images, "--json", written)
+        assert code == 0, errors
+        figures = json.loads(written.read_text())
+        losses[images] = [figures[key.removeprefix("test_")] for key in known]
+        assert figures["settle"] == images
+    assert losses[40] == pytest.approx([tested[key] for key in known])
+    assert losses[0][0] != pytest.approx(tested["test_loss"], rel=1e-4)
+
+
+def test_evaluate_settles_no_packed_file(tmp_path, tool):  # noqa: F811
+    for arguments in (("x.bnnf", "--settle", 40), ("runs/x", "--settle", -1)):
+        code, _, errors = tool("evaluate", *arguments)
+        assert code and "--settle" in str(code) + errors and "expected 0 or more" in str(code) + errors
 
 
 def unread():

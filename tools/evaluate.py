@@ -3,6 +3,7 @@
 examples:
   python tools/evaluate.py runs/reactnet_nobn
   python tools/evaluate.py runs/c10/best.pt data.root=FOLDER
+  python tools/evaluate.py runs/c10/last.pt --settle 5120
   python tools/evaluate.py runs/reactnet_nobn --split val --json val.json
   python tools/evaluate.py recipes/reactnet_nobn.yaml
   python tools/evaluate.py model.bnnf
@@ -11,6 +12,10 @@ The network and its data come from the checkpoint's own recipe; overrides may mo
 device). A recipe stands for its last stage's network with random weights, at chance, and overrides may change
 all of it. A packed file (.bnnf) runs in bnnfree.engine on the data of the recipe that it carries. With --json the
 path of the file written is printed last.
+
+--settle measures the statistics of batch norms and the input means of centred layers anew first, on that many
+augmented training images, as the recipe key `settle` does for each evaluation in training. best.pt of a training
+with that key has them already; last.pt has those that training goes by.
 """
 
 import argparse
@@ -28,10 +33,12 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=("test", "val", "train"), default="test")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N")
+    parser.add_argument("--settle", type=int, default=0, metavar="N", help="measure statistics anew on N images first")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     args = parser.parse_intermixed_args()
 
     from bnnfree.errors import BnnfreeError
+    from bnnfree.nn import settle
     from bnnfree.train import evaluate, load_data, open_source
     from bnnfree.train.dist import start
     from bnnfree.train.report import write_json
@@ -39,7 +46,10 @@ def main() -> None:
 
     if args.batch_size < 1:
         raise BnnfreeError(f"--batch-size: got {args.batch_size}, expected a whole number above 0.")
-    if Path(args.source).suffix == ".bnnf":
+    packed = Path(args.source).suffix == ".bnnf"
+    if args.settle < 0 or (packed and args.settle):
+        raise BnnfreeError(f"--settle: got {args.settle}, expected 0 or more, and for a packed file 0: it is settled.")
+    if packed:
         model, recipe, known = open_packed(args.source, args.overrides)
         trained, classes, device = True, known["classes"], "cpu"
     else:
@@ -54,8 +64,13 @@ def main() -> None:
     if split is None:
         raise BnnfreeError("--split val: the recipe holds no validation images out (data.val_fraction is 0).")
     split.mean, split.std = known["mean"], known["std"]  # those it was trained with
-    figures = evaluate(model.to(dist.device), split, dist, args.batch_size, recipe.precision)
-    figures = {"split": args.split, "images": len(split), "trained": trained, **figures}
+    model.to(dist.device)
+    if args.settle:
+        how = {"seed": recipe.seed, "epoch": sum(stage.epochs for stage in recipe.stages), "device": dist.device}
+        settle(model, data.train.train_images(args.settle, recipe.data.batch_size, **how))
+    figures = evaluate(model, split, dist, args.batch_size, recipe.precision)
+    about = {"split": args.split, "images": len(split), "trained": trained, "settle": args.settle}
+    figures = {**about, **figures}
     print(json.dumps(figures, indent=2))
     if args.json:
         write_json(args.json, figures)

@@ -136,9 +136,9 @@ def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
     means of centred layers, which are those of the batches so far. Why: at momentum 0.1 the former are of some ten
     batches, the latter of two, and a network loses up to two points by that (recipes/NOTES.md, sections 4 and 7). All
     else runs as in evaluation, batch renormalisation and its like too, which train with their statistics. Training
-    goes by the input means, but not by the statistics: see `settled`. Shapes: batches of [N, C, H, W].
+    that goes on needs what was before: see `settled`. Shapes: batches of [N, C, H, W].
     """
-    norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    norms = _plain_norms(model)
     momenta = [norm.momentum for norm in norms]
     sums = {layer: torch.zeros_like(layer.input_mean) for _, layer in centred_layers(model)}
 
@@ -167,14 +167,21 @@ def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def settled(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
-    """Within it the model is settled (`settle`); afterwards its input means are as they were, for training to go on."""
-    means = {layer: layer.input_mean.clone() for _, layer in centred_layers(model)}
+    """Within it the model is settled (`settle`); afterwards all is as it was, for training to go on."""
+    buffers = [layer.input_mean for _, layer in centred_layers(model)]
+    buffers += [buffer for norm in _plain_norms(model) for buffer in norm.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
     settle(model, batches)
     try:
         yield
     finally:
-        for layer, mean in means.items():
-            layer.input_mean.copy_(mean)
+        for buffer, old in zip(buffers, kept, strict=True):
+            buffer.copy_(old)
+
+
+def _plain_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """Those that keep statistics and do not train by them."""
+    return [module for module in model.modules() if type(module) is nn.BatchNorm2d]
 
 
 def centred_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:

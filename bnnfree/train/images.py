@@ -12,7 +12,9 @@ Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: da
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,6 +122,11 @@ class Split:
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
         order = self._order(generator)
         yield from self._read(order, self._draw(generator), parts, device)
+
+    def train_images(self, wanted: int, batch_size: int, **epoch: Any) -> Iterator[Tensor]:
+        """The images of an epoch's first batches, as many as hold `wanted` of them; `epoch` as in `train_batches`."""
+        for images, _ in itertools.islice(self.train_batches(batch_size, **epoch), -(-wanted // batch_size)):
+            yield images
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """The order of an epoch: a permutation of the images."""

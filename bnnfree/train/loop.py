@@ -131,9 +131,8 @@ class Stage:
         recipe, size = self.recipe, self.recipe.data.batch_size
         if not recipe.settle:
             return nullcontext()
-        epoch = self.first_epoch + self.epoch
-        batches = self.data.train.train_batches(size, seed=recipe.seed, epoch=epoch, device=self.dist.device)
-        return settled(self.evaluated, (images for images, _ in itertools.islice(batches, -(-recipe.settle // size))))
+        how = {"seed": recipe.seed, "epoch": self.first_epoch + self.epoch, "device": self.dist.device}
+        return settled(self.evaluated, self.data.train.train_images(recipe.settle, size, **how))
 
     def _rescales_before(self, done: int) -> bool:
         """Have the samples of `done` steps of the stage just reached a multiple of `free.recalibrate`?"""
