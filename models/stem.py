@@ -37,7 +37,7 @@ class Trunk(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.tail = design.make_tail(channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, classes)
+        self.head = design.make_head(channels, classes)
         self.believes = first_belief(stem) is not None
         self.fusion: Fusion | None = None  # how blocks are fused in training; see bnnfree.nn.fused
 

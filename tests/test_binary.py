@@ -17,6 +17,7 @@ from bnnfree.nn import (
     SCALES,
     BinaryConv2d,
     BinaryLinear,
+    CentredLinear,
     ScaledStdConv2d,
     calibrate,
     centred_layers,
@@ -276,6 +277,7 @@ CENTRED = {
     "convolution": (lambda **kw: BinaryConv2d(4, 3, 3, padding=1, **kw), (5, 4, 5, 7)),
     "strided": (lambda **kw: BinaryConv2d(4, 6, 1, stride=2, **kw), (4, 4, 5, 3)),
     "linear": (lambda **kw: BinaryLinear(4, 3, **kw), (6, 4)),
+    "real linear": (lambda centre, **kw: CentredLinear(4, 3, **kw), (6, 4)),
 }
 
 
@@ -363,6 +365,29 @@ def test_a_centred_gradient_is_that_of_batch_centring_but_for_the_own_share():
     got = input_gradient(layer, x.detach(), upstream)
     taken = (own.sum(0, keepdim=True) - own) * 4 / (4**2 + SHRINKAGE**2)
     same(got + taken, batch + own.mean(0, keepdim=True), 1e-10)
+
+
+def test_a_centred_linear_layer_is_torchs_on_centred_inputs():
+    """The same start, output, and gradients; what it folds to is one weight and one bias."""
+    torch.manual_seed(5)
+    ours = CentredLinear(7, 3).double()
+    torch.manual_seed(5)
+    theirs = nn.Linear(7, 3).double()
+    same(ours.weight, theirs.weight), same(ours.bias, theirs.bias)
+    x = noise(9, 7, seed=6) + 3
+    calibrate(nn.Sequential(ours), x)
+    same(ours.input_mean, x.mean(0))
+    other, upstream = noise(5, 7, seed=7) + 2, noise(5, 3, seed=8)
+    y, expected = ours(other), theirs(other - x.mean(0))
+    same(y, expected)
+    y.backward(upstream), expected.backward(upstream)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        same(a.grad, b.grad)
+    weight, factor, bias = ours.fold(other)
+    assert factor is None
+    same(other @ weight.T + bias, expected)
+    update_input_means(nn.Sequential(ours), window=5.0)
+    same(ours.input_mean, x.mean(0) + (1 - math.exp(-1)) * (other.mean(0) - x.mean(0)))
 
 
 def test_negative_learned_scale_still_points_downhill():

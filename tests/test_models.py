@@ -10,7 +10,17 @@ from helpers import KINDS_OF_MODELS, noise, without_drop
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, UnknownNameError
-from bnnfree.nn import BINARIZE, NORMS, BinaryBlock, BinaryConv2d, RPReLU, Sign, WeightLayer, calibrate
+from bnnfree.nn import (
+    BINARIZE,
+    NORMS,
+    BinaryBlock,
+    BinaryConv2d,
+    CentredLinear,
+    RPReLU,
+    Sign,
+    WeightLayer,
+    calibrate,
+)
 from models import MODELS
 
 SHAPES = [(norm, binarize) for norm in NORMS for binarize in BINARIZE if binarize == "both" or "free" in norm]
@@ -114,6 +124,17 @@ def test_width_multiplies_the_channels_to_multiples_of_8(name, width, expected):
     assert model.get_classifier() is model.head and model.head.in_features == expected[-1]
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_classifier_of_free_is_centred_and_any_can_be(norm):
+    kinds = [type(make_model("reactnet20", norm=norm, centre_head=asked).head) for asked in (None, True, False)]
+    assert kinds == [CentredLinear if norm == "free" else nn.Linear, CentredLinear, nn.Linear]
+    gradients = [
+        make_model("reactnet20", norm=norm, centre_head=True, centre_gradient=asked).head.gradient_centre is not None
+        for asked in (None, True, False)
+    ]
+    assert gradients == [True, True, False]
+
+
 @pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_activations_are_rprelu_in_react_models_and_relu_in_the_real_one(name):
     model = make_model(name)
@@ -188,7 +209,8 @@ def test_initial_binary_convolutions_of_random_signs_have_unit_variance(name, no
 def test_signs_under_bfloat16_autocast_are_those_of_float32(name, width, norm):
     # xnor: a sign reads whole sums of signs, many of them 0; reactnet: it reads the trunk
     # dropout leaves no signs to the convolution, so it is off; a prior is drawn at random, so it has a seed
-    model = make_model(name, norm=norm, width=width, **without_drop(norm))
+    # a centred classifier stays in float32
+    model = make_model(name, norm=norm, width=width, centre_head=False, **without_drop(norm))
     images = noise(2, 3, 12, 11, seed=6, dtype=torch.float32)
     calibrate(model, images)
     model.train()

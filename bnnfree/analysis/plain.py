@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import BinaryBlock, BinaryConv2d, Clip, RPReLU, RSign, ScaledStdConv2d, Sign
+from bnnfree.nn import BinaryBlock, BinaryConv2d, CentredLinear, Clip, RPReLU, RSign, ScaledStdConv2d, Sign
 from bnnfree.nn.centring import weight_of_each
 from bnnfree.nn.standard import EPS, tap_coverage
 
@@ -203,13 +203,7 @@ class PlainConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.centre == "input" and self.training:
-            with torch.no_grad():
-                self.input_sum += x.mean((2, 3)).sum(0)
-                self.input_count += len(x)
-            if self.centre_gradient and len(x) > 1:
-                own = x.mean((2, 3), keepdim=True)
-                others = (own.sum(0, keepdim=True) - own) * weight_of_each(len(x) - 1)
-                x = x - (others - others.detach())  # x, whose gradient loses that of the others
+            x = _counted(self, x, x.mean((2, 3), keepdim=True))
         weight, factor = self.made_weight()
         y = self.convolve(x, weight)
         if self.centre == "input":
@@ -222,6 +216,37 @@ class PlainConv(nn.Module):
         if self.unit_output:
             y = y / self.output_std.view(1, -1, 1, 1)
         return y if self.bias is None else _shifted(y, self.bias)
+
+
+def _counted(layer: PlainConv | PlainLinear, x: Tensor, own: Tensor) -> Tensor:
+    """x, whose gradient loses that of the other samples where the layer centres it; `own`: each sample's means."""
+    with torch.no_grad():
+        layer.input_sum += own.sum(0).flatten()
+        layer.input_count += len(x)
+    if not layer.centre_gradient or len(x) < 2:
+        return x
+    others = (own.sum(0, keepdim=True) - own) * weight_of_each(len(x) - 1)
+    return x - (others - others.detach())
+
+
+class PlainLinear(nn.Module):
+    """y = W (x - mu) + b, mu the running mean of the inputs."""
+
+    weight: Tensor
+    bias: Tensor
+    input_mean: Tensor
+    input_sum: Tensor
+    input_count: Tensor
+    centre = "input"
+
+    def __init__(self, layer: CentredLinear):
+        super().__init__()
+        _take_over(self, layer)
+        self.centre_gradient = layer.gradient_centre is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _counted(self, x, x) if self.training else x
+        return F.linear(x - self.input_mean, self.weight) + self.bias
 
 
 class PlainBlock(nn.Module):
@@ -256,6 +281,7 @@ PLAIN: dict[type, type] = {
     BinaryConv2d: PlainConv,
     ScaledStdConv2d: PlainConv,
     BinaryBlock: PlainBlock,
+    CentredLinear: PlainLinear,
 }
 
 
@@ -263,7 +289,7 @@ PLAIN: dict[type, type] = {
 def move_input_means(model: nn.Module, window: float = 256.0) -> None:
     """What bnnfree.nn.update_input_means does, for a plain model: mu <- mu + (1 - exp(-n / window)) (mean - mu)."""
     for layer in model.modules():
-        if isinstance(layer, PlainConv) and layer.centre == "input" and layer.input_count > 0:
+        if isinstance(layer, PlainConv | PlainLinear) and layer.centre == "input" and layer.input_count > 0:
             mean = layer.input_sum / layer.input_count
             layer.input_mean += (1 - torch.exp(-layer.input_count / window)) * (mean - layer.input_mean)
             layer.input_sum.zero_()

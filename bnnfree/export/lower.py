@@ -27,6 +27,7 @@ from bnnfree.format import PackedModel
 from bnnfree.nn import (
     BinaryConv2d,
     BinaryLinear,
+    CentredLinear,
     FilterResponseNorm,
     GroupNorm,
     RPReLU,
@@ -331,7 +332,9 @@ _mean_call = _on(_mean, ("dim", "keepdim"), (None, False))
 _softmax_call = _on(_softmax, ("dim",), (None,))
 
 LAYERS: dict[type, Rule] = {
-    **dict.fromkeys((BinaryConv2d, BinaryLinear, ScaledStdConv2d, Int8Layer, nn.Conv2d, nn.Linear), lower_linear),
+    **dict.fromkeys(
+        (BinaryConv2d, BinaryLinear, ScaledStdConv2d, CentredLinear, Int8Layer, nn.Conv2d, nn.Linear), lower_linear
+    ),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), lower_batch_norm),
     **dict.fromkeys((nn.GroupNorm, GroupNorm), lower_group_norm),
     FilterResponseNorm: lower_response_norm,

@@ -37,7 +37,7 @@ from bnnfree.nn.norms import (
 )
 from bnnfree.nn.react import RPReLU, RSign
 from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, sign, sign_of_weight
-from bnnfree.nn.standard import ScaledStdConv2d, WeightLayer, standardize_weight
+from bnnfree.nn.standard import CentredLinear, ScaledStdConv2d, WeightLayer, standardize_weight
 from bnnfree.nn.variance import BETA_MODES, BlockShape, expected_betas
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "BinaryConv2d",
     "BinaryLinear",
     "BlockShape",
+    "CentredLinear",
     "Clip",
     "Design",
     "FilterResponseNorm",

@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.sign import sign_of_weight
-from bnnfree.nn.standard import ConvLayer, WeightLayer
+from bnnfree.nn.standard import ConvLayer, LinearLayer, WeightLayer
 
 SCALES = ("fan_in", "mean_abs", "learned", "none")
 
@@ -113,7 +112,7 @@ class BinaryConv2d(_BinaryWeight, ConvLayer):
         self._init_binary(scale, binary, binary_input, latent_std)
 
 
-class BinaryLinear(_BinaryWeight):
+class BinaryLinear(_BinaryWeight, LinearLayer):
     """A linear layer with 1-bit weights; formulas and options as BinaryConv2d. Shapes: [N, I] -> [N, O]."""
 
     def __init__(
@@ -127,12 +126,5 @@ class BinaryLinear(_BinaryWeight):
         latent_std: float | None = None,
         **options,
     ):
-        super().__init__(torch.empty(out_features, in_features), in_features, **options)
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, **options)
         self._init_binary(scale, binary, binary_input, latent_std)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    def expected_output(self, weight: Tensor, x: Tensor) -> Tensor:
-        return weight @ self.input_mean.to(x.dtype)

@@ -15,7 +15,7 @@ from bnnfree.nn.binary import SCALES, BinaryConv2d
 from bnnfree.nn.norms import NORMS, Belief, Norm, check_norm, make_dropout, make_norm, run_believing
 from bnnfree.nn.react import RPReLU, RSign, channel_medians
 from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, check_ste, per_channel
-from bnnfree.nn.standard import ConvLayer, ScaledStdConv2d
+from bnnfree.nn.standard import CentredLinear, ConvLayer, ScaledStdConv2d
 from bnnfree.nn.variance import BETA_MODES
 
 BINARIZE = {
@@ -40,6 +40,7 @@ class Design:
     centre      taking out the expected mean: of binary convolutions by their inputs' running mean, of real ones by
                 their outputs' at calibration (WeightLayer, centre "input" and "output")
     centre_gradient  taking the other samples' mean out of the gradient of a centred binary convolution's inputs
+    centre_head  taking the running mean out of the classifier's inputs (and of their gradient, with centre_gradient)
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
     ste_parameter, ste_last  width or steepness of the estimator (None: its default), and what it is at the end of
                 training (None: the same), log-linear in between
@@ -55,6 +56,7 @@ class Design:
     standardize: bool | None = None
     centre: bool | None = None
     centre_gradient: bool | None = None
+    centre_head: bool | None = None
     scale: str | None = None
     alpha: float | None = None
     beta: str | None = None
@@ -202,6 +204,12 @@ class Design:
         if self.rule.before:
             return nn.Sequential(conv, *([] if act is None else [act]))
         return nn.Sequential(conv, *self.make_norm(cout, act))
+
+    def make_head(self, channels: int, classes: int) -> nn.Module:
+        """The real linear layer that gives the logits."""
+        if self.rule.centre_head if self.centre_head is None else self.centre_head:
+            return CentredLinear(channels, classes, centre_gradient=self.centre_gradient is not False)
+        return nn.Linear(channels, classes)
 
 
 class Clip(nn.Module):

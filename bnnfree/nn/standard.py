@@ -291,6 +291,36 @@ class ConvLayer(WeightLayer):
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}, pad={self.pad_value}"
 
 
+class LinearLayer(WeightLayer):
+    """The matrix-product form of WeightLayer. Shapes: [N, I] -> [N, O]."""
+
+    def __init__(self, in_features: int, out_features: int, **options):
+        super().__init__(torch.empty(out_features, in_features), in_features, **options)
+        self.in_features, self.out_features = in_features, out_features
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def expected_output(self, weight: Tensor, x: Tensor) -> Tensor:
+        return weight @ self.input_mean.to(x.dtype)
+
+
+class CentredLinear(LinearLayer):
+    """A real linear layer of centred inputs: y = W (x - mu) + b, mu their running mean (WeightLayer, centre "input").
+
+    W and b start as those of nn.Linear do, and -W mu folds into b. Why: what is common to all inputs acts on the output
+    as one more bias does, with a gradient that is larger by the mean and for all weights of a row at once.
+    centre_gradient: see `bnnfree.nn.centring`. Shapes: [N, I] -> [N, O].
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, centre_gradient: bool = True):
+        how = {"standardize": False, "gain": False, "bias": True, "centre": "input"}
+        super().__init__(in_features, out_features, centre_gradient=centre_gradient, **how)
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        assert self.bias is not None
+        nn.init.uniform_(self.bias, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
+
+
 class ScaledStdConv2d(ConvLayer):
     """A real convolution with scaled weight standardisation.
 
