@@ -20,6 +20,7 @@ from bnnfree.nn import (
     BatchRenorm2d,
     BinaryConv2d,
     BinaryLinear,
+    CentredLinear,
     FilterResponseNorm,
     KalmanNorm2d,
     ProxyNorm,
@@ -48,6 +49,8 @@ def disturb(model, seed=0):
                 module.weight.mul_(torch.where(torch.rand(module.weight.shape, generator=generator) < 0.2, -1.0, 1.0))
                 module.running_mean.normal_(0, 0.3, generator=generator)
                 module.running_var.uniform_(0.3, 2, generator=generator)
+            if isinstance(module, CentredLinear):
+                module.input_mean.normal_(0, 0.3, generator=generator)
     return model.eval()
 
 
@@ -135,7 +138,7 @@ def test_every_odd_shape_runs_in_the_engine_as_in_torch(case):
         BinaryLinear(4 * int(np.prod(_out(size, case, padding))), 6, bias=True),
         nn.BatchNorm1d(6),
         nn.PReLU(6),
-        nn.Linear(6, 5),
+        nn.Linear(6, 5) if groups == 1 else CentredLinear(6, 5),
     )
     check(disturb(net), size, case["channels"], images=12)
 

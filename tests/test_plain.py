@@ -49,6 +49,19 @@ def assert_same_function(model, images, labels=LABELS):
             assert (mine - other).abs().max() <= 1e-10 * mine.abs().max(), name
 
 
+@pytest.mark.parametrize("norm, centre_gradient", [("free", None), ("free", False), ("bn", None)])
+def test_so_is_a_network_with_a_centred_classifier(norm, centre_gradient):
+    model = network("reactnet20", norm, centre_head=True, centre_gradient=centre_gradient)
+    images = noise(5, 3, 13, 13)
+    assert_same_function(model, images)
+    other = plain(model)
+    move_input_means(other), update_input_means(model)
+    model(images), other(images)
+    move_input_means(other), update_input_means(model)
+    torch.testing.assert_close(other.head.input_mean, model.head.input_mean, rtol=1e-10, atol=1e-12)
+    assert_same_function(model, images)
+
+
 NAMES = ("reactnet20", "reactnet18", "birealnet18", "xnor_resnet18", "reactnet_a")
 
 

@@ -36,7 +36,8 @@ from models import MODELS
 
 CPU = Dist(0, 1, torch.device("cpu"))
 ALL = ("free.freeze=0.6", "free.recalibrate=3", "optimizer.gain_decay=0.01", "model.start=balanced",
-       "model.ste_parameter=2", "model.ste_last=0.5", "ema.decay=0.9", "accumulate=2", "settle=40")  # fmt: skip
+       "model.centre_head=true", "model.ste_parameter=2", "model.ste_last=0.5",
+       "ema.decay=0.9", "accumulate=2", "settle=40")  # fmt: skip
 
 
 def stage_of(recipe, index=0):
@@ -86,8 +87,12 @@ def test_a_checkpoint_from_before_there_were_these_keys_goes_on(tmp_path):
     state = load_checkpoint(tmp_path / "last.pt")
     whole = copy.deepcopy(state)
     recipe = state["recipe"]
-    for section, *keys in (("free", "freeze", "recalibrate"), ("model", "start", "ste_parameter", "ste_last"),
-                           ("optimizer", "gain_decay")):  # fmt: skip
+    added = {
+        "free": ("freeze", "recalibrate"),
+        "model": ("start", "ste_parameter", "ste_last", "centre_head"),
+        "optimizer": ("gain_decay",),
+    }
+    for section, keys in added.items():
         for key in keys:
             del recipe[section][key]
     save_checkpoint(tmp_path / "last.pt", state)

@@ -1,12 +1,10 @@
 """A run can be cut at any step and goes on to the same bits; what it left is never overwritten."""
 
 import pytest
-import torch
 from helpers import assert_same, cut_at, metrics_of, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
-from bnnfree.train import load_checkpoint, load_model
-from models import MODELS
+from bnnfree.train import load_checkpoint
 
 OPTIONS = ("ema.decay=0.9", "agc.clip=0.02", "accumulate=2", "optimizer.precondition=bnp")
 
@@ -47,19 +45,6 @@ def check_cut(folder, unbroken, monkeypatch, step, options):
             state["recipe"].pop("checkpoint_minutes")
         assert_same(ours, theirs)
     assert metrics_of(folder) == metrics_of(unbroken)
-
-
-def test_a_checkpoint_from_before_centred_heads_is_the_network_that_it_was(tmp_path):
-    """Its recipe has no such key, and by now the normaliser would have a centred one."""
-    train(tmp_path / "r", "model.norm=free", "model.centre_head=false", "stages=[{epochs: 1}]")
-    path = tmp_path / "r" / "best.pt"
-    known, _ = load_model(path, MODELS)
-    state = torch.load(path, weights_only=True)
-    assert state["recipe"]["model"].pop("centre_head") is False
-    torch.save(state, path)
-    model, state = load_model(path, MODELS)
-    assert state["recipe"]["model"]["centre_head"] is False
-    assert_same(dict(model.state_dict()), dict(known.state_dict()))
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

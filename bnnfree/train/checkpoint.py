@@ -81,8 +81,6 @@ def load_checkpoint(path: str | Path, prefer: str = "best.pt") -> dict[str, Any]
         raise CheckpointError(f"checkpoint {path}: not written by bnnfree (it holds {found}).")
     if state["version"] > VERSION:
         raise CheckpointError(f"checkpoint {path}: version {state['version']}, this bnnfree reads up to {VERSION}.")
-    # Why: what was trained before there were centred heads has none, whatever its normaliser has by now
-    state["recipe"].get("model", {}).setdefault("centre_head", False)
     return state
 
 

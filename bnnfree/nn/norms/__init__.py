@@ -52,7 +52,6 @@ class Norm:
 
     binary   options of its binary convolutions (BinaryConv2d)
     real     options of its real convolutions (ScaledStdConv2d)
-    centre_head  the classifier's inputs are centred (CentredLinear)
     alpha    factor of a block's branch, beta its mode of expected variance (bnnfree.nn.variance)
     window   the window of the activations' straight-through estimator (bnnfree.nn.sign)
     layer    channels, **options -> the module after each convolution
@@ -72,7 +71,6 @@ class Norm:
     window: str = "fixed"
     layer: Callable[..., nn.Module] = _nothing
     agc: float | None = None
-    centre_head: bool = False
     before: bool = False
     proxy: bool = False
     relu: Callable[..., nn.Module] | None = None
@@ -97,8 +95,8 @@ NORMS: dict[str, Norm] = {
     ),
     "free": Norm(
         "centred binary convolutions with a constant scale: the bits' running mean is taken out through the weights, "
-        "the others' mean out of the bits' gradient; the classifier's inputs likewise; the output's deviation is a "
-        "constant of calibration passes, which gains make up for",
+        "the others' mean out of the bits' gradient; the output's deviation is a constant of calibration passes, which "
+        "gains make up for",
         binary=_options(
             standardize=True,
             gain=True,
@@ -110,7 +108,6 @@ NORMS: dict[str, Norm] = {
         ),  # fmt: skip
         real=_options(standardize=True, gain=True, bias=True, centre="output", unit_output=True),
         window="sample",
-        centre_head=True,
     ),
     "free_paper": Norm(
         "the published BN-free block: scaled weight standardisation, alpha 0.2, analytic beta, AGC",
