@@ -6,20 +6,83 @@ import copy
 
 import pytest
 import torch
-from helpers import make_model, noise
+from helpers import double_stage, make_model, noise, tiny
 from torch import nn
 
+from bnnfree.errors import BnnfreeError
 from bnnfree.nn import (
     BatchRenorm2d,
     BinaryConv2d,
     Design,
     FilterResponseNorm,
+    GhostBatchNorm2d,
     RSign,
     Sign,
     ThresholdedLinear,
     anneal,
     make_norm,
 )
+
+# -- ghost batches
+
+
+def ghost_and_plain(ghost, momentum=0.3):
+    """Both with the same vectors off their start, in float64."""
+    layers = GhostBatchNorm2d(4, ghost, momentum=momentum).double(), nn.BatchNorm2d(4, momentum=momentum).double()
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(noise(4, seed=1)), layer.bias.copy_(noise(4, seed=2))
+            layer.running_mean.copy_(noise(4, seed=3)), layer.running_var.copy_(noise(4, seed=4).abs())
+    return layers
+
+
+@pytest.mark.parametrize("momentum", [0.3, 1.0, None])
+@pytest.mark.parametrize("images, ghost", [(6, 2), (7, 3), (5, 1), (3, 3), (2, 5), (9, 4)])
+def test_a_ghost_batch_is_batches_one_after_the_other(images, ghost, momentum):
+    """Outputs, gradients and running statistics are those of torch's batch norm, called for each group in turn."""
+    layer, plain = ghost_and_plain(ghost, momentum)
+    for start in (0, 1):  # momentum None: the mean goes on over calls
+        x = noise(images, 4, 3, 5, seed=6 + start).to(memory_format=torch.channels_last)
+        upstream = noise(images, 4, 3, 5, seed=8)
+        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        y, expected = layer(ours), torch.cat([plain(part) for part in theirs.split(ghost)])
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+        y.backward(upstream), expected.backward(upstream)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+    for (name, a), b in zip(layer.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+    layer.eval(), plain.eval()
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-10, atol=1e-10)
+
+
+def test_ghost_statistics_of_low_precision_are_those_of_float32():
+    layer = GhostBatchNorm2d(3, 2)
+    x = (noise(4, 3, 9, 9, seed=10) + 30).bfloat16()
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), GhostBatchNorm2d(3, 2)(x.float()), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(y[:2].float().mean((0, 2, 3)), y[:1].float().mean((0, 2, 3)), atol=1e-3)
+
+
+def test_training_with_ghost_2_is_training_with_accumulated_batches_of_2(monkeypatch):
+    """One epoch of steps of 8 images: in 4 passes, or in one."""
+    common, found = ("model.norm=bn", "schedule.warmup_steps=0"), []
+    for options in (("data.batch_size=2", "accumulate=4"), ("data.batch_size=8", "model.norm_options.ghost=2")):
+        stage = double_stage(monkeypatch, tiny(*common, *options))
+        stage.train_epoch(lambda: None)
+        found.append(stage.model.state_dict())
+    for (name, a), b in zip(found[0].items(), found[1].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("ghost", [-1, 0.5])
+def test_a_ghost_batch_has_whole_images(ghost):
+    with pytest.raises(BnnfreeError, match="ghost"):
+        tiny("model.norm=bn", f"model.norm_options.ghost={ghost}")
+
 
 # -- filter response
 

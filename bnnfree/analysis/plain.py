@@ -17,11 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import BinaryBlock, BinaryConv2d, CentredLinear, Clip, RPReLU, RSign, ScaledStdConv2d, Sign
+from bnnfree.nn import (
+    BinaryBlock,
+    BinaryConv2d,
+    CentredLinear,
+    Clip,
+    GhostBatchNorm2d,
+    RPReLU,
+    RSign,
+    ScaledStdConv2d,
+    Sign,
+)
 from bnnfree.nn.centring import weight_of_each
 from bnnfree.nn.standard import EPS, tap_coverage
 
-KEPT = (nn.Linear, nn.ReLU, nn.Identity, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, Clip)
+KEPT = (nn.Linear, nn.ReLU, nn.Identity, nn.BatchNorm2d, GhostBatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, Clip)
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from bnnfree.export.norms import Affine, freeze_proxies
 from bnnfree.nn import (
     BatchRenorm2d,
     FilterResponseNorm,
+    GhostBatchNorm2d,
     GroupNorm,
     KalmanNorm2d,
     RPReLU,
@@ -35,7 +36,7 @@ from bnnfree.nn.block import Clip
 PASSING = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")  # in eval mode: nothing
 
 
-NORM_LAYERS = (BatchRenorm2d, KalmanNorm2d, GroupNorm, FilterResponseNorm)
+NORM_LAYERS = (BatchRenorm2d, GhostBatchNorm2d, KalmanNorm2d, GroupNorm, FilterResponseNorm)
 OURS = (WeightLayer, Sign, RPReLU, Clip, *NORM_LAYERS, ThresholdedLinear, Affine)
 
 

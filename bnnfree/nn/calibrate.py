@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnnfree.errors import BnnfreeError
+from bnnfree.nn.norms import GhostBatchNorm2d
 from bnnfree.nn.standard import WeightLayer, sum_of_sample_means
 
 
@@ -181,7 +182,8 @@ def settled(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
 
 def _plain_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     """Those that keep statistics and do not train by them."""
-    return [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    kinds = (nn.BatchNorm2d, GhostBatchNorm2d)
+    return [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) and type(norm) in kinds]
 
 
 def centred_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:

@@ -57,7 +57,7 @@ class ModelRecipe(_Part):
         default="free", description=f"what stands in for batch normalisation: {' | '.join(NORMS)}"
     )
     norm_options: dict[str, bool | int | float | None] = {}
-    """of that norm: eps; batch norms momentum; brn rmax, dmax; *gn* groups; frn tlu, tau; ic* drop; kn prior"""
+    """of that norm: eps; bn* momentum; bn ghost; brn rmax, dmax; *gn* groups; frn tlu, tau; ic* drop; kn prior"""
     width: float = Field(default=1.0, gt=0)
     """multiplier of every layer's channels"""
     binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]

@@ -26,7 +26,7 @@ from torch import nn
 
 from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.norms import batch, group, independent, kalman, response
-from bnnfree.nn.norms.batch import BatchRenorm2d
+from bnnfree.nn.norms.batch import BatchRenorm2d, GhostBatchNorm2d
 from bnnfree.nn.norms.gaussian import gaussian_moments
 from bnnfree.nn.norms.group import GroupNorm
 from bnnfree.nn.norms.independent import make_dropout
@@ -185,6 +185,7 @@ def check_norm(name: str, options: Mapping[str, Any]) -> None:
 __all__ = [
     "NORMS",
     "BatchRenorm2d",
+    "GhostBatchNorm2d",
     "Belief",
     "FilterResponseNorm",
     "GroupNorm",

@@ -1,4 +1,4 @@
-"""Batch normalisation and batch renormalisation. Imports torch and bnnfree only.
+"""Batch normalisation, of ghost batches too, and batch renormalisation. Imports torch and bnnfree only.
 
 Ref: Ioffe & Szegedy 2015; Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence ...".
 """
@@ -15,9 +15,12 @@ PLAIN = 0.03  # share of training that is plain batch normalisation; then r's an
 R_GROWN, D_GROWN = 0.25, 0.15
 
 
-def batch_norm(channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> nn.Module:
-    """torch's BatchNorm2d."""
-    return nn.BatchNorm2d(channels, eps=positive_eps(eps), momentum=within("momentum", momentum, low=0, high=1))
+def batch_norm(channels: int, *, eps: float = 1e-5, momentum: float = 0.1, ghost: int = 0) -> nn.Module:
+    """torch's BatchNorm2d; with `ghost` a GhostBatchNorm2d of groups of so many images."""
+    eps, momentum = positive_eps(eps), within("momentum", momentum, low=0, high=1)
+    if ghost:
+        return GhostBatchNorm2d(channels, ghost, eps=eps, momentum=momentum)
+    return nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
 
 
 def batch_renorm(
@@ -25,6 +28,59 @@ def batch_renorm(
 ) -> nn.Module:
     """BatchRenorm2d."""
     return BatchRenorm2d(channels, rmax=rmax, dmax=dmax, eps=eps, momentum=momentum)
+
+
+class GhostBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of each `ghost` images in a row, as if they were a batch of their own.
+
+    training  y = gamma (x - mu_G) / sqrt(var_G + eps) + beta    of the group G that x is in, gradients through both
+    inference batch normalisation with the running statistics, which the groups move one after the other
+
+    A batch of 128 with ghost 2 trains as 64 accumulated batches of 2 do, in one pass. Where the batch is no multiple,
+    the last group has what is left. Shapes: [N, C, H, W] -> the same.
+    Ref: Hoffer et al. 2017, "Train longer, generalize better".
+    """
+
+    def __init__(self, channels: int, ghost: int, *, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__(channels, eps=eps, momentum=momentum)
+        self.ghost = int(within("ghost", ghost, low=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        whole, places = len(x) // self.ghost * self.ghost, x.permute(0, 2, 3, 1)
+        parts = [places[:whole].unflatten(0, (-1, self.ghost))] if whole else []
+        parts += [places[whole:][None]] if whole < len(x) else []
+        normalised, means, variances = zip(*(self._groups(part) for part in parts), strict=True)
+        self._move(torch.cat(means), torch.cat(variances))
+        outputs = [y.flatten(0, 1) for y in normalised]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).permute(0, 3, 1, 2)
+
+    def _groups(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, mean, unbiased variance) of groups. Shapes: [G, n, H, W, C] -> the same, [G, C], [G, C]."""
+        real = x.float() if x.dtype in _LOW else x
+        var, mean = torch.var_mean(real, dim=(1, 2, 3), correction=0, keepdim=True)
+        factor = self.weight * (var + self.eps).rsqrt()
+        y = torch.addcmul(self.bias - mean * factor, real, factor)
+        count = x[0, ..., 0].numel()
+        unbiased = var.detach() * (count / max(count - 1, 1))
+        return y.to(x.dtype), mean.detach().flatten(1), unbiased.flatten(1)
+
+    @torch.no_grad()
+    def _move(self, means: Tensor, variances: Tensor) -> None:
+        """The running statistics after each group in turn; momentum None: the plain mean of all so far."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        ages = torch.arange(len(means) - 1, -1, -1, device=means.device).to(self.running_mean.dtype)
+        self.num_batches_tracked.add_(len(means))
+        if self.momentum is None:
+            share = torch.ones_like(ages) / self.num_batches_tracked
+        else:
+            share = self.momentum * (1 - self.momentum) ** ages
+        for running, found in ((self.running_mean, means), (self.running_var, variances)):
+            running.mul_(1 - share.sum()).add_(share @ found.to(running.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ghost={self.ghost}"
 
 
 class BatchRenorm2d(nn.BatchNorm2d):
