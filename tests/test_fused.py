@@ -257,10 +257,11 @@ NORMED = [
 ]  # these leave zeros, whose signs are rounding's
 
 
-@pytest.mark.parametrize(("name", "norm"), NORMED)
+@pytest.mark.parametrize(("name", "norm"), [*NORMED, ("reactnet20", "bn of 3")])
 def test_normalisers_stand_between_fused_convolutions(passes, name, norm):
     """Their running statistics too; on 1x1 maps (reactnet_a) instances have no gradient."""
-    model, images, labels = double(name, norm, side=40 if name == "reactnet_a" else 11, alpha=0.7)
+    options = {"norm_options": {"ghost": 3}} if "of" in norm else {}
+    model, images, labels = double(name, norm.split()[0], side=40 if name == "reactnet_a" else 11, alpha=0.7, **options)
     other = copy.deepcopy(model)
     other.fusion = Fusion(passes)
     assert all(unfusible(block) is None for block in other.blocks)

@@ -13,6 +13,7 @@ from bnnfree.nn import (
     BatchRenorm2d,
     BinaryConv2d,
     BinaryLinear,
+    GhostBatchNorm2d,
     RSign,
     WeightLayer,
     calibrate,
@@ -253,6 +254,11 @@ def test_settled_statistics_are_the_plain_mean_over_batches_and_nothing_else_mov
     batches = [noise(n, 3, 5, 4, seed=n) for n in (3, 7)]
     settle(model, batches)
     outputs = [model[0](images) for images in batches]
+    ghost = nn.Sequential(model[0], GhostBatchNorm2d(4, 2)).double()
+    settle(ghost, batches)
+    groups = [group for y in outputs for group in y.split(2)]
+    assert ghost[1].num_batches_tracked == 6 and ghost[1].momentum == 0.1
+    torch.testing.assert_close(ghost[1].running_var, sum(y.var((0, 2, 3)) for y in groups) / 6)
     torch.testing.assert_close(model[1].running_mean, sum(y.mean((0, 2, 3)) for y in outputs) / 2)
     torch.testing.assert_close(model[1].running_var, sum(y.var((0, 2, 3)) for y in outputs) / 2)
     assert model[1].momentum == 0.3 and not model.training
