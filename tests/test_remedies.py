@@ -30,7 +30,7 @@ from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import build_model, save_checkpoint
 from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
-from bnnfree.train.loop import Stage
+from bnnfree.train.loop import Stage, TrainingError
 from bnnfree.train.recipes import RecipeError
 from models import MODELS
 
@@ -125,6 +125,9 @@ def test_a_value_out_of_range_is_refused(override, said):
         (("free.freeze=0.5", "free.track=false"), "free.track is false"),
         (("free.freeze=0.5", "model.norm=bn"), "no layer is centred"),
         (("free.freeze=0.5", "model.centre=false"), "no layer is centred"),
+        (("free.gather=true", "model.norm=bn"), "takes centred layers"),
+        (("free.gather=true", "free.reference=0"), "free.reference above 0"),
+        (("free.gather=true", "optimizer.precondition=bnp"), "no optimizer.precondition"),
         (("optimizer.gain_decay=0.1", "model.norm=gn"), "have no gain"),
         (("model.ste_parameter=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_last=0.5", "model.ste=ede"), "rule of its own"),
@@ -137,6 +140,12 @@ def test_what_would_do_nothing_is_a_contradiction(overrides, said):
         tiny(*overrides)
     assert "\n" not in str(caught.value)
     tiny(*overrides[1:])
+
+
+def test_gathering_is_for_one_process():
+    recipe = tiny("free.gather=true")
+    with pytest.raises(TrainingError, match="2 processes"):
+        Stage(recipe, 0, nn.Identity(), load_data(recipe.data), Dist(0, 2, torch.device("cpu")))
 
 
 # -- freezing of input means

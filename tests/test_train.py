@@ -71,13 +71,17 @@ def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, no
     small = double_stage(monkeypatch, tiny(*common, "agc.clip=0.02", "data.batch_size=8", "accumulate=4"))
     other = ("data.batch_size=4", "accumulate=8") if centred else ("data.batch_size=32",)
     large = double_stage(monkeypatch, tiny(*common, "agc.clip=0.02", *other))
-    assert small.gathers == large.gathers == centred
-    assert small.steps == large.steps
-    for stage in (small, large):
+    stages = [small, large]
+    if centred:  # and one pass that gathers
+        whole = tiny(*common, "agc.clip=0.02", "data.batch_size=32", "free.gather=true")
+        stages.append(double_stage(monkeypatch, whole))
+    assert all(stage.gathers == centred and stage.steps == small.steps for stage in stages)
+    for stage in stages:
         stage.train_epoch(lambda: None)
-    a, b = small.model.state_dict(), large.model.state_dict()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+    found = small.model.state_dict()
+    for stage in stages[1:]:
+        for key, value in stage.model.state_dict().items():
+            torch.testing.assert_close(value, found[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("norm", ["bn", "free"])  # free: its gradient is centred by a micro-batch

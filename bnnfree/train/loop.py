@@ -67,6 +67,8 @@ class Stage:
 
     def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None):
         self.recipe, self.index, self.data, self.dist, self.teacher = recipe, index, data, dist, teacher
+        if recipe.free.gather and dist.world > 1:
+            raise TrainingError(f"free.gather: got true for {dist.world} processes, expected false: it is for one.")
         self.epoch, self.step = 0, 0
         self.epochs = recipe.stages[index].epochs
         self.first_epoch = sum(stage.epochs for stage in recipe.stages[:index])
@@ -82,8 +84,8 @@ class Stage:
         if recipe.optimizer.precondition == "bnp":
             self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
         self.shared = Shared() if recipe.accumulate > 1 else None
-        small = recipe.accumulate > 1 and recipe.data.batch_size < recipe.free.reference
-        self.gathers = small and dist.world == 1 and self.precondition is None and gather_gradients(self.model)
+        wanted = recipe.free.gather or (recipe.accumulate > 1 and recipe.data.batch_size < recipe.free.reference)
+        self.gathers = wanted and dist.world == 1 and self.precondition is None and gather_gradients(self.model)
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
         self.clip_rate = ClipRate()

@@ -249,6 +249,8 @@ class FreeRecipe(_Part):
     """training samples after which constant deviations are measured anew, and gains make up for it; 0: never"""
     reference: int = Field(default=32, ge=0)
     """centre_gradient: smaller passes of an accumulated step leave it to one of so many of its images; 0: never"""
+    gather: bool = False
+    """every pass leaves it to that one: a large batch learns what as many accumulated small ones do"""
 
 
 class ProbeRecipe(_Part):
@@ -298,6 +300,10 @@ class Recipe(_Part):
         centred = bool(layers.get("centre")) if self.model.centre is None else self.model.centre
         if self.free.freeze < 1 and not centred:
             raise _contradiction(f"free.freeze is {self.free.freeze} but no layer is centred (model.norm {norm!r})")
+        if self.free.gather and (not centred or not self.free.reference or self.optimizer.precondition is not None):
+            raise _contradiction(
+                "free.gather is true, which takes centred layers, free.reference above 0 and no optimizer.precondition"
+            )
         if self.optimizer.gain_decay and not layers.get("gain"):
             raise _contradiction(f"optimizer.gain_decay: layers of model.norm {norm!r} have no gain")
         return self
