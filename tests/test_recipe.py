@@ -110,7 +110,7 @@ def test_norm_options_reach_the_recipe_from_the_command_line_one_by_one():
     ("overrides", "expected"),
     [
         (("model.norm=gn", "model.norm_options.grups=4"), "'gn': got 'grups', expected one of groups, eps. Did you"),
-        (("model.norm=bn", "model.norm_options.groups=4"), "'bn': got 'groups', expected one of eps, momentum."),
+        (("model.norm=bn", "model.norm_options.groups=4"), "'bn': got 'groups', expected one of eps, momentum, ghost."),
         (("model.norm_options.eps=1",), "'free': got option 'eps', expected none: this norm has no options."),
         (("model.norm=gn", "model.norm_options.groups=-1"), "groups: got -1 for 16 channels"),
         (("model.norm=gn", "model.norm_options.groups=true"), "groups: got True (bool), expected int or null."),
