@@ -21,6 +21,7 @@ from bnnfree.export.build import Builder, Value
 from bnnfree.export.convolve import lower_linear
 from bnnfree.export.errors import ExportError
 from bnnfree.export.norms import Affine, lower_affine, lower_batch_norm, lower_group_norm, lower_response_norm
+from bnnfree.export.pool import lower_adaptive, lower_average, lower_avg_pool, lower_max_pool, lower_pool
 from bnnfree.export.quantize import Int8Layer
 from bnnfree.export.trace import PASSING, Traced, constant, is_ours, is_passing, path_of
 from bnnfree.format import PackedModel
@@ -37,7 +38,6 @@ from bnnfree.nn import (
     ThresholdedLinear,
 )
 from bnnfree.nn.block import Clip
-from bnnfree.ops import Window, pool_output
 
 Rule = Callable[..., Any]
 
@@ -178,54 +178,7 @@ def _softmax(low: Lowering, node: fx.Node, x: Value, dim: int | None) -> Value:
     return low.builder.emit("softmax", x, x.shape)
 
 
-# -- pooling and joining
-
-
-def _pool(low: Lowering, node: fx.Node, x: Value, name: str, kernel, stride, padding, dilation, ceil_mode) -> Value:
-    pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in (kernel, stride or kernel, padding, dilation)]
-    window = Window(*pairs)
-    low_builder = low.builder
-    x = low_builder.as_tensor(x)
-    if name == "max_pool2d" and (x.signed or not np.all(x.scale > 0)):
-        x = low_builder.settle(x)
-    names = ("kernel", "stride", "padding", "dilation")
-    fields = {f"{n}_{axis}": pair[i] for n, pair in zip(names, pairs, strict=True) for i, axis in enumerate("hw")}
-    rows, columns = pool_output(window, *x.shape[:2], bool(ceil_mode))
-    if (rows, columns) != low.shape(node)[:2]:
-        raise low.refuse(node, f"gives {low.shape(node)[:2]}, the engine's pooling {(rows, columns)}", "")
-    return low_builder.emit(name, x, (rows, columns, x.shape[2]), ceil=int(bool(ceil_mode)), **fields).like(x)
-
-
-def _max_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.MaxPool2d) -> Value:
-    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
-    return _pool(low, node, x, "max_pool2d", *shape)
-
-
-def _avg_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.AvgPool2d) -> Value:
-    rest = (layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
-    return _average(low, node, x, layer.kernel_size, layer.stride, layer.padding, *rest)
-
-
-def _average(low, node, x, kernel, stride=None, padding=0, ceil=False, include_pad=True, divisor=None) -> Value:
-    padded = padding if isinstance(padding, int) else max(padding)
-    if (padded and include_pad) or divisor:
-        raise low.refuse(
-            node, "divides by more than the values inside the image", "Use count_include_pad=False, no divisor."
-        )
-    return _pool(low, node, x, "avg_pool2d", kernel, stride, padding, 1, ceil)
-
-
-def _adaptive(name: str) -> Rule:
-    def rule(low: Lowering, node: fx.Node, x: Value, layer: Any) -> Value:
-        rows, columns, _ = low.shape(node)
-        if x.shape[0] % rows or x.shape[1] % columns:
-            raise low.refuse(
-                node, f"maps {x.shape[:2]} to {(rows, columns)}, whose windows differ in size", "Use sizes that divide."
-            )
-        kernel = (x.shape[0] // rows, x.shape[1] // columns)
-        return _pool(low, node, x, name, kernel, kernel, 0, 1, False)
-
-    return rule
+# -- joining
 
 
 def _concat(low: Lowering, node: fx.Node) -> Value:
@@ -307,7 +260,7 @@ def _on(function: Callable[..., Any], names: tuple[str, ...] = (), defaults: tup
 def _mean(low: Lowering, node: fx.Node, x: Value, dim: Any, keepdim: Any) -> Value:
     if dim is None or sorted(d % 4 for d in (dim if isinstance(dim, (list, tuple)) else [dim])) != [2, 3]:
         raise low.refuse(node, f"averages over dimensions {dim}", "Over rows and columns: mean((2, 3)).")
-    return _pool(low, node, x, "avg_pool2d", x.shape[:2], x.shape[:2], 0, 1, False)
+    return lower_pool(low, node, x, "avg_pool2d", x.shape[:2], x.shape[:2], 0, 1, False)
 
 
 def _maximum(low: Lowering, node: fx.Node) -> Value:
@@ -348,10 +301,10 @@ LAYERS: dict[type, Rule] = {
     nn.ReLU: lambda low, node, x, layer: _clamp(low, x, 0.0, None),
     nn.ReLU6: lambda low, node, x, layer: _clamp(low, x, 0.0, 6.0),
     nn.Hardtanh: lambda low, node, x, layer: _clamp(low, x, layer.min_val, layer.max_val),
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: _adaptive("avg_pool2d"),
-    nn.AdaptiveMaxPool2d: _adaptive("max_pool2d"),
+    nn.MaxPool2d: lower_max_pool,
+    nn.AvgPool2d: lower_avg_pool,
+    nn.AdaptiveAvgPool2d: lower_adaptive("avg_pool2d"),
+    nn.AdaptiveMaxPool2d: lower_adaptive("max_pool2d"),
     nn.Softmax: lambda low, node, x, layer: _softmax(low, node, x, layer.dim),
     nn.Flatten: _flatten,
     **{getattr(nn, name): lambda low, node, x, layer: x for name in PASSING},
@@ -374,17 +327,17 @@ FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((torch.flatten, torch.reshape), _flatten_call),
     **dict.fromkeys((F.dropout, F.dropout2d), _on(lambda low, node, x, *_: x)),
     F.max_pool2d: _on(
-        lambda low, node, x, k, s, p, d, ceil, _: _pool(low, node, x, "max_pool2d", k, s, p, d, ceil),
+        lambda low, node, x, k, s, p, d, ceil, _: lower_pool(low, node, x, "max_pool2d", k, s, p, d, ceil),
         (*_POOL, "dilation", "ceil_mode", "return_indices"),
         (None, None, 0, 1, False, False),
     ),
     F.avg_pool2d: _on(
-        _average,
+        lower_average,
         (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"),
         (None, None, 0, False, True, None),
     ),
-    F.adaptive_avg_pool2d: _on(_adaptive("avg_pool2d"), ("output_size",), (None,)),
-    F.adaptive_max_pool2d: _on(_adaptive("max_pool2d"), ("output_size",), (None,)),
+    F.adaptive_avg_pool2d: _on(lower_adaptive("avg_pool2d"), ("output_size",), (None,)),
+    F.adaptive_max_pool2d: _on(lower_adaptive("max_pool2d"), ("output_size",), (None,)),
     torch.mean: _mean_call,
     **dict.fromkeys((torch.cat, torch.concat), _concat),
     **dict.fromkeys((F.softmax, torch.softmax), _softmax_call),

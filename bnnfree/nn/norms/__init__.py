@@ -185,9 +185,9 @@ def check_norm(name: str, options: Mapping[str, Any]) -> None:
 __all__ = [
     "NORMS",
     "BatchRenorm2d",
-    "GhostBatchNorm2d",
     "Belief",
     "FilterResponseNorm",
+    "GhostBatchNorm2d",
     "GroupNorm",
     "KalmanNorm2d",
     "Norm",

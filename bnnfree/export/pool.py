@@ -1,0 +1,67 @@
+"""How pooling becomes ops: maxima and averages over windows. Imports numpy, torch, bnnfree.ops and its own room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx, nn
+
+from bnnfree.export.build import Value
+from bnnfree.ops import Window, pool_output
+
+if TYPE_CHECKING:
+    from bnnfree.export.lower import Lowering
+
+
+def lower_pool(
+    low: Lowering, node: fx.Node, x: Value, name: str, kernel, stride, padding, dilation, ceil_mode
+) -> Value:
+    """The op `name` (max_pool2d or avg_pool2d) of such windows; numbers or pairs of them."""
+    pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in (kernel, stride or kernel, padding, dilation)]
+    window, build = Window(*pairs), low.builder
+    x = build.as_tensor(x)
+    if name == "max_pool2d" and (x.signed or not np.all(x.scale > 0)):
+        x = build.settle(x)
+    names = ("kernel", "stride", "padding", "dilation")
+    fields = {f"{n}_{axis}": pair[i] for n, pair in zip(names, pairs, strict=True) for i, axis in enumerate("hw")}
+    rows, columns = pool_output(window, *x.shape[:2], bool(ceil_mode))
+    if (rows, columns) != low.shape(node)[:2]:
+        raise low.refuse(node, f"gives {low.shape(node)[:2]}, the engine's pooling {(rows, columns)}", "")
+    return build.emit(name, x, (rows, columns, x.shape[2]), ceil=int(bool(ceil_mode)), **fields).like(x)
+
+
+def lower_max_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.MaxPool2d) -> Value:
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+    return lower_pool(low, node, x, "max_pool2d", *shape)
+
+
+def lower_avg_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.AvgPool2d) -> Value:
+    rest = (layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
+    return lower_average(low, node, x, layer.kernel_size, layer.stride, layer.padding, *rest)
+
+
+def lower_average(low, node, x, kernel, stride=None, padding=0, ceil=False, include_pad=True, divisor=None) -> Value:
+    """An average over windows, where it divides by what is inside the image."""
+    padded = padding if isinstance(padding, int) else max(padding)
+    if (padded and include_pad) or divisor:
+        raise low.refuse(
+            node, "divides by more than the values inside the image", "Use count_include_pad=False, no divisor."
+        )
+    return lower_pool(low, node, x, "avg_pool2d", kernel, stride, padding, 1, ceil)
+
+
+def lower_adaptive(name: str) -> Callable[..., Any]:
+    """A rule for pooling to a size, where all windows are of one size."""
+
+    def rule(low: Lowering, node: fx.Node, x: Value, layer: Any) -> Value:
+        rows, columns, _ = low.shape(node)
+        if x.shape[0] % rows or x.shape[1] % columns:
+            raise low.refuse(
+                node, f"maps {x.shape[:2]} to {(rows, columns)}, whose windows differ in size", "Use sizes that divide."
+            )
+        kernel = (x.shape[0] // rows, x.shape[1] // columns)
+        return lower_pool(low, node, x, name, kernel, kernel, 0, 1, False)
+
+    return rule
