@@ -14,6 +14,8 @@ from helpers import ROOT, TINY, assert_same, metrics_of
 
 from bnnfree.train import load_checkpoint
 
+pytestmark = pytest.mark.slow  # a torchrun takes a quarter of a minute: python -m pytest -m slow tests/test_elastic.py
+
 STAGES = [{"name": "activations", "binarize": "activations", "epochs": 1}, {"name": "both", "epochs": 2}]
 DATA = {**TINY["data"], "samples": 210, "batch_size": 15}  # 189 images: 8 and 7 of a batch, 5 and 4 of the last
 RECIPE = {**TINY, "data": DATA, "stages": STAGES, "checkpoint_minutes": 0.002}
@@ -113,14 +115,12 @@ def test_workers_killed_one_after_the_other_end_with_the_same_bits(tmp_path, rec
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.slow  # python -m pytest -m slow tests/test_elastic.py
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_killed_again_and_again_ends_with_the_same_bits(tmp_path, recipe, whole, rank):
     survive(recipe, tmp_path / "run", [(rank, 0), (rank, 1), (rank, 3)])
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.slow  # python -m pytest -m slow tests/test_elastic.py
 def test_a_job_killed_as_a_whole_is_refused_and_goes_on_with_resume(tmp_path, recipe, whole):
     folder = tmp_path / "run"
     agent, _ = start(recipe, folder)

@@ -8,7 +8,9 @@ import time
 import yaml
 from helpers import ROOT, TINY, assert_same, metrics_of
 
-from bnnfree.train import load_checkpoint
+from bnnfree.train import fit, load_checkpoint
+from bnnfree.train.recipes import load_recipe
+from models import MODELS
 
 STAGES = [{"name": "activations", "binarize": "activations", "epochs": 2}, {"name": "both", "epochs": 2}]
 RECIPE = {**TINY, "data": {**TINY["data"], "samples": 320}, "stages": STAGES, "checkpoint_minutes": 0.002}
@@ -31,13 +33,14 @@ def kill_in_epoch(command, folder, epoch):
 def test_a_run_killed_in_both_stages_resumes_to_the_same_bits(tmp_path):
     path, whole, cut = tmp_path / "tiny.yaml", tmp_path / "whole", tmp_path / "cut"
     path.write_text(yaml.safe_dump(RECIPE))
+    recipe = load_recipe(path, models=MODELS)
+    fit(recipe, MODELS, whole, quiet=True, curves=False)
     train = [sys.executable, "tools/train.py", str(path), "--out"]
-    subprocess.run([*train, str(whole)], cwd=ROOT, check=True, capture_output=True)
     kill_in_epoch([*train, str(cut)], cut, 2)
     assert load_checkpoint(cut / "last.pt")["stage"] == 0
     kill_in_epoch([*train, str(cut), "--resume"], cut, 4)
     assert load_checkpoint(cut / "last.pt")["stage"] == 1 and not (cut / "result.json").exists()
-    subprocess.run([*train, str(cut), "--resume"], cwd=ROOT, check=True, capture_output=True)
+    fit(recipe, MODELS, cut, resume=True, quiet=True, curves=False)
     for name in ("last.pt", "best.pt"):
         assert_same(load_checkpoint(cut / name), load_checkpoint(whole / name))
     assert metrics_of(cut) == metrics_of(whole)

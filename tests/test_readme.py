@@ -65,6 +65,8 @@ def test_every_tool_command_runs(tool, tmp_path, images, monkeypatch):  # noqa: 
                 arguments += ["data.val_fraction=0.9", "data.batch_size=128"]
             out = [] if "--out" in line else ["--out", "runs/reactnet_nobn" if "nobn" in line else f"runs/{len(line)}"]
             arguments += [*SHRUNK, *out]
+        if name == "sweep":
+            arguments += ["grid.norm={bn: {model.norm: bn}}", "grid.data.batch_size=[4]", "seeds=2"]
         code, _, errors = tool(name, *arguments)
         assert code == 0, f"{line}: {errors}"
 

@@ -1,12 +1,11 @@
 """Properties of bnnfree.analysis.signals and of tools/probe.py."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers import KINDS_OF_MODELS, ROOT, make_model, noise
+from test_tools import tool  # noqa: F401
 from torch import nn
 
 from bnnfree.analysis.signals import SHARES, by_depth, split_power, trace_signals
@@ -85,29 +84,24 @@ def test_what_cannot_be_compared_is_an_error_with_the_reason():
         trace_signals(nn.Linear(3, 3), torch.zeros(4, 3))
 
 
-def probe(*args):
-    command = [sys.executable, "tools/probe.py", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 FAKE = ["data.name=fake", "data.image_size=9", "data.samples=40", "data.augment=[]", "data.download=false"]
 
 
-def test_the_tool_shows_random_networks_and_the_points_of_a_sweep(tmp_path):
+def test_the_tool_shows_random_networks_and_the_points_of_a_sweep(tool, tmp_path):  # noqa: F811
     sweep = tmp_path / "tiny.yaml"
     recipe = ROOT / "recipes" / "cifar10_reactnet20.yaml"
     sweep.write_text(f"recipe: {recipe}\ngrid: {{model.norm: [ln, bn]}}\nseeds: 2\n", encoding="utf-8")
     small = [*FAKE, "model.width=0.5", "stages.0.epochs=1", "data.batch_size=18"]
-    command = [sys.executable, "tools/sweep.py", str(sweep), *small, "--out", str(tmp_path / "runs")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    done = probe(str(tmp_path / "runs"), str(recipe), *small, "--images", "8", "--out", str(tmp_path / "probe"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "probe")
+    code, _, errors = tool("sweep", sweep, *small, "--out", tmp_path / "runs")
+    assert code == 0, errors
+    code, printed, errors = tool("probe", tmp_path / "runs", recipe, *small, "--images", 8, "--out", tmp_path / "probe")
+    assert code == 0, errors
+    assert printed.splitlines()[-1] == str(tmp_path / "probe")
     found = json.loads((tmp_path / "probe" / "probe.json").read_text())
     assert {name: len(runs) for name, runs in found.items()} == {"runs: ln": 2, "runs: bn": 2, str(recipe): 1}
     signals = [run["signals"] for runs in found.values() for run in runs]
     assert all(len(run) == 18 and {s["type"] for s in run} == {"RSign"} for run in signals)
-    assert "±" in done.stdout and (tmp_path / "probe" / "signals.png").stat().st_size > 1000
+    assert "±" in printed and (tmp_path / "probe" / "signals.png").stat().st_size > 1000
     assert "runs: ln" in (tmp_path / "probe" / "probe.md").read_text()
 
 
@@ -118,6 +112,6 @@ def test_the_tool_shows_random_networks_and_the_points_of_a_sweep(tmp_path):
         (["model.norm=bn"], "expected a SOURCE"),
     ],
 )
-def test_mistakes_are_one_message_and_exit_code_2(args, message):
-    done = probe(*args)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_are_one_message_and_exit_code_2(tool, args, message):  # noqa: F811
+    code, _, errors = tool("probe", *args)
+    assert code == 2 and message in errors and "Traceback" not in errors

@@ -318,18 +318,23 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def roofline(device: torch.device) -> dict[str, float]:
-    """copy_bytes_per_second (read and written, a large copy), matmul_flops_per_second (bfloat16, a large product).
+    """copy_bytes_per_second (read and written, a large copy), matmul_flops_per_second (a large product, bfloat16 or,
+    where that is faster, as on a CPU that only emulates bfloat16, float32).
 
     The best of five, on as many threads as torch has.
     """
     cuda = device.type == "cuda"
     source = torch.empty((1 << 28) if cuda else (1 << 24), device=device).fill_(1.0)
     target = torch.empty_like(source)
-    side = 8192 if cuda else 1024
-    square = torch.ones(side, side, dtype=torch.bfloat16, device=device)
+
+    def product(dtype: torch.dtype, side: int) -> float:
+        square = torch.ones(side, side, dtype=dtype, device=device)
+        return 2 * side**3 / _best(lambda: square @ square, device)
+
+    dtypes = (torch.bfloat16,) if cuda else (torch.bfloat16, torch.float32)
     return {
         "copy_bytes_per_second": 2 * source.nbytes / _best(lambda: target.copy_(source), device),
-        "matmul_flops_per_second": 2 * side**3 / _best(lambda: square @ square, device),
+        "matmul_flops_per_second": product(max(dtypes, key=lambda dtype: product(dtype, 256)), 8192 if cuda else 1024),
     }
 
 
