@@ -125,8 +125,9 @@ def test_width_multiplies_the_channels_to_multiples_of_8(name, width, expected):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_any_network_can_have_a_centred_classifier(norm):
-    assert type(make_model("reactnet20", norm=norm).head) is nn.Linear
+def test_any_network_can_have_a_centred_classifier_and_one_of_norm_free_has_it(norm):
+    assert type(make_model("reactnet20", norm=norm).head) is (CentredLinear if norm == "free" else nn.Linear)
+    assert type(make_model("reactnet20", norm=norm, centre_head=False).head) is nn.Linear
     for asked, centred in ((None, True), (True, True), (False, False)):
         head = make_model("reactnet20", norm=norm, centre_head=True, centre_gradient=asked).head
         assert type(head) is CentredLinear and (head.gradient_centre is not None) == centred
@@ -223,7 +224,8 @@ def test_signs_under_bfloat16_autocast_are_those_of_float32(name, width, norm):
     assert count == sum(isinstance(m, Sign) for m in model.modules()) and len(signs) == 2 * count
     for i, (a, b) in enumerate(zip(signs[:count], signs[count:], strict=True)):
         assert torch.equal(a, b), f"sign {i}: {(a != b).sum()} of {a.numel()} differ"
-    assert low.dtype == torch.bfloat16
+    # real layers of ours stay float32, a centred classifier too
+    assert low.dtype == (torch.float32 if isinstance(model.head, CentredLinear) else torch.bfloat16)
     torch.testing.assert_close(low.float(), logits, rtol=2e-2, atol=2e-2)
     nn.functional.cross_entropy(low.float(), torch.tensor([0, 2])).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -332,7 +332,7 @@ def unread():
 
 
 def test_where_nothing_is_averaged_no_image_is_read(monkeypatch):
-    for options in (("model.norm=gn",), ("model.centre=false",)):
+    for options in (("model.norm=gn",), ("model.centre=false", "model.centre_head=false")):
         stage = double_stage(monkeypatch, tiny("settle=40", *options))
         monkeypatch.setattr(stage.data.train, "train_batches", lambda *_, **__: unread())
         before = {key: value.clone() for key, value in stage.model.state_dict().items()}

@@ -56,7 +56,7 @@ class Design:
     standardize: bool | None = None
     centre: bool | None = None
     centre_gradient: bool | None = None
-    centre_head: bool = False
+    centre_head: bool | None = None
     scale: str | None = None
     alpha: float | None = None
     beta: str | None = None
@@ -207,7 +207,7 @@ class Design:
 
     def make_head(self, channels: int, classes: int) -> nn.Module:
         """The real linear layer that gives the logits."""
-        if self.centre_head:
+        if self.rule.centre_head if self.centre_head is None else self.centre_head:
             return CentredLinear(channels, classes, centre_gradient=self.centre_gradient is not False)
         return nn.Linear(channels, classes)
 

@@ -55,6 +55,7 @@ class Norm:
     alpha    factor of a block's branch, beta its mode of expected variance (bnnfree.nn.variance)
     window   the window of the activations' straight-through estimator (bnnfree.nn.sign)
     layer    channels, **options -> the module after each convolution
+    centre_head  the classifier's inputs are centred (CentredLinear), for no layer after it would take a mean out
     agc      the clip factor of adaptive gradient clipping that belongs to the method (None: no clipping)
     before   the layer stands before each sign instead, with dropout after the sign (independent); the stem has
              none, and one stands before the head's pool
@@ -70,6 +71,7 @@ class Norm:
     beta: str = "none"
     window: str = "fixed"
     layer: Callable[..., nn.Module] = _nothing
+    centre_head: bool = False
     agc: float | None = None
     before: bool = False
     proxy: bool = False
@@ -108,6 +110,7 @@ NORMS: dict[str, Norm] = {
         ),  # fmt: skip
         real=_options(standardize=True, gain=True, bias=True, centre="output", unit_output=True),
         window="sample",
+        centre_head=True,
     ),
     "free_paper": Norm(
         "the published BN-free block: scaled weight standardisation, alpha 0.2, analytic beta, AGC",
