@@ -73,7 +73,7 @@ class ModelRecipe(_Part):
     centre_gradient: bool | None = None
     """takes what is common to the images out of the gradient of centred layers' inputs; null: the normaliser's own"""
     centre_head: bool | None = None
-    """takes the mean out of the classifier's inputs, what is common out of their gradient; null: the normaliser's own"""
+    """takes the mean out of the classifier's inputs and of their gradient; null: the normaliser's own"""
     scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
     """size of the binary weights: fan_in | mean_abs | learned | none; null: the normaliser's own"""
     alpha: float | None = None
