@@ -16,7 +16,7 @@ from bnnfree.engine import load
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder of a tiny network, trained for two epochs on fake data."""
+    """A run folder of a tiny network, trained for four epochs on fake data."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(folder, "stages=[{epochs: 4}]", curves=True)
     return folder
