@@ -1,6 +1,7 @@
 """Several processes train exactly as one does, resume to the same bits, and say in one line what is wrong."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -42,12 +43,16 @@ SLOW = {  # python -m pytest -m slow tests/test_dist.py
 BATCHED = ("bn", "kn")  # statistics of a process's own images: not one process, but the same weights in both
 
 
+PRELOADED = ["torch._dynamo", "bnnfree.train", "models"]  # by one process, which those that work are forks of
+
+
 def spawn(work, *arguments, count=2):
     """`work(rank, *arguments)` in `count` processes that find each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_enter, (count, port, work, arguments), nprocs=count)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(_enter, (count, port, work, arguments), count, start_method="forkserver")
 
 
 def _enter(rank, count, port, work, arguments):

@@ -67,7 +67,8 @@ def main() -> None:
     model.to(dist.device)
     if args.settle:
         how = {"seed": recipe.seed, "epoch": sum(stage.epochs for stage in recipe.stages), "device": dist.device}
-        settle(model, data.train.train_images(args.settle, recipe.data.batch_size, **how))
+        batches = data.train.first_batches(args.settle, recipe.data.batch_size, **how)
+        settle(model, (images for images, _ in batches))
     figures = evaluate(model, split, dist, args.batch_size, recipe.precision)
     about = {"split": args.split, "images": len(split), "trained": trained, "settle": args.settle}
     figures = {**about, **figures}

@@ -123,10 +123,9 @@ class Split:
         order = self._order(generator)
         yield from self._read(order, self._draw(generator), parts, device)
 
-    def train_images(self, wanted: int, batch_size: int, **epoch: Any) -> Iterator[Tensor]:
-        """The images of an epoch's first batches, as many as hold `wanted` of them; `epoch` as in `train_batches`."""
-        for images, _ in itertools.islice(self.train_batches(batch_size, **epoch), -(-wanted // batch_size)):
-            yield images
+    def first_batches(self, wanted: int, batch_size: int, **epoch: Any) -> Batches:
+        """An epoch's first batches, as many as hold `wanted` images; `epoch` as in `train_batches`."""
+        yield from itertools.islice(self.train_batches(batch_size, **epoch), -(-wanted // batch_size))
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """The order of an epoch: a permutation of the images."""

@@ -134,7 +134,8 @@ class Stage:
         if not recipe.settle:
             return nullcontext()
         how = {"seed": recipe.seed, "epoch": self.first_epoch + self.epoch, "device": self.dist.device}
-        return settled(self.evaluated, self.data.train.train_images(recipe.settle, size, **how))
+        batches = self.data.train.first_batches(recipe.settle, size, **how)
+        return settled(self.evaluated, (images for images, _ in batches))
 
     def _rescales_before(self, done: int) -> bool:
         """Have the samples of `done` steps of the stage just reached a multiple of `free.recalibrate`?"""
@@ -160,14 +161,9 @@ class Stage:
 
     def _first_images(self, wanted: int, epoch: int) -> tuple[Tensor, Tensor]:
         """The first `wanted` training images of an epoch and their labels, of all processes together."""
-        parts, found = [], 0
-        for part in self.data.train.train_batches(
-            self.recipe.data.batch_size, seed=self.recipe.seed, epoch=epoch, device=self.dist.device
-        ):
-            parts.append(part)
-            found += len(part[0])
-            if found >= wanted:
-                break
+        recipe = self.recipe
+        how = {"seed": recipe.seed, "epoch": epoch, "device": self.dist.device}
+        parts = self.data.train.first_batches(wanted, recipe.data.batch_size, **how)
         images, labels = (torch.cat(each)[:wanted] for each in zip(*parts, strict=True))
         return images, labels
 
