@@ -10,6 +10,14 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
+# Files of half a minute and more, longest first: one that begins last leaves the other cores idle.
+LONG = "throughput readme dist probe fused kill build train signals suite_c rescale resume".split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def goldens(tmp_path_factory):
