@@ -31,6 +31,12 @@ def test_so_does_one_whose_normaliser_draws_at_random_or_has_a_state(tmp_path, m
     check_cut(tmp_path / "cut", tmp_path / "unbroken", monkeypatch, 8, options)
 
 
+def test_so_does_one_whose_steps_ask_images_of_those_before(tmp_path, monkeypatch):
+    options = ("data.samples=60", "data.batch_size=6", "free.reference=20")
+    train(tmp_path / "unbroken", *options)
+    check_cut(tmp_path / "cut", tmp_path / "unbroken", monkeypatch, 8, options)
+
+
 def check_cut(folder, unbroken, monkeypatch, step, options):
     """A run that is cut before its step `step` and goes on equals the unbroken one."""
     # a checkpoint after every third step or so: the cut falls between checkpoints, on one, and at an epoch's end

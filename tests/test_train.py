@@ -8,10 +8,12 @@ from helpers import assert_same, double_stage, metrics_of, tiny, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import NORMS, WeightLayer
+from bnnfree.nn.centring import gradient_centres
 from bnnfree.train import evaluate, load_checkpoint, load_model
-from bnnfree.train.checkpoint import load_weights
+from bnnfree.train.checkpoint import build_model, load_weights
+from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
-from bnnfree.train.loop import TrainingError
+from bnnfree.train.loop import Stage, TrainingError
 from models import MODELS
 
 CPU = Dist(0, 1, torch.device("cpu"))
@@ -82,6 +84,41 @@ def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, no
     for stage in stages[1:]:
         for key, value in stage.model.state_dict().items():
             torch.testing.assert_close(value, found[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_steps_of_few_images_centre_by_the_last_ones_seen(monkeypatch):
+    """Of this step and those before it, however a step is divided: 2 x 3 == 1 x 6, with 13 images of reference.
+
+    To 1e-7: steps of Adam are as large where a gradient is nearly 0 as elsewhere.
+    """
+    stages = []
+    for division in (("data.batch_size=3", "accumulate=2"), ("data.batch_size=6",)):
+        common = ("model.norm=free", "free.reference=13", "free.recalibrate=0", "data.samples=60")
+        stage = double_stage(monkeypatch, tiny(*common, *division))
+        centre, seen, asked = gradient_centres(stage.model)[0], [], []
+
+        def watch(net, args, centre=centre, seen=seen, asked=asked):
+            if centre.mode == "reference":
+                asked.append((args[0], torch.cat(seen)[-13:]))
+            else:
+                seen.append(args[0])
+
+        stage.model.register_forward_pre_hook(watch)
+        stage.train_epoch(lambda: None)
+        assert stage.gathers and [len(images) for images, _ in asked[:4]] == [6, 12, 13, 13]
+        assert len(asked) == stage.steps and all(torch.equal(*pair) for pair in asked)
+        stages.append(stage)
+    found = stages[0].model.state_dict()
+    for key, value in stages[1].model.state_dict().items():
+        torch.testing.assert_close(value, found[key], rtol=1e-7, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize(("size", "accumulate", "gathers"), [(7, 1, True), (8, 1, False), (31, 2, True), (32, 2, 0)])
+def test_who_centres_by_a_pass_of_its_own(size, accumulate, gathers):
+    recipe = tiny("model.norm=free", f"data.batch_size={size}", f"accumulate={accumulate}")
+    torch.manual_seed(0)
+    model = build_model(recipe, MODELS, describe(recipe.data), recipe.stages[0].binarize)
+    assert Stage(recipe, 0, model, load_data(recipe.data), CPU).gathers == gathers
 
 
 @pytest.mark.parametrize("norm", ["bn", "free"])  # free: its gradient is centred by a micro-batch

@@ -47,6 +47,7 @@ from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
 
+FEW = 8  # samples of a step of one pass: below, the others' mean is mostly noise, and a pass of images before pays
 RESCALING_IMAGES = 128  # a deviation that is some percent off is as good a unit for a gain
 
 
@@ -84,10 +85,12 @@ class Stage:
         if recipe.optimizer.precondition == "bnp":
             self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
         self.shared = Shared() if recipe.accumulate > 1 else None
-        wanted = recipe.free.gather or (recipe.accumulate > 1 and recipe.data.batch_size < recipe.free.reference)
+        few = recipe.free.reference if recipe.accumulate > 1 else min(recipe.free.reference, FEW)
+        wanted = recipe.free.gather or recipe.data.batch_size < few
         self.gathers = wanted and dist.world == 1 and self.precondition is None and gather_gradients(self.model)
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
+        self.recent: list[Tensor] = []  # images of the steps before, where steps have fewer than the reference
         self.clip_rate = ClipRate()
         self._constant_images: Tensor | None = None  # on which deviations are measured anew
         self.prober = None if recipe.probe.every is None else Prober()
@@ -105,8 +108,7 @@ class Stage:
             gain_decay=options.gain_decay,
         )
         others = {"name", "lr", "affine_lr_mult", "weight_decay", "gain_decay", "precondition", "bnp_rho", "bnp_floor"}
-        passed = options.model_dump(exclude=others)
-        return make_optimizer(groups, options.name, **passed)
+        return make_optimizer(groups, options.name, **options.model_dump(exclude=others))
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -219,8 +221,7 @@ class Stage:
     def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> float:
         recipe, done = self.recipe, self.epoch * self.steps + self.step
         total_steps = self.epochs * self.steps
-        options = recipe.schedule.model_dump(exclude={"name"})
-        factor = lr_factor(recipe.schedule.name, done, total_steps, **options)
+        factor = lr_factor(step=done, steps=total_steps, **recipe.schedule.model_dump())
         for param_group in self.groups:
             param_group["lr"] = factor * param_group["initial_lr"]
         anneal(self.model, done / total_steps)
@@ -231,7 +232,7 @@ class Stage:
             with self._gradients_shared(i == len(group) - 1):
                 self._backward(images, labels, samples)
         if self.gathers:
-            self._respond(torch.cat([images for images, _ in group])[-recipe.free.reference :])
+            self._respond([images for images, _ in group])
         if self.precondition is not None:
             self.precondition.step(self.dist.sum_)
         if recipe.agc.clip is not None:
@@ -274,8 +275,11 @@ class Stage:
             self.sums += _vector(loss, correct, len(labels))
         self.part_done("backward")
 
-    def _respond(self, images: Tensor) -> None:
-        """Centre what the passes of this step have gathered, by a pass of some of their images without a loss."""
+    def _respond(self, seen: list[Tensor]) -> None:
+        """Centre what the passes of this step have gathered, by a pass of the last images seen, without a loss."""
+        count = self.recipe.free.reference
+        images = torch.cat([*self.recent, *seen])[-count:]
+        self.recent = [images] if sum(map(len, seen)) < count else []
         with reference_pass(self.model):
             with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.recipe.precision != "fp32"):
                 logits = self.net(images)
@@ -347,6 +351,7 @@ class Stage:
             "sums": self.sums,
             "clip_rate": self.clip_rate.state_dict(),
             "signs": self.signs,
+            "recent": self.recent,
             "probe": None if self.prober is None else self.prober.state_dict(),
         }
 
@@ -361,6 +366,7 @@ class Stage:
         if self.precondition is not None:
             self.precondition.load_state_dict(state["precondition"])
         self.sums = state["sums"].to(self.dist.device)
+        self.recent = [images.to(self.dist.device) for images in state.get("recent", [])]
         self.clip_rate.load_state_dict(state["clip_rate"])
         if self.prober is not None:
             self.prober.load_state_dict(state["probe"])

@@ -248,7 +248,7 @@ class FreeRecipe(_Part):
     recalibrate: int = Field(default=9000, ge=0)
     """training samples after which constant deviations are measured anew, and gains make up for it; 0: never"""
     reference: int = Field(default=32, ge=0)
-    """centre_gradient: smaller passes of an accumulated step leave it to one of so many of its images; 0: never"""
+    """smaller passes leave centring gradients to one of the last so many images (a step of one: below 8); 0: never"""
     gather: bool = False
     """every pass leaves it to that one: a large batch learns what as many accumulated small ones do"""
 
