@@ -22,6 +22,7 @@ from bnnfree.nn import (
     calibrate,
     check_norm,
     make_norm,
+    of_batch,
 )
 from bnnfree.nn.norms.group import default_groups
 
@@ -40,6 +41,7 @@ def make_layer(name, channels=6, **options):
 
 def test_every_normaliser_is_known_as_batch_free_or_not():
     assert sorted(BATCH_FREE + BATCH) == sorted(NORMS)
+    assert [name for name in NORMS if of_batch(name)] == [name for name in NORMS if name in BATCH]
 
 
 # -- batch independence: exact, because each sample's statistics are reduced by themselves, in one and the same order

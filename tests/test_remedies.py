@@ -128,6 +128,7 @@ def test_a_value_out_of_range_is_refused(override, said):
         (("free.gather=true", "model.norm=bn"), "takes centred layers"),
         (("free.gather=true", "free.reference=0"), "free.reference above 0"),
         (("free.gather=true", "optimizer.precondition=bnp"), "no optimizer.precondition"),
+        (("free.gather=true", "model.norm=brn", "model.centre=true"), "without batch statistics, not 'brn'"),
         (("optimizer.gain_decay=0.1", "model.norm=gn"), "have no gain"),
         (("model.ste_parameter=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_last=0.5", "model.ste=ede"), "rule of its own"),

@@ -35,6 +35,7 @@ from bnnfree.nn.norms import (
     first_belief,
     gaussian_moments,
     make_norm,
+    of_batch,
 )
 from bnnfree.nn.react import RPReLU, RSign
 from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, sign, sign_of_weight
@@ -80,6 +81,7 @@ __all__ = [
     "gaussian_moments",
     "make_norm",
     "measure_deviations",
+    "of_batch",
     "reference_pass",
     "rescale",
     "rescaled_layers",

@@ -47,7 +47,6 @@ from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
 
-FEW = 8  # samples of a step of one pass: below, the others' mean is mostly noise, and a pass of images before pays
 RESCALING_IMAGES = 128  # a deviation that is some percent off is as good a unit for a gain
 
 
@@ -85,9 +84,7 @@ class Stage:
         if recipe.optimizer.precondition == "bnp":
             self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
         self.shared = Shared() if recipe.accumulate > 1 else None
-        few = recipe.free.reference if recipe.accumulate > 1 else min(recipe.free.reference, FEW)
-        wanted = recipe.free.gather or recipe.data.batch_size < few
-        self.gathers = wanted and dist.world == 1 and self.precondition is None and gather_gradients(self.model)
+        self.gathers = recipe.gathers and dist.world == 1 and gather_gradients(self.model)
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
         self.recent: list[Tensor] = []  # images of the steps before, where steps have fewer than the reference

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
-from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES, check_norm
+from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES, check_norm, of_batch
 from bnnfree.nn.fused import PRECISIONS, SPEEDS
 from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
@@ -19,6 +19,8 @@ from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES
+
+FEW = 8  # images of a step of one pass: below, the others' mean is mostly noise, and a pass of images before pays
 
 
 def _one_of(table, kind: type = str):
@@ -292,6 +294,16 @@ class Recipe(_Part):
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     """time between checkpoints within an epoch; one is always written at its end"""
 
+    @property
+    def gathers(self) -> bool:
+        """Do a step's passes leave centring gradients to one of reference images (`free.reference`)? In one process.
+
+        Not with batch statistics: that pass would normalise by those of its own images, and move running ones.
+        """
+        few = self.free.reference if self.accumulate > 1 else min(self.free.reference, FEW)
+        wanted = self.free.gather or self.data.batch_size < few
+        return wanted and self.optimizer.precondition is None and not of_batch(self.model.norm)
+
     @model_validator(mode="after")
     def _layers_have_what_is_moved(self) -> Recipe:
         norm, layers = self.model.norm, NORMS[self.model.norm].binary
@@ -300,9 +312,10 @@ class Recipe(_Part):
         centred = bool(layers.get("centre")) if self.model.centre is None else self.model.centre
         if self.free.freeze < 1 and not centred:
             raise _contradiction(f"free.freeze is {self.free.freeze} but no layer is centred (model.norm {norm!r})")
-        if self.free.gather and (not centred or not self.free.reference or self.optimizer.precondition is not None):
+        if self.free.gather and not (centred and self.free.reference and self.gathers):
             raise _contradiction(
-                "free.gather is true, which takes centred layers, free.reference above 0 and no optimizer.precondition"
+                "free.gather is true, which takes centred layers, free.reference above 0, no optimizer.precondition "
+                f"and a model.norm without batch statistics, not {norm!r}"
             )
         if self.optimizer.gain_decay and not layers.get("gain"):
             raise _contradiction(f"optimizer.gain_decay: layers of model.norm {norm!r} have no gain")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.norms import batch, group, independent, kalman, response
@@ -185,6 +186,12 @@ def check_norm(name: str, options: Mapping[str, Any]) -> None:
         make_norm(name, channels, None, **options)
 
 
+def of_batch(name: str) -> bool:
+    """Has the normaliser `name` statistics of a batch, so that in training a sample's output depends on the others?"""
+    with torch.device("meta"):
+        return any(isinstance(module, _BatchNorm) for module in make_norm(name, 16).modules())
+
+
 __all__ = [
     "NORMS",
     "BatchRenorm2d",
@@ -201,5 +208,6 @@ __all__ = [
     "gaussian_moments",
     "make_dropout",
     "make_norm",
+    "of_batch",
     "run_believing",
 ]
