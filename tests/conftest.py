@@ -3,6 +3,7 @@
 And the cases of the C program native/suite.c, which two files of tests run.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -12,6 +13,14 @@ os.environ["MKL_NUM_THREADS"] = "1"
 
 # Files of half a minute and more, longest first: one that begins last leaves the other cores idle.
 LONG = "throughput readme dist probe fused kill build train signals suite_c rescale resume".split()
+
+
+def pytest_addoption(parser):
+    """Without pytest-xdist setup.cfg's options for it mean nothing, and the tests run one after the other."""
+    if importlib.util.find_spec("xdist") is None:
+        for option in ("--numprocesses", "--dist"):
+            parser.addoption(option)
+        parser.addoption("--no-loadscope-reorder", action="store_true")
 
 
 def pytest_collection_modifyitems(items):
