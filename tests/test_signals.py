@@ -92,7 +92,7 @@ def test_the_tool_shows_random_networks_and_the_points_of_a_sweep(tool, tmp_path
     recipe = ROOT / "recipes" / "cifar10_reactnet20.yaml"
     sweep.write_text(f"recipe: {recipe}\ngrid: {{model.norm: [ln, bn]}}\nseeds: 2\n", encoding="utf-8")
     small = [*FAKE, "model.width=0.5", "stages.0.epochs=1", "data.batch_size=18"]
-    code, _, errors = tool("sweep", sweep, *small, "--out", tmp_path / "runs")
+    code, _, errors = tool("sweep", sweep, *small, "--jobs", 1, "--out", tmp_path / "runs")
     assert code == 0, errors
     code, printed, errors = tool("probe", tmp_path / "runs", recipe, *small, "--images", 8, "--out", tmp_path / "probe")
     assert code == 0, errors

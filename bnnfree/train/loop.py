@@ -83,8 +83,8 @@ class Stage:
         self.precondition: Precondition | None = None
         if recipe.optimizer.precondition == "bnp":
             self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
-        self.shared = Shared() if recipe.accumulate > 1 else None
         self.gathers = recipe.gathers and dist.world == 1 and gather_gradients(self.model)
+        self.shared = Shared() if recipe.accumulate > 1 or self.gathers else None
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
         self.recent: list[Tensor] = []  # images of the steps before, where steps have fewer than the reference
