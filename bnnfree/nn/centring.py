@@ -7,7 +7,7 @@ ReActNet-20 what is wrong with the gradients of biases is larger than these grad
 known: the gradient with respect to the inputs, as far as it moves all samples together.
 
     batch       dL/dx_n <- dL/dx_n - share (mean over m != n of the means over positions of dL/dx_m)
-                N samples of one pass, without the own share, which is signal. Few others are noise:
+                N samples of one pass, without the own share, which is signal. One other is mostly noise:
                 share = (N - 1)^2 / ((N - 1)^2 + SHRINKAGE^2). A sample alone keeps its gradient
     gather      dL/dx_n stays, and the means over positions are summed over the passes of a step
     reference   a pass of R images after these, with no loss: dL/dx_r <- dL/dx_r - 1/R (that sum + the sum over the R
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-SHRINKAGE = 8.0  # others: the mean of fewer is mostly noise (recipes/NOTES.md, section 5)
+SHRINKAGE = 2.0  # others: the mean of fewer is mostly noise (recipes/NOTES.md, section 15)
 
 
 def weight_of_each(others: int) -> float:
