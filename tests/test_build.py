@@ -69,7 +69,7 @@ SLOW = pytest.mark.slow  # little that the others do not see: python -m pytest -
     pytest.param("clang", BARE, marks=SLOW), pytest.param("aarch64-linux-gnu-gcc", [], marks=SLOW),
 ])  # fmt: skip
 def test_the_sources_compile_without_a_warning(command, options, tmp_path):
-    """Optimised by gcc, some of whose warnings need that. Texts above 4095 bytes: assembly, for these compilers alone."""
+    """Optimised by gcc, whose warnings need that. Texts above 4095 bytes: assembly, for these compilers alone."""
     tool_of(command)
     for source in SOURCES:
         if source.name == "fused.c" and options == BARE and command == "gcc":
