@@ -42,7 +42,7 @@ def test_a_run_leaves_its_artefacts(unbroken):
 
 
 EARLY = ("bn", "free", "kn", "ln_pn")  # learn from fewer images
-QUICK = ("bn", "free", "ln_pn")  # the others: python -m pytest -m slow tests/test_train.py
+QUICK = (*EARLY, "frn")  # the others: python -m pytest -m slow tests/test_train.py
 
 
 @pytest.mark.parametrize("norm", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NORMS])
