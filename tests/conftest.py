@@ -5,14 +5,15 @@ And the cases of the C program native/suite.c, which two files of tests run.
 
 import importlib.util
 import os
+import zlib
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
-# Files of half a minute and more, longest first: one that begins last leaves the other cores idle.
-LONG = "throughput readme dist probe fused kill build train signals suite_c rescale resume".split()
+# Files of long tests first: one that begins last leaves the other cores idle.
+LONG = "throughput dist probe fused export train kill build readme signals suite_c native resume".split()
 
 
 def pytest_addoption(parser):
@@ -23,7 +24,14 @@ def pytest_addoption(parser):
         parser.addoption("--no-loadscope-reorder", action="store_true")
 
 
+@pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(items):
+    begun = set()
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample and item.function in begun and zlib.crc32(item.nodeid.encode()) % sample.args[0]:
+            item.add_marker("thorough")
+        begun.add(item.function)
     rank = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 

@@ -64,6 +64,7 @@ BARE = ["-DBNNF_NO_THREADS", "-DBNNF_NO_SIMD"]
 SLOW = pytest.mark.slow  # little that the others do not see: python -m pytest -m slow tests/test_build.py
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("command", "options"), [
     ("gcc", []), ("gcc", BARE), ("clang", []), ("aarch64-linux-gnu-gcc", BARE),
     pytest.param("clang", BARE, marks=SLOW), pytest.param("aarch64-linux-gnu-gcc", [], marks=SLOW),
@@ -99,6 +100,7 @@ def test_the_header_stands_alone_in_c_and_in_cpp(language, tmp_path):
     output_of(*command, *flags, f"-I{NATIVE}", "-x", language, "-c", tmp_path / "x.c", "-o", tmp_path / "x.o")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [[], ["-DBNNF_NO_THREADS"]], ids=["threads", "no threads"])
 def test_the_program_in_the_header_classifies(options, tmp_path):
     """Compiled by one line, it names the class that numpy finds."""

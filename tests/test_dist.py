@@ -91,6 +91,7 @@ def work(rank, folder):
     hang(rank, folder)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", EXACT)
 def test_two_gloo_processes_equal_one(group, monkeypatch, name):
     """In float64 to 1e-9; the last batch is smaller, and of accumulated ones the last group."""
@@ -309,6 +310,7 @@ def command(*arguments, count=2):
     return subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.thorough
 def test_torchrun_trains_to_a_result_and_refuses_its_folder_in_one_line(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     job = [str(tmp_path / "tiny.yaml"), "stages.0.epochs=1", "stages.1.epochs=1", "--out", str(tmp_path / "run")]

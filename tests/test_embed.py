@@ -65,6 +65,7 @@ def consumer(folder, how):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("shared", "flags"), [("ON", "-Wall -Wextra -Werror"), ("OFF", FAST)], ids=["shared", "static"]
 )
@@ -101,6 +102,7 @@ def test_cmake_optimises_unless_it_is_told_otherwise(tmp_path):
         assert all((re.search(r"-O[23]", c["command"]) is not None) == optimised for c in commands)
 
 
+@pytest.mark.thorough
 def test_make_builds_and_installs(tmp_path):
     """What it installs is enough for one line of the compiler."""
     tool_of("make")

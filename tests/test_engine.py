@@ -190,6 +190,7 @@ def subsets(parts):
     return itertools.chain.from_iterable(itertools.combinations(parts, n) for n in range(len(parts) + 1))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "channels", "numbers"), [
     *((name, *kind) for name in ("pointwise", "binary_conv2d", "conv2d") for kind in ((66, "tame"), (6, "wild"))),
     ("group_norm", 6, "wild"),

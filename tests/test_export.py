@@ -73,6 +73,7 @@ SMALL, LARGE = ("cifar", (13, 16)), ("imagenet", (65, 42))
 RUNS = [(*pair, *stem) for pair in PAIRS for stem in (SMALL, LARGE) if stem is SMALL or pair[1] in ("bn", "free")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name, norm, stem, size", RUNS)
 def test_every_model_and_every_norm_and_stem_runs_in_the_engine_as_in_torch(name, norm, stem, size):
     torch.manual_seed(0)
@@ -117,6 +118,7 @@ def odd_shapes():
         yield {axis: int(random.choice(values)) for axis, values in grid.items()}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", list(odd_shapes()), ids=lambda case: "-".join(map(str, case.values())))
 def test_every_odd_shape_runs_in_the_engine_as_in_torch(case):
     print(case)
@@ -517,6 +519,7 @@ def test_export_leaves_the_module_as_it_was(tmp_path):
     assert model.classes == list("abcd") and model.producer.startswith("bnnfree ")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name, norm", PAIRS)
 def test_ops_and_file_size_do_not_depend_on_the_values_of_parameters(name, norm):
     """So the size is known before training."""

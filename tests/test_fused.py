@@ -174,6 +174,7 @@ def test_rounding_to_bfloat16_is_torchs(native):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", ["gcc", pytest.param("clang", marks=pytest.mark.slow)])
 def test_no_pass_touches_memory_that_is_not_its_own(command, tmp_path):
     """Why -O0: nothing wrong is optimised away, and it compiles in a third of the time."""
@@ -238,6 +239,7 @@ OPTIONS = [{}, {"binarize": "activations"}, {"pad_value": -1}, {"scale": "learne
            {"ste_window": "fixed"}, {"shortcut": "real", "standardize": False}, {"scale": "mean_abs"}]  # fmt: skip
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -258,6 +260,7 @@ NORMED = [
 ]  # these leave zeros, whose signs are rounding's
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "norm"), [*NORMED, ("reactnet20", "bn of 3")])
 def test_normalisers_stand_between_fused_convolutions(passes, name, norm):
     """Their running statistics too; on 1x1 maps (reactnet_a) instances have no gradient."""
@@ -508,6 +511,7 @@ def compiled_equals_layers(backend, low):
         assert_same_gradients((loss.detach(), ours, {}), (*layers[:2], {}))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("low", [False, True])
 def test_it_compiles_without_a_graph_break(low):
     compiled_equals_layers("aot_eager", low)
@@ -559,6 +563,7 @@ def test_what_cannot_be_had_is_an_error_that_says_why(wanted, norm, precision, s
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.thorough
 def test_every_speed_and_precision_trains(tmp_path):
     from helpers import train
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import yaml
 from helpers import ROOT, TINY, assert_same, metrics_of
 
@@ -30,6 +31,7 @@ def kill_in_epoch(command, folder, epoch):
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.thorough
 def test_a_run_killed_in_both_stages_resumes_to_the_same_bits(tmp_path):
     path, whole, cut = tmp_path / "tiny.yaml", tmp_path / "whole", tmp_path / "cut"
     path.write_text(yaml.safe_dump(RECIPE))

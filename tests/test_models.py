@@ -33,6 +33,7 @@ def make_model(name, classes=3, seed=0, **options):
     return MODELS[name](classes, **{"width": NARROW, "stem": "cifar", **options})
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm, binarize", SHAPES)
 @pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_every_parameter_of_every_model_gets_a_gradient(name, norm, binarize):
@@ -54,6 +55,7 @@ def test_every_parameter_of_every_model_gets_a_gradient(name, norm, binarize):
         assert p.grad.abs().max() > 0 or (pointless and name == "reactnet_a"), key
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["reactnet20", "reactnet_a", "xnor_resnet18", "resnet20"])
 def test_all_stages_of_a_model_hold_the_same_keys(name, norm):
@@ -202,6 +204,7 @@ def test_initial_binary_convolutions_of_random_signs_have_unit_variance(name, no
         assert got == pytest.approx(variance, rel=0.12), shape
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name, width", [("reactnet20", 0.5), ("xnor_resnet18", NARROW)])
 def test_signs_under_bfloat16_autocast_are_those_of_float32(name, width, norm):

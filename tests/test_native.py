@@ -88,6 +88,7 @@ WIDE = [  # height, width, kernel, stride, padding, dilation: rows and columns t
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("channels", "outputs"), [(64, 64), (32, 33), (65, 100), (128, 31), (160, 96), (256, 70),
                                                    (300, 5), (512, 32)])  # fmt: skip
 @pytest.mark.parametrize("geometry", WIDE)
@@ -120,6 +121,7 @@ def test_scales_and_thresholds_at_the_ends_of_their_range(channels):
         same(net.model(), images(net, 3), threads=(1, 2))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(128, 64, 2), (96, 66, 3), (64, 64, 64), (256, 256, 4),
                                                              (70, 35, 5)])  # fmt: skip
 @pytest.mark.parametrize("geometry", WIDE[:5:2])
@@ -146,6 +148,7 @@ def test_convolutions_of_pixels(geometry, channels, outputs):
     same(net.model(), images(net, 2))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("channels", "outputs"), [(1, 40), (16, 32), (33, 33), (64, 100), (70, 7)])
 @pytest.mark.parametrize("numbers", ["tame", "wild"])
 @pytest.mark.parametrize("geometry", WIDE[::2])

@@ -54,6 +54,7 @@ def activations(model):
     return [tensor for tensor in model.tensors if tensor.place == "activation"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_session_takes_what_is_said_and_a_run_nothing(program, name, tmp_path):
     """With every instruction set, 1 to 3 threads, activations that share memory and that are kept (`keep`), memory of

@@ -65,6 +65,7 @@ def test_a_batch_layer_does_not(name):
     assert not torch.allclose(layer.eval()(x), layer.train()(x), atol=1e-3)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", BATCH_FREE)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_free_network_has_no_batch_effect(name, norm):
@@ -83,6 +84,7 @@ def test_a_batch_free_network_has_no_batch_effect(name, norm):
 # -- a step of training; the gradients of every model: test_models.py
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_network_trains_a_step_and_is_deterministic_after(name, norm):

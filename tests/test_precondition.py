@@ -538,6 +538,7 @@ def test_layers_it_cannot_treat_are_named_and_may_be_left_out():
         Precondition(nn.Linear(3, 3).requires_grad_(False))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "choice",
     [

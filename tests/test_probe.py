@@ -261,6 +261,7 @@ def test_agc_rate_is_what_the_clipping_would_do():
 # any network
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_nothing_of_the_network_changes_and_the_next_probe_is_the_same(norm):
     model = make_model("reactnet20", norm).train()
@@ -304,6 +305,7 @@ def test_the_fused_network_is_probed_as_its_layers():
     assert probe(model, IMAGES, LABELS) == layers and model.fusion is fusion
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("binarize", BINARIZE)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet20"])
 def test_every_sign_of_every_network_has_a_layer_with_its_convolution(name, binarize):
@@ -413,6 +415,7 @@ def test_a_network_without_signs_is_refused_before_its_first_step(tmp_path):
         train(tmp_path / "run", "model.name=resnet20", "probe.every=2")
 
 
+@pytest.mark.thorough
 def test_two_processes_probe_once_and_end_together(tmp_path):
     spawn(train_together, tmp_path)
     steps = [[record["step"] for record in line["probe"]] for line in metrics_of(tmp_path / "run")]
@@ -465,6 +468,7 @@ def run_tool(*args):
     return done
 
 
+@pytest.mark.thorough
 def test_the_tool_shows_start_end_and_course_of_a_run_beside_another(tmp_path, probed):
     still = tmp_path / "still"
     train(still, "optimizer.lr=1e-20", "stages.0.binarize=both")  # ends where it started

@@ -45,6 +45,7 @@ def test_the_first_two_commands_are_the_set_up_commands():
     assert {"train", "test"} <= set(setup["options.extras_require"])
 
 
+@pytest.mark.thorough
 def test_every_tool_command_runs(tool, tmp_path, images, monkeypatch):  # noqa: F811
     """In the README's order, each in one folder, so that --resume and evaluate find what was trained before."""
     monkeypatch.chdir(tmp_path)

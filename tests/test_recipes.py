@@ -129,6 +129,7 @@ def test_network_builds_at_full_width(path):
         assert body == pytest.approx(1e6 * SIZES[recipe.model.name], rel=0.02)
 
 
+@pytest.mark.sample(2)
 @every_recipe
 def test_recipe_trains_two_steps_of_each_stage(path, tmp_path):
     whole = load_recipe(path, models=MODELS)

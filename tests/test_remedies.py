@@ -77,6 +77,7 @@ def unbroken(tmp_path_factory):
     return folder
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("step", [2, 4, 5, 8])  # 6 steps a stage: before 2, 4 and 5 it rescales, from 5 on it is frozen
 def test_a_run_with_every_option_that_is_cut_resumes_to_the_same_bits(tmp_path, monkeypatch, unbroken, step):
     check_cut(tmp_path / "cut", unbroken, monkeypatch, step, ALL)

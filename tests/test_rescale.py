@@ -159,6 +159,7 @@ def test_rescaled_moments_are_those_of_gradients_in_the_new_unit(name):
             torch.testing.assert_close(mine[key], value, rtol=1e-12, atol=0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "every, before",  # 10 steps of 16 samples
     [(0, []), (80, [5]), (40, [3, 5, 8]), (17, [2, 3, 4, 5, 6, 7, 8, 9]), (1, list(range(1, 10))), (160, [])],

@@ -17,11 +17,13 @@ def unbroken(tmp_path_factory):
     return folder
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("step", [1, 4, 7, 8, 11])
 def test_a_run_cut_at_any_step_resumes_to_the_same_bits(tmp_path, monkeypatch, unbroken, step):
     check_cut(tmp_path / "cut", unbroken, monkeypatch, step, OPTIONS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "norm", ["kn", pytest.param("ic", marks=pytest.mark.slow), pytest.param("brn", marks=pytest.mark.slow)]
 )
@@ -31,6 +33,7 @@ def test_so_does_one_whose_normaliser_draws_at_random_or_has_a_state(tmp_path, m
     check_cut(tmp_path / "cut", tmp_path / "unbroken", monkeypatch, 8, options)
 
 
+@pytest.mark.thorough
 def test_so_does_one_whose_steps_ask_images_of_those_before(tmp_path, monkeypatch):
     options = ("data.samples=60", "data.batch_size=6", "free.reference=20")
     train(tmp_path / "unbroken", *options)

@@ -47,6 +47,7 @@ print(outside, inside, kept - start, held() - start)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs the allocator of glibc"
 )

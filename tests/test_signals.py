@@ -87,6 +87,7 @@ def test_what_cannot_be_compared_is_an_error_with_the_reason():
 FAKE = ["data.name=fake", "data.image_size=9", "data.samples=40", "data.augment=[]", "data.download=false"]
 
 
+@pytest.mark.thorough
 def test_the_tool_shows_random_networks_and_the_points_of_a_sweep(tool, tmp_path):  # noqa: F811
     sweep = tmp_path / "tiny.yaml"
     recipe = ROOT / "recipes" / "cifar10_reactnet20.yaml"

@@ -71,6 +71,7 @@ def pairs():
         yield pytest.param(name, norm, marks=() if quick else pytest.mark.slow)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name, norm", list(pairs()))
 def test_random_networks_tell_images_apart(recipe, name, norm):
     network = open_source(recipe, MODELS, [f"model.name={name}", f"model.norm={norm}", "data.image_size=17"])

@@ -24,6 +24,7 @@ pytestmark = [
 ISAS = len(isa_names())
 
 
+@pytest.mark.thorough
 def test_memory_ends_where_it_was_said_to_end(tmp_path, goldens, hostile):
     """Behind files, images, results and arenas lies a page that nobody may touch; what sanitizers do not see, the
     loads of inline assembly, ends there too."""
@@ -41,6 +42,7 @@ def watched(tmp_path_factory):
     return folder, objects(folder, compiler(), [HERE / "fence.c", *engine_sources()], "-pthread", "-O0", *ASAN)
 
 
+@pytest.mark.thorough
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(watched, goldens, hostile):
     """Leaks included."""
     folder, made = watched

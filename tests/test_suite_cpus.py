@@ -25,6 +25,7 @@ def few_goldens(tmp_path_factory):
     return write_goldens(tmp_path_factory.mktemp("cases"), randoms=6, wides=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not isa_names(), reason=load_library()[1])
 def test_thread_sanitizer_finds_nothing(tmp_path, few_goldens):
     needs(compiler(), TSAN, TSAN_FINDS, tmp_path)

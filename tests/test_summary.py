@@ -319,6 +319,7 @@ stages: [{epochs: 1, binarize: activations}, {epochs: 1, binarize: both}]
 """
 
 
+@pytest.mark.thorough
 def test_tool_takes_the_last_stage_without_data(tool, tmp_path):
     recipe = tmp_path / "a.yaml"
     recipe.write_text(RECIPE)

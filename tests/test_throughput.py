@@ -192,6 +192,7 @@ def test_every_variant_takes_a_step(small, monkeypatch):
             contender.step(Feed(data.train, 6, 0, CPU).take(1), Clock(CPU))
 
 
+@pytest.mark.thorough
 def test_the_report_is_whole_and_agrees_with_itself(tool, tmp_path):  # noqa: F811
     options = ("--batch", 6, "--precision", "fp32", "--contenders", "plain")
     arguments = (RECIPE, *SMALL, *options, "--seconds", 0.1, "--json", tmp_path / "t.json")
@@ -268,6 +269,7 @@ def checkout(tmp_path):
     return root
 
 
+@pytest.mark.thorough
 def test_the_released_code_is_run_from_its_checkout(tool, checkout, tmp_path):  # noqa: F811
     known = set(sys.modules)
     options = ("--batch", 4, "--precision", "fp32", "--contenders", "reference", "--against", checkout)

@@ -45,6 +45,7 @@ EARLY = ("bn", "free", "kn", "ln_pn")  # learn from fewer images
 QUICK = (*EARLY, "frn")  # the others: python -m pytest -m slow tests/test_train.py
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("norm", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NORMS])
 def test_every_normaliser_learns(tmp_path, norm):
     changes = (f"data.samples={160 if norm in EARLY else 240}", "stages.1.epochs=4", "data.augment=[]")
@@ -204,6 +205,7 @@ def test_a_recipe_with_another_choice_runs_to_a_result(tmp_path, change):
     assert 0 <= result["test_top1"] <= 100
 
 
+@pytest.mark.thorough
 def test_one_sample_at_a_time_trains(tmp_path):
     """Batch size 1, which batch normalisation does not survive."""
     options = ("data.batch_size=1", "data.samples=80", "stages=[{epochs: 2}]", "optimizer.lr=1e-3", "data.augment=[]")
