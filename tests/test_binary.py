@@ -333,7 +333,10 @@ def test_what_centring_takes_is_the_same_on_average_for_any_batch_size(kind):
 
 @pytest.mark.parametrize("kind", CENTRED)
 def test_a_pass_of_all_images_after_gathering_takes_the_batch_mean(kind):
-    """However they were divided: parameters before the layer have the gradient of x less its batch mean's."""
+    """However they were divided: parameters before the layer have the gradient of x less its batch mean's.
+
+    Of all images of that pass or the last ones, which answer for all. Those seen before have no gradient of their own.
+    """
     layer, bare, x, upstream = centred_pair(kind)
     shift = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     scale = noise(*x.shape, seed=47)  # the inputs' response to the shift differs from place to place
@@ -341,19 +344,24 @@ def test_a_pass_of_all_images_after_gathering_takes_the_batch_mean(kind):
     def run(layer, rows, grad):
         layer(x[rows] + scale[rows] * shift.view(-1, *[1] * (x.dim() - 2))).backward(grad)
 
-    whole = input_gradient(bare, x, upstream)
-    mean = whole.mean([d for d in range(x.dim()) if d != 1], keepdim=True)
-    expected = ((whole - mean) * scale).sum([d for d in range(x.dim()) if d != 1])
-    for parts in ([[0], [1, 2], list(range(3, len(x)))], [list(range(len(x)))]):
-        model, shift.grad = nn.ModuleList([layer]), None
+    whole, every = input_gradient(bare, x, upstream), list(range(len(x)))
+    model, rest = nn.ModuleList([layer]), [d for d in range(x.dim()) if d != 1]
+    for parts, references in (([[0], [1, 2], every[3:]], len(x)), ([every], len(x)), ([every], 2)):
+        layer.input_sum.zero_(), layer.input_count.zero_()
+        shift.grad = None
         assert gather_gradients(model)
-        for rows in parts:
+        for rows in parts[:-1]:
             run(layer, rows, upstream[rows])
-        counted = layer.input_count.clone()
-        with reference_pass(model):
-            run(layer, list(range(len(x))), torch.zeros_like(upstream))
-        same(shift.grad, expected, 1e-10)
-        assert layer.input_count == counted and layer.gradient_centre.total is None
+        own = len(parts[-1])
+        with reference_pass(model, references, counted=own):
+            seen = len(x) - own
+            run(layer, every, torch.cat([torch.zeros_like(upstream[:seen]), upstream[seen:]]))
+        share = whole.mean(rest, keepdim=True) * len(x) / references
+        answers = scale * torch.tensor([i >= len(x) - references for i in every]).view(-1, *[1] * (x.dim() - 1))
+        same(shift.grad, (whole * scale).sum(rest) - (share * answers).sum(rest), 1e-10)
+        assert layer.input_count == len(x) and layer.gradient_centre.total is None
+        positions = (x + 0).detach().flatten(2).mean(2) if x.dim() > 2 else x.detach()
+        same(layer.input_sum, positions.sum(0), 1e-10)
 
 
 def test_a_centred_gradient_is_that_of_batch_centring_but_for_the_own_share():

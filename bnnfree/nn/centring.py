@@ -10,9 +10,10 @@ known: the gradient with respect to the inputs, as far as it moves all samples t
                 N samples of one pass, without the own share, which is signal. One other is mostly noise:
                 share = (N - 1)^2 / ((N - 1)^2 + SHRINKAGE^2). A sample alone keeps its gradient
     gather      dL/dx_n stays, and the means over positions are summed over the passes of a step
-    reference   a pass of R images after these, with no loss: dL/dx_r <- dL/dx_r - 1/R (that sum + the sum over the R
-                images). What it adds to the gradients is the same correction, whatever the passes' size: the response
-                of the inputs' means to the parameters, measured on these images, times the sum
+    reference   the last pass of a step, at whose end are R reference images, those without a loss among them:
+                dL/dx_r <- dL/dx_r - 1/R (that sum + the sum over this pass). What it adds to the gradients is the same
+                correction, whatever the passes' size: the response of the inputs' means to the parameters, measured on
+                the R images, times the sum
 
 The first is what the mean in batch normalisation does to the gradient, but for the own share. All act in the backward
 pass alone; the forward pass knows no batch.
@@ -40,18 +41,21 @@ class GradientCentre:
     def __init__(self) -> None:
         self.mode = "batch"
         self.total: Tensor | None = None  # [C], in mode "gather"
+        self.references = 0  # how many, in mode "reference"
+        self.counted: int | None = None  # samples at a pass's end that the running mean of inputs counts; None: all
 
     def taken(self, grad: Tensor) -> Tensor | None:
         """[N, C] to be subtracted at every position of grad [N, C, ...]; None: nothing."""
         real = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
         own = grad.flatten(2).mean(2, dtype=real) if grad.dim() > 2 else grad.to(real)
-        if self.mode == "gather":
-            total = own.sum(0)
-            self.total = total if self.total is None else self.total + total
-            return None
-        if self.mode == "reference":
+        if self.mode != "batch":
             total = own.sum(0) if self.total is None else own.sum(0) + self.total
-            return (total / len(own)).expand(len(own), -1)
+            if self.mode == "gather":
+                self.total = total
+                return None
+            taken = torch.zeros_like(own)
+            taken[-self.references :] = total / self.references
+            return taken
         if len(own) < 2:
             return None
         return (own.sum(0) - own) * weight_of_each(len(own) - 1)
@@ -85,15 +89,19 @@ def gather_gradients(model: nn.Module) -> bool:
     """From now on passes gather; whether there is a layer that does."""
     centres = gradient_centres(model)
     for centre in centres:
-        centre.mode, centre.total = "gather", None
+        centre.mode, centre.total, centre.counted = "gather", None, None
     return bool(centres)
 
 
 @contextmanager
-def reference_pass(model: nn.Module) -> Iterator[None]:
-    """Within it a pass is one of reference images; afterwards passes gather for the next step."""
+def reference_pass(model: nn.Module, references: int, counted: int) -> Iterator[None]:
+    """Within it is the last pass of a step; afterwards passes gather for the next.
+
+    references: how many of its last images are reference images
+    counted: how many of its last images are new, and move the running means of layers' inputs
+    """
     for centre in gradient_centres(model):
-        centre.mode = "reference"
+        centre.mode, centre.references, centre.counted = "reference", references, counted
     try:
         yield
     finally:

@@ -129,10 +129,10 @@ class WeightLayer(nn.Module):
         if self.calibrating:
             self._calibrate(x)
         elif self.centre == "input" and self.training:
-            if self.counts_inputs():
-                with torch.no_grad():
-                    self.input_sum += sum_of_sample_means(x)
-                    self.input_count += x.shape[0]
+            count = self.counted(len(x))
+            with torch.no_grad():
+                self.input_sum += sum_of_sample_means(x[len(x) - count :])
+                self.input_count += count
             if self.gradient_centre is not None:
                 x = self.gradient_centre(x)
         if low is None and self.exact:
@@ -150,9 +150,12 @@ class WeightLayer(nn.Module):
         y = y if factor is None else y * factor.view(shape)
         return y if bias is None else y + bias.view(shape)
 
-    def counts_inputs(self) -> bool:
-        """Do inputs in training move the running mean? Those of reference images do not."""
-        return self.centre == "input" and (self.gradient_centre is None or self.gradient_centre.mode != "reference")
+    def counted(self, samples: int) -> int:
+        """How many of so many, from the last, move the running mean of inputs: not images seen in an earlier pass."""
+        if self.centre != "input":
+            return 0
+        counted = None if self.gradient_centre is None else self.gradient_centre.counted
+        return samples if counted is None else counted
 
     def low_precision(self) -> bool:
         """May autocast run the map in its dtype? Real layers are thin, and feed signs: they stay float32."""

@@ -87,6 +87,8 @@ class Stage:
         self.shared = Shared() if recipe.accumulate > 1 or self.gathers else None
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
+        share = len(range(dist.rank, recipe.data.batch_size, dist.world))
+        self.usual_sizes = {share, max(share, recipe.free.reference)} if self.gathers else {share}
         self.recent: list[Tensor] = []  # images of the steps before, where steps have fewer than the reference
         self.clip_rate = ClipRate()
         self._constant_images: Tensor | None = None  # on which deviations are measured anew
@@ -225,11 +227,12 @@ class Stage:
         if self._rescales_before(done):
             self._rescale()
         samples = self.dist.sum_(torch.tensor(float(sum(len(y) for _, y in group)), device=self.dist.device))
-        for i, (images, labels) in enumerate(group):
-            with self._gradients_shared(i == len(group) - 1):
+        for images, labels in group[:-1]:
+            with self._gradients_apart():
                 self._backward(images, labels, samples)
-        if self.gathers:
-            self._respond([images for images, _ in group])
+        images, centring = self._last_pass(group)
+        with centring:
+            self._backward(images, group[-1][1], samples)
         if self.precondition is not None:
             self.precondition.step(self.dist.sum_)
         if recipe.agc.clip is not None:
@@ -249,21 +252,29 @@ class Stage:
         self.part_done("optimizer")
         return factor * recipe.optimizer.lr if recipe.stages[self.index].lr is None else self.groups[0]["lr"]
 
-    def _gradients_shared(self, last: bool) -> AbstractContextManager:
-        """Processes sum their gradients in the last backward pass of a step only."""
-        if isinstance(self.net, DistributedDataParallel) and not last:
-            return self.net.no_sync()
-        return nullcontext()
+    def _gradients_apart(self) -> AbstractContextManager:
+        """Processes sum their gradients in the last backward pass of a step only; the others are within this."""
+        return self.net.no_sync() if isinstance(self.net, DistributedDataParallel) else nullcontext()
+
+    def _last_pass(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, AbstractContextManager]:
+        """Its images and what it runs within: where passes gather, its own come after reference images seen before."""
+        images, count = group[-1][0], self.recipe.free.reference
+        if not self.gathers:
+            return images, nullcontext()
+        seen = torch.cat([*self.recent, *(each for each, _ in group)])
+        self.recent = [seen[-count:]] if sum(len(each) for each, _ in group) < count else []
+        shown = seen[-max(count, len(images)) :]
+        return shown, reference_pass(self.model, min(count, len(shown)), len(images))
 
     def _backward(self, images: Tensor, labels: Tensor, samples: Tensor) -> None:
+        """A pass and its gradients; images without a label, which come first, have no loss."""
         recipe = self.recipe
-        # a batch of another size would be compiled anew: the epoch's last one runs as it is
-        whole = len(images) == len(range(self.dist.rank, recipe.data.batch_size, self.dist.world))
-        net = self.compiled if whole else self.net
+        # a pass of another size would be compiled anew: an epoch's last one runs as it is
+        net = self.compiled if len(images) in self.usual_sizes else self.net
         with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=recipe.precision != "fp32"):
-            logits = net(images)
+            logits = net(images)[len(images) - len(labels) :]
             with torch.no_grad():
-                taught = None if self.teacher is None else self.teacher(images)
+                taught = None if self.teacher is None else self.teacher(images[len(images) - len(labels) :])
         loss = LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing)
         self.part_done("forward")
         (loss * (self.dist.world / samples)).backward()
@@ -271,16 +282,6 @@ class Stage:
             correct = (logits.argmax(1) == labels).sum()
             self.sums += _vector(loss, correct, len(labels))
         self.part_done("backward")
-
-    def _respond(self, seen: list[Tensor]) -> None:
-        """Centre what the passes of this step have gathered, by a pass of the last images seen, without a loss."""
-        count = self.recipe.free.reference
-        images = torch.cat([*self.recent, *seen])[-count:]
-        self.recent = [images] if sum(map(len, seen)) < count else []
-        with reference_pass(self.model):
-            with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.recipe.precision != "fp32"):
-                logits = self.net(images)
-            logits.backward(torch.zeros_like(logits))
 
     def part_done(self, part: str) -> None:
         """Called when a step is done with `part`: forward, backward (of each pass), agc, optimizer. Nothing here.

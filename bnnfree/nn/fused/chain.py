@@ -161,7 +161,7 @@ def _run_unit(
 ) -> Tensor:
     """h of one sign and convolution; the running mean of the convolution's inputs is kept."""
     sign, conv, _ = unit
-    centred, counts = conv.centre == "input", conv.counts_inputs()
+    centred, counted = conv.centre == "input", conv.counted(len(v))
     step = Step(
         fusion.passes,
         Place(conv.stride, conv.padding, conv.dilation, conv.groups, conv.pad_value),
@@ -170,7 +170,7 @@ def _run_unit(
         sign.window == "sample",
         fusion.signs or v.dtype,
         added,
-        counts,
+        counted,
         conv.gradient_centre,
         fusion.shared,
         fusion.int8 and conv.binary and v.dtype == torch.float32 and fusion.signs in (None, torch.float32),
@@ -195,8 +195,8 @@ def _run_unit(
         conv.expected_input(v.shape[2:]) if centred else None,
         identity,
     )
-    if counts:
+    if counted:
         with torch.no_grad():
             conv.input_sum += means.to(conv.input_sum.dtype)
-            conv.input_count += len(v)
+            conv.input_count += counted
     return h

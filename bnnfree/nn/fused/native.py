@@ -80,12 +80,12 @@ class NativePasses(Passes):
         self._over_samples("activate", v, v.dtype, [v, x], [*self._act(v, act), _number(v, beta)])
         return x
 
-    def binarize(self, v, act, gate, dtype, windows, counts):
+    def binarize(self, v, act, gate, dtype, windows, counted):
         v, real = _dense(v), _real(v.dtype)
         n, channels = v.shape[:2]
         s = torch.empty_like(v, dtype=dtype, memory_format=torch.channels_last)
         moments = v.new_zeros((n, 3, channels), dtype=real) if windows and gate.per_sample else None
-        ones = v.new_zeros((n, channels), dtype=real) if counts else None
+        ones = v.new_zeros((n, channels), dtype=real) if counted else None
         parameters = [*self._act(v, act), _number(v, gate.beta), self._vector(v, gate.threshold, 0.0), moments, ones]
         self._over_samples("binarize", v, dtype, [v, s], parameters)
         area = v.shape[2] * v.shape[3]
@@ -95,7 +95,7 @@ class NativePasses(Passes):
             pivots = pivots - (pivots + sums / area).mean(1, keepdim=True)
             std = (squares / area + pivots * (2 * sums / area + pivots)).mean(1).clamp_min(0).sqrt()
             k = torch.where(std > 1e-5, 1 / std, torch.ones_like(std)).to(real)
-        return s, k, None if ones is None else (2 * ones.double().sum(0) / area - n).to(real)
+        return s, k, None if ones is None else (2 * ones[n - counted :].double().sum(0) / area - counted).to(real)
 
     def residual(self, y, factor, bias, v, act):
         y = _dense(y)

@@ -38,7 +38,7 @@ class Step(NamedTuple):
     passes    those of `native` or of `passes`
     signs     dtype of signs, weights and their products, and of gradients with respect to them
     added     x is added to h
-    counts    the sum over samples of the means of s are an output
+    counted   of so many samples, from the last, the sum of the means of s is an output
     centre    what is taken from the signs' gradient (bnnfree.nn.centring)
     shared    weights of this optimiser step, if micro-batches share them
     int8      the products of the forward pass are whole numbers of 8 bits, see `int8`
@@ -51,7 +51,7 @@ class Step(NamedTuple):
     per_sample: bool
     signs: torch.dtype
     added: bool
-    counts: bool
+    counted: int
     centre: GradientCentre | None
     shared: Shared | None
     int8: bool
@@ -71,7 +71,7 @@ class BinaryNode(Function):
     ):  # fmt: skip
         act, gate = Activation(slope, shift_in, shift_out), Gate(threshold, beta, step.ste, parameter, step.per_sample)
         kind = int8.SIGNS if step.int8 else step.signs
-        s, windows, counts = step.passes.binarize(v, act, gate, kind, step.per_sample, step.counts)
+        s, windows, counts = step.passes.binarize(v, act, gate, kind, step.per_sample, step.counted)
         made = _weight(step, latents, inputs)
         y = _convolve(step, s, made.weight, len(latents))
         whole = factor if made.sizes is None else factor * made.sizes
@@ -99,7 +99,7 @@ class BinaryNode(Function):
          windows, constants, sizes) = ctx.saved_tensors  # fmt: skip
         act, gate = Activation(slope, shift_in, shift_out), Gate(threshold, beta, step.ste, parameter, step.per_sample)
         whole = factor if sizes is None else factor * sizes
-        s, _, _ = step.passes.binarize(v, act, gate, step.signs, False, False)
+        s, _, _ = step.passes.binarize(v, act, gate, step.signs, False, 0)
         made = step.passes.prepare(latents, step.latent, step.signs, whole, constants=constants)
         of_s, raw = _convolve_back(step, g, s, made.weight)
         del s, made

@@ -103,18 +103,18 @@ class Passes:
         return x if beta is None else x * beta.to(x.dtype)
 
     def binarize(
-        self, v: Tensor, act: Activation, gate: Gate, dtype: torch.dtype, windows: bool, counts: bool
+        self, v: Tensor, act: Activation, gate: Gate, dtype: torch.dtype, windows: bool, counted: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """s = sign(beta act(v) + threshold) in `dtype`; s + 1 in torch.uint8.
 
         And, if asked for: windows [N], 1 over the deviation of each sample's t (1 for constant ones), and counts [C],
-        the sum over samples of the mean over positions of s.
+        the sum over the last `counted` samples of the mean over positions of s.
         """
         t = _gate(_prelu(_shifted(v, act), act), gate, fresh=act.slope is not None)
         s = sign(t)
         k = sample_window(t) if windows and gate.per_sample else None
         stored = s + 1 if dtype == torch.uint8 else s
-        return stored.to(dtype), k, s.flatten(2).mean(2).sum(0) if counts else None
+        return stored.to(dtype), k, s[len(s) - counted :].flatten(2).mean(2).sum(0) if counted else None
 
     def residual(self, y: Tensor, factor: Tensor, bias: Tensor, v: Tensor | None, act: Activation) -> Tensor:
         """h = y factor + bias + act(v), in v's dtype; without v: h = y factor + bias in factor's."""
