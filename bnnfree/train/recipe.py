@@ -296,9 +296,9 @@ class Recipe(_Part):
 
     @property
     def gathers(self) -> bool:
-        """Do a step's passes leave centring gradients to one of reference images (`free.reference`)? In one process.
+        """Do a step's passes leave centring gradients to its last, which has reference images (`free.reference`)?
 
-        Not with batch statistics: that pass would normalise by those of its own images, and move running ones.
+        In one process. Not with batch statistics: these images would be in them, and move running ones.
         """
         few = self.free.reference if self.accumulate > 1 else min(self.free.reference, FEW)
         wanted = self.free.gather or self.data.batch_size < few
