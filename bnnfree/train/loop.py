@@ -268,13 +268,13 @@ class Stage:
 
     def _backward(self, images: Tensor, labels: Tensor, samples: Tensor) -> None:
         """A pass and its gradients; images without a label, which come first, have no loss."""
-        recipe = self.recipe
+        recipe, own = self.recipe, slice(len(images) - len(labels), None)
         # a pass of another size would be compiled anew: an epoch's last one runs as it is
         net = self.compiled if len(images) in self.usual_sizes else self.net
         with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=recipe.precision != "fp32"):
-            logits = net(images)[len(images) - len(labels) :]
+            logits = net(images)[own]
             with torch.no_grad():
-                taught = None if self.teacher is None else self.teacher(images[len(images) - len(labels) :])
+                taught = None if self.teacher is None else self.teacher(images[own])
         loss = LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing)
         self.part_done("forward")
         (loss * (self.dist.world / samples)).backward()
