@@ -87,16 +87,24 @@ def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, no
             torch.testing.assert_close(value, found[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_steps_of_few_images_centre_by_the_last_ones_seen(monkeypatch):
+@pytest.mark.parametrize("loss", [(), ("loss.name=distribution", "loss.teacher=another")], ids=["labels", "teacher"])
+def test_steps_of_few_images_centre_by_the_last_ones_seen(monkeypatch, loss):
     """Of this step and those before it, however a step is divided: 2 x 3 == 1 x 6, with 13 images of reference.
 
-    To 1e-7: steps of Adam are as large where a gradient is nearly 0 as elsewhere.
+    To 1e-7: steps of Adam are as large where a gradient is nearly 0 as elsewhere. A teacher is asked about the
+    step's own images only, each once.
     """
     stages = []
     for division in (("data.batch_size=3", "accumulate=2"), ("data.batch_size=6",)):
         common = ("model.norm=free", "free.reference=13", "free.recalibrate=0", "data.samples=60")
-        stage = double_stage(monkeypatch, tiny(*common, *division))
-        centre, seen, asked = gradient_centres(stage.model)[0], [], []
+        stage = double_stage(monkeypatch, tiny(*common, *division, *loss))
+        centre, seen, asked, taught = gradient_centres(stage.model)[0], [], [], []
+
+        def teach(images, taught=taught):
+            taught.append(images)
+            return images.flatten(1)[:, :4] * 3
+
+        stage.teacher = teach if loss else None
 
         def watch(net, args, centre=centre, seen=seen, asked=asked):
             last = centre.mode == "reference"
@@ -108,6 +116,7 @@ def test_steps_of_few_images_centre_by_the_last_ones_seen(monkeypatch):
         stage.train_epoch(lambda: None)
         assert stage.gathers and [len(images) for images, _ in asked[:4]] == [6, 12, 13, 13]
         assert len(asked) == stage.steps and all(torch.equal(*pair) for pair in asked)
+        assert not loss or torch.equal(torch.cat(taught), torch.cat(seen))
         stages.append(stage)
     found = stages[0].model.state_dict()
     for key, value in stages[1].model.state_dict().items():
