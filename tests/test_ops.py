@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from packed import GEOMETRIES
 
 from bnnfree import ops
 from bnnfree.errors import BnnfreeError
@@ -11,19 +12,6 @@ from bnnfree.ops.real import border_classes
 
 F32 = np.float32
 SEED = 7767
-
-GEOMETRIES = [  # height, width, kernel, stride, padding, dilation
-    (1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
-    (5, 4, (1, 1), (2, 2), (0, 0), (1, 1)),
-    (5, 7, (3, 3), (1, 1), (1, 1), (1, 1)),
-    (6, 5, (3, 3), (2, 2), (1, 1), (1, 1)),
-    (7, 6, (2, 2), (1, 1), (1, 1), (1, 1)),
-    (9, 8, (5, 5), (3, 3), (2, 2), (1, 1)),
-    (9, 10, (7, 7), (2, 2), (3, 3), (1, 1)),
-    (8, 9, (3, 3), (1, 1), (2, 2), (2, 2)),
-    (6, 9, (3, 2), (2, 1), (0, 1), (1, 2)),
-    (3, 3, (3, 3), (1, 1), (2, 2), (1, 1)),
-]
 
 
 def window_of(geometry):
