@@ -1,6 +1,7 @@
 """Who may import whom: the rules of the house as one table, checked against every import statement."""
 
 import ast
+import graphlib
 import importlib.util
 import subprocess
 import sys
@@ -79,9 +80,14 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path):
-    """Every dotted name that a file imports, wherever in it the statement stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path: Path, types=True):
+    """Every dotted name that a file imports, wherever in it the statement stands; without what is for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    passed_over = set() if types else {id(node) for block in blocks for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in passed_over:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -114,6 +120,11 @@ def test_file_imports_only_what_its_room_may(path):
 def test_every_folder_of_the_package_has_a_row():
     folders = {module_of(p.parent / "x").rsplit(".", 1)[0] for p in (ROOT / "bnnfree").rglob("*.py")}
     assert all(room_of(folder) != "bnnfree" for folder in folders - {"bnnfree"})  # a folder within a room is part of it
+
+
+def test_no_file_imports_itself_through_others():
+    names = {module_of(path): set(imports(path, types=False)) for path in sources()}
+    graphlib.TopologicalSorter({name: found & names.keys() for name, found in names.items()}).prepare()
 
 
 def test_the_rules_have_no_circle():

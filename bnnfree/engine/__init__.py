@@ -24,7 +24,7 @@ from bnnfree.engine.kernels import FAST, REFERENCE, Kernel
 from bnnfree.engine.runners import NativeRunner, NumpyRunner, Runner
 from bnnfree.errors import BnnfreeWarning, unknown_name
 from bnnfree.format import PackedModel
-from bnnfree.format.packed import read_mapped
+from bnnfree.format.file import read_mapped
 from bnnfree.format.schema import CONVOLUTIONS
 
 __all__ = ["BACKENDS", "Engine", "EngineError", "backends", "load"]

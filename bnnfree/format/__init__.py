@@ -1,6 +1,6 @@
 """What a packed file is: `read`, `write`, `PackedModel`; the specification is FORMAT.md.
 
-schema (the one table), packed (the model in memory and its file), check (what must hold), plan (the arena),
+schema (the one table), packed (the model in memory), check (what must hold), plan (the arena), file (its bytes),
 errors (one name per rule). Standard library, numpy and bnnfree.ops (geometry) only; never torch or engine.
 """
 
@@ -20,7 +20,8 @@ from bnnfree.format.errors import (
     TextError,
     VersionError,
 )
-from bnnfree.format.packed import Op, PackedModel, Tensor, from_bytes, make_op, read, seal, to_bytes, write
+from bnnfree.format.file import from_bytes, read, seal, to_bytes, write
+from bnnfree.format.packed import Op, PackedModel, Tensor, make_op
 from bnnfree.format.plan import lifetimes, plan
 from bnnfree.format.schema import VERSION
 

@@ -8,13 +8,10 @@ to the end. Two that are alive at one time share no byte, but for one case: `rea
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import TYPE_CHECKING
 
 from bnnfree.format.errors import PlanError
+from bnnfree.format.packed import PackedModel
 from bnnfree.format.schema import ALIGN
-
-if TYPE_CHECKING:
-    from bnnfree.format.packed import PackedModel
 
 
 def lifetimes(model: PackedModel) -> dict[int, tuple[int, int]]:
