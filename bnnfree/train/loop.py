@@ -1,4 +1,4 @@
-"""One stage of training: the network, what moves it, one epoch of it, one evaluation. Prints nothing.
+"""One stage of training: the network, what moves it, one epoch of it. Prints nothing.
 
 Imports torch, bnnfree.nn, bnnfree.optim, bnnfree.analysis and its own room; never models, export, engine.
 """
@@ -42,7 +42,6 @@ from bnnfree.optim import (
 )
 from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist, data_parallel
-from bnnfree.train.images import Split
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
@@ -279,8 +278,9 @@ class Stage:
         self.part_done("forward")
         (loss * (self.dist.world / samples)).backward()
         with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum()
-            self.sums += _vector(loss, correct, len(labels))
+            self.sums[0] += loss
+            self.sums[1] += (logits.argmax(1) == labels).sum()
+            self.sums[2] += len(labels)
         self.part_done("backward")
 
     def part_done(self, part: str) -> None:
@@ -369,30 +369,3 @@ class Stage:
         if self.prober is not None:
             self.prober.load_state_dict(state["probe"])
         self.signs = {name: signs.to(self.dist.device) for name, signs in state["signs"].items()}
-
-
-def _vector(*values: Tensor | int) -> Tensor:
-    """The values as one float64 vector on the first one's device."""
-    first = values[0]
-    assert isinstance(first, Tensor)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=first.device) for v in values])
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, split: Split, dist: Dist, batch_size: int = 256, precision: str = "fp32"
-) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 accuracy (percent) of `model` over `split`, summed over processes."""
-    was_training = model.training
-    model.eval()
-    dist.same_buffers(model)
-    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)
-    for images, labels in split.batches(batch_size, device=dist.device, rank=dist.rank, world=dist.world):
-        with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision != "fp32"):
-            logits = model(images).float()
-        ranks = (~(logits <= logits.gather(1, labels[:, None]))).sum(1)  # Why not ">": NaN must not rank first
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += _vector(loss, (ranks < 1).sum(), (ranks < 5).sum(), len(ranks))
-    model.train(was_training)
-    loss, top1, top5, samples = dist.sum_(sums).tolist()
-    return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}

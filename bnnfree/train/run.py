@@ -32,7 +32,8 @@ from bnnfree.train.checkpoint import (
 )
 from bnnfree.train.data import Data, load_data
 from bnnfree.train.dist import Dist
-from bnnfree.train.loop import Stage, evaluate
+from bnnfree.train.evaluation import evaluate
+from bnnfree.train.loop import Stage
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import parse_recipe, save_recipe
 from bnnfree.train.report import Report, machine, write_json

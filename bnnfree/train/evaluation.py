@@ -1,0 +1,31 @@
+"""How right a network is over a split of the data. Imports torch and its own room; never models, export, engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bnnfree.train.dist import Dist
+from bnnfree.train.images import Split
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, dist: Dist, batch_size: int = 256, precision: str = "fp32"
+) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 accuracy (percent) of `model` over `split`, summed over processes."""
+    was_training = model.training
+    model.eval()
+    dist.same_buffers(model)
+    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)
+    for images, labels in split.batches(batch_size, device=dist.device, rank=dist.rank, world=dist.world):
+        with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision != "fp32"):
+            logits = model(images).float()
+        ranks = (~(logits <= logits.gather(1, labels[:, None]))).sum(1)  # Why not ">": NaN must not rank first
+        sums[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (ranks < 1).sum()
+        sums[2] += (ranks < 5).sum()
+        sums[3] += len(ranks)
+    model.train(was_training)
+    loss, top1, top5, samples = dist.sum_(sums).tolist()
+    return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}
