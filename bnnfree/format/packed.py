@@ -1,6 +1,6 @@
 """A packed model in memory: `PackedModel`, its tensors and ops. Standard library and numpy only.
 
-What is in a file and must hold is in check, its bytes are in file. Must not import torch, export, engine.
+check says what must hold of it, file what its bytes are. Must not import torch, export, engine.
 """
 
 from __future__ import annotations
