@@ -7,7 +7,7 @@ Imports torch only.
 """
 
 from bnnfree.nn.binary import SCALES, BinaryConv2d, BinaryLinear
-from bnnfree.nn.block import BINARIZE, SHORTCUTS, BinaryBlock, Clip, Design
+from bnnfree.nn.block import ACTIVATIONS, BINARIZE, SHORTCUTS, BinaryBlock, Clip, Design, check_activation
 from bnnfree.nn.calibrate import (
     anneal,
     calibrate,
@@ -43,6 +43,7 @@ from bnnfree.nn.standard import CentredLinear, ScaledStdConv2d, WeightLayer, sta
 from bnnfree.nn.variance import BETA_MODES, BlockShape, expected_betas
 
 __all__ = [
+    "ACTIVATIONS",
     "BETA_MODES",
     "BINARIZE",
     "NORMS",
@@ -74,6 +75,7 @@ __all__ = [
     "anneal",
     "calibrate",
     "centred_layers",
+    "check_activation",
     "check_norm",
     "expected_betas",
     "first_belief",

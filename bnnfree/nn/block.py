@@ -25,6 +25,16 @@ BINARIZE = {
     "both": (True, True),
 }
 SHORTCUTS = ("real", "binary")
+ACTIVATIONS = ("trunk", "branch")
+
+
+def check_activation(place: str | None, norm: str) -> None:
+    """Errors: a `place` of the activation that is not in ACTIVATIONS, or not that of a normaliser that takes it in."""
+    if place is None:
+        return
+    pick(dict.fromkeys(ACTIVATIONS), place, "activation")
+    if place == "trunk" and NORMS[norm].proxy:
+        raise BnnfreeError(f"activation: got 'trunk' for norm {norm!r}, which takes it in, expected 'branch'.")
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Design:
     binarize    "none" | "activations" | "weights" | "both"
     shortcut    weights of the 1x1 shortcut convolutions (their inputs are never signs): "real" | "binary"
     react       learnable thresholds and RPReLU (ReActNet); False: bare sign and identity (Bi-Real, XNOR)
+    activation  place of a block's activation: "trunk", after the residual sum | "branch", before it (proxy
+                normalisers: always there)
     real        real convolutions and ReLU in place of all that is binary, whatever binarize and react say
     standardize scaled weight standardisation of all convolutions
     centre      taking out the expected mean: of binary convolutions by their inputs' running mean, of real ones by
@@ -53,6 +65,7 @@ class Design:
     shortcut: str = "binary"
     react: bool = True
     real: bool = False
+    activation: str | None = None
     standardize: bool | None = None
     centre: bool | None = None
     centre_gradient: bool | None = None
@@ -79,6 +92,7 @@ class Design:
         if self.centre and self.norm == "kn":
             raise BnnfreeError("centre: got true with norm 'kn', whose priors pass through the layers, expected false.")
         pick(dict.fromkeys(STE_WINDOWS), self.window, "ste_window")
+        check_activation(self.activation, self.norm)
 
     @property
     def rule(self) -> Norm:
@@ -92,6 +106,11 @@ class Design:
     @property
     def beta_mode(self) -> str:
         return self.beta or self.rule.beta
+
+    @property
+    def acts_in_branch(self) -> bool:
+        """True where a block's activation ends its branch, and nothing follows the residual sum."""
+        return self.rule.proxy or self.activation == "branch"
 
     @property
     def window(self) -> str:
@@ -162,8 +181,8 @@ class Design:
         if isinstance(conv, BinaryConv2d):
             # the next sign reads this output alone: a sum that is 0 must not be rounded to either side of it
             conv.exact = not last and conv.binary and conv.binary_input
-        # within a branch a sign is the activation; after the last the block has one, if no proxy holds it
-        inside = rule.proxy if last else self.real
+        # between convolutions of a branch a sign is the activation
+        inside = self.acts_in_branch if last else self.real
         act = self.make_activation(cout) if inside else None
         after = ([] if act is None else [act]) if rule.before else self.make_norm(cout, act, before_sign=not last)
         return [*before, conv, *after]
@@ -249,10 +268,11 @@ class BinaryBlock(nn.Module):
               shortcut_conv(pool(u))         other width
               [x, x] along the channels      duplicate: twice the width without a convolution (ReActNet-A)
         out = act(alpha h + id)              act: RPReLU, or the identity where design.react is False
+              alpha act(h) + id              design.activation "branch", and normalisers that take the activation in
+                                             (ln_pn, gn_pn, in_pn)
 
-    The normaliser may stand elsewhere (bnnfree.nn.norms.Norm): before the sign (ic), or with the activation at the
-    end of the branch and nothing after the sum (ln_pn, gn_pn, in_pn). In a real design no sign stands before a
-    convolution, and ReLU is what follows norms and sum: the block of an ordinary ResNet.
+    A normaliser may stand before the sign instead (ic; bnnfree.nn.norms.Norm). In a real design no sign stands before
+    a convolution, and ReLU is what follows norms and sum: the block of an ordinary ResNet.
 
     alpha and beta are buffers, so a checkpoint determines the network. With beta mode "measured",
     `bnnfree.nn.calibrate` sets beta = 1 / std(x) over all values of the calibration images.
@@ -293,7 +313,7 @@ class BinaryBlock(nn.Module):
             branch += design.make_unit(width, cout, kernel, step, last=i + 1 == convs)
         self.branch = nn.Sequential(*branch)
         self.shortcut = design.make_shortcut(cin, cout) if cin != cout and not duplicate else None
-        act = None if design.rule.proxy else design.make_activation(cout)
+        act = None if design.acts_in_branch else design.make_activation(cout)
         self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor, belief: Belief | None = None) -> Tensor | tuple[Tensor, Belief]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -78,6 +78,14 @@ class Data:
     mean: list[float]
     std: list[float]
     unusable: int = 0  # bad files found while loading
+
+    def resized(self, size: int | None) -> Data:
+        """The same data at `size` x `size` pixels, with the statistics of these (None: as they are)."""
+        if size is None or self.image_size == (size, size):
+            return self
+        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        smaller = {name: split and split.resized(size) for name, split in splits.items()}
+        return replace(self, **smaller, image_size=(size, size))
 
     @property
     def skipped(self) -> int:

@@ -75,7 +75,7 @@ def _two_steps(recipe: Recipe, index: int, builders: Builders, data: Data, shape
     if recipe.loss.teacher is not None:
         # the real teacher may have to be fetched: a copy of the network stands in for its time and memory
         teacher = build_model(recipe, builders, shape).to(dist.device).eval().requires_grad_(False)
-    stage = Stage(recipe, index, model, data, dist, teacher)
+    stage = Stage(recipe, index, model, data.resized(recipe.stages[index].image_size), dist, teacher)
     stage.calibrate()
     text = describe_groups(stage.groups)
     times = [time.monotonic()]

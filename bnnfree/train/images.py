@@ -127,6 +127,10 @@ class Split:
         """An epoch's first batches, as many as hold `wanted` images; `epoch` as in `train_batches`."""
         yield from itertools.islice(self.train_batches(batch_size, **epoch), -(-wanted // batch_size))
 
+    def resized(self, size: int) -> Split:
+        """The same images, order and augmentation at `size` x `size` pixels, normalised by the same statistics."""
+        raise NotImplementedError
+
     def _order(self, generator: torch.Generator) -> Tensor:
         """The order of an epoch: a permutation of the images."""
         return torch.randperm(len(self), generator=generator)
@@ -166,6 +170,14 @@ class PixelSplit(Split):
     def __init__(self, pixels: np.ndarray, labels, mean, std, augment: Sequence[str] = ()):
         super().__init__(labels, mean, std, augment)
         self.pixels = torch.from_numpy(pixels)
+
+    def resized(self, size: int) -> PixelSplit:
+        def scaled(pixels: Tensor) -> Tensor:
+            planes = pixels.permute(0, 3, 1, 2)
+            return F.interpolate(planes, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+
+        pixels = torch.cat([scaled(part) for part in self.pixels.split(1024)]).contiguous()
+        return PixelSplit(pixels.numpy(force=True), self.labels.cpu(), self.mean, self.std, self.augment)
 
     def to(self, device: str | torch.device) -> PixelSplit:
         """Move the images to `device` and keep them there; batches on another device move them again."""

@@ -219,7 +219,7 @@ class Stage:
     def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> float:
         recipe, done = self.recipe, self.epoch * self.steps + self.step
         total_steps = self.epochs * self.steps
-        factor = lr_factor(step=done, steps=total_steps, **recipe.schedule.model_dump())
+        factor = lr_factor(step=done, **self._course())
         for param_group in self.groups:
             param_group["lr"] = factor * param_group["initial_lr"]
         anneal(self.model, done / total_steps)
@@ -250,6 +250,14 @@ class Stage:
             self._move_average()
         self.part_done("optimizer")
         return factor * recipe.optimizer.lr if recipe.stages[self.index].lr is None else self.groups[0]["lr"]
+
+    def _course(self) -> dict[str, Any]:
+        """What `lr_factor` needs to know beside the step: the schedule, and the steps that it spans."""
+        schedule, before, epochs = self.recipe.schedule, 0, self.epochs
+        if schedule.over == "run":
+            before, epochs = self.first_epoch, sum(stage.epochs for stage in self.recipe.stages)
+        span = {"before": before * self.steps, "steps": epochs * self.steps}
+        return span | schedule.model_dump(exclude={"over"})
 
     def _gradients_apart(self) -> AbstractContextManager:
         """Processes sum their gradients in the last backward pass of a step only; the others are within this."""

@@ -11,7 +11,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
-from bnnfree.nn import BETA_MODES, BINARIZE, NORMS, SCALES, SHORTCUTS, STE_WINDOWS, STES, check_norm, of_batch
+from bnnfree.nn import (
+    ACTIVATIONS,
+    BETA_MODES,
+    BINARIZE,
+    NORMS,
+    SCALES,
+    SHORTCUTS,
+    STE_WINDOWS,
+    STES,
+    check_activation,
+    check_norm,
+    of_batch,
+)
 from bnnfree.nn.fused import PRECISIONS, SPEEDS
 from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
@@ -68,6 +80,8 @@ class ModelRecipe(_Part):
     """first layer: cifar keeps the resolution; auto takes imagenet for images above 64 pixels"""
     shortcut: _one_of(SHORTCUTS) = "binary"  # type: ignore[valid-type]
     """weights of the 1x1 shortcut convolutions: real | binary (their inputs are real)"""
+    activation: _one_of(ACTIVATIONS) | None = None  # type: ignore[valid-type]
+    """place of a block's activation: trunk (after the residual sum) | branch (before it); null: the normaliser's own"""
     standardize: bool | None = None
     """scaled weight standardisation; null: the normaliser's own"""
     centre: bool | None = None
@@ -101,6 +115,7 @@ class ModelRecipe(_Part):
     def _names_take_their_options(self) -> ModelRecipe:
         try:
             check_norm(self.norm, self.norm_options)
+            check_activation(self.activation, self.norm)
             check_ste(self.ste, self.ste_parameter, self.ste_last)
         except errors.BnnfreeError as error:
             raise _contradiction(f"model.{error}") from None
@@ -157,6 +172,8 @@ class StageRecipe(_Part):
     """passes over the training images"""
     binarize: _one_of(BINARIZE) | None = None  # type: ignore[valid-type]
     """what is 1 bit in this stage; null: model.binarize"""
+    image_size: int | None = Field(default=None, ge=4)
+    """side of this stage's images, scaled from those of data.image_size; null: those; the last stage has none"""
     lr: float | None = Field(default=None, gt=0)
     """null: optimizer.lr"""
     weight_decay: float | None = Field(default=None, ge=0)
@@ -201,6 +218,8 @@ class ScheduleRecipe(_Part):
 
     name: _one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
     """linear | cosine | step | constant"""
+    over: Literal["stage", "run"] = "stage"
+    """what the rate's course spans: each stage, or once all of them (run); a warm-up is always a stage's"""
     warmup_steps: int = Field(default=0, ge=0)
     """optimiser steps of linear ramp at the start"""
     milestones: list[float] = []
@@ -352,6 +371,11 @@ class Recipe(_Part):
             raise _contradiction(
                 "optimizer.name is 'bop', whose weights are signs already, but the weights are standardised; "
                 "set model.standardize=false"
+            )
+        if self.stages[-1].image_size is not None:
+            raise _contradiction(
+                f"stages.{len(self.stages) - 1}.image_size: got {self.stages[-1].image_size} for the last stage, whose "
+                "images are of data.image_size, expected null"
             )
         for i, stage in enumerate(self.stages):
             signs = stage.binarize or self.model.binarize

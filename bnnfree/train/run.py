@@ -71,7 +71,8 @@ class Run:
         model = build_model(self.recipe, self.builders, self.data_info, binarize)
         if weights is not None:
             load_weights(model, weights, f"stage {index} taking over from stage {index - 1}")
-        stage = Stage(self.recipe, index, model, self.data, self.dist, self._teacher())
+        data = self.data.resized(self.recipe.stages[index].image_size)
+        stage = Stage(self.recipe, index, model, data, self.dist, self._teacher())
         self.renorm = any(isinstance(module, BatchRenorm2d) for module in model.modules())
         return stage
 
@@ -200,8 +201,8 @@ class Run:
             metrics["seconds"] = seconds
             metrics["images_per_second"] = len(self.data.train) * (1 - first_step / stage.steps) / seconds
             with stage.settled():
-                if self.data.val is not None:
-                    val = evaluate(stage.evaluated, self.data.val, self.dist, precision=self.recipe.precision)
+                if stage.data.val is not None:
+                    val = evaluate(stage.evaluated, stage.data.val, self.dist, precision=self.recipe.precision)
                     metrics |= {"val_loss": val["loss"], "val_top1": val["top1"]}
                 self.report.add(metrics)
                 shown = {key: metrics[key] for key in ("stage", "epoch")}

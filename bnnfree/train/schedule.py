@@ -43,13 +43,15 @@ def lr_factor(
     step: int,
     steps: int,
     *,
+    before: int = 0,
     warmup_steps: int = 0,
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> float:
-    """Factor on the peak rate at optimiser step `step` (from 0) of `steps`, times a linear ramp at the start.
+    """Factor on the peak rate at optimiser step `step` (from 0) of a stage, times a linear ramp at its start.
 
+    `steps`: those of the whole course, of which `before` came in earlier stages (0 where each stage has its own).
     The ramp is (step + 1) / warmup_steps, cut at 1: the first step already moves.
     """
     ramp = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    return ramp * SCHEDULES[name](step / steps, milestones, gamma)
+    return ramp * SCHEDULES[name]((before + step) / steps, milestones, gamma)

@@ -131,6 +131,12 @@ class FileSplit(Split):
         """How many files have been found unreadable and dropped so far."""
         return len(self._bad)
 
+    def resized(self, size: int) -> FileSplit:
+        how = {"size": size, "workers": self.workers, "skip_bad": self.skip_bad}
+        split = FileSplit(self.files, self.labels, self.mean, self.std, self.augment, **how)
+        split._bad = self._bad  # a file that cannot be read is counted once
+        return split
+
     def _order(self, generator: torch.Generator) -> Tensor:
         return self.files.order(generator)
 

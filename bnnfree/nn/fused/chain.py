@@ -128,7 +128,7 @@ def _run_block(block: BinaryBlock, v: Tensor, act: Activation, fusion: Fusion) -
         alpha = block.alpha if last and block.damped else None
         if unit.after:
             h = _run_unit(unit, v, act, beta, None, False, None, fusion)
-            h = _normalised(h, unit.after, alpha)
+            h = _followed(h, unit.after, alpha, fusion)
             v = (h if identity is None or not last else h + identity).to(v.dtype)
         else:
             added = last and identity is None
@@ -137,11 +137,13 @@ def _run_block(block: BinaryBlock, v: Tensor, act: Activation, fusion: Fusion) -
     return v, _activation_of(block.act)
 
 
-def _normalised(h: Tensor, after: list[nn.Module], alpha: Tensor | None) -> Tensor:
-    """What the modules after a convolution make of its output, in the parameters' dtype, times alpha."""
-    h = h.float() if h.dtype in (torch.bfloat16, torch.float16) else h
+def _followed(h: Tensor, after: list[nn.Module], alpha: Tensor | None, fusion: Fusion) -> Tensor:
+    """A convolution's output h behind the modules that follow it, times alpha; an RPReLU is a fused pass."""
     for module in after:
-        h = module(h)
+        if type(module) is RPReLU:
+            h = _activated(h, _activation_of(module), fusion)
+        else:
+            h = module(h.float() if h.dtype in (torch.bfloat16, torch.float16) else h)
     return h if alpha is None else h * alpha
 
 

@@ -124,8 +124,9 @@ def mixture(p: Tensor | float, mean_a: Tensor, var_a: Tensor, mean_b: Tensor, va
 def run_believing(layers: nn.Sequential, x: Tensor, ghost: Tensor) -> tuple[Tensor, Pair]:
     """layers(x), and the moments of that; each KalmanNorm2d corrects by what becomes of `ghost` on its way there.
 
-    Shapes: x [N, C, H, W]; ghost [1, C, H, W], a sample of what x is believed to be. The last normaliser must be the
-    last layer: its moments are returned. Why forward(): a hook on a shared layer is for the real map.
+    Shapes: x [N, C, H, W]; ghost [1, C, H, W], a sample of what x is believed to be. After the last normaliser at most
+    an activation may come: the moments returned are those behind it. Why forward(): a hook on a shared layer is for
+    the real map.
     """
     moments = None
     for layer in layers:
@@ -137,7 +138,8 @@ def run_believing(layers: nn.Sequential, x: Tensor, ghost: Tensor) -> tuple[Tens
         else:
             x, ghost = layer(x), layer.forward(ghost)
     assert moments is not None
-    return x, moments
+    last = layers[-1]
+    return x, moments if isinstance(last, KalmanNorm2d) else Belief(*moments, last).moments()
 
 
 def first_belief(layers: nn.Module) -> Belief | None:
