@@ -46,6 +46,8 @@ KINDS = {
     "real_activations": (6, 10, dict(stride=2), dict(binarize="weights")),
     "all_real": (6, 6, dict(convs=2), dict(binarize="none", react=False)),
     "resnet": (6, 10, dict(convs=2, stride=2), dict(real=True, react=False)),
+    "activation_in_branch": (6, 10, dict(convs=2, stride=2), dict(activation="branch")),
+    "relu_in_branch": (6, 6, {}, dict(real=True, react=False, activation="branch")),
 }
 
 
@@ -167,6 +169,15 @@ def explicit_block(norm, kind, block, x, alpha, beta):
             return y.maximum(part(where)["tau"].view(row))
         return y.clamp_min(0)
 
+    def activated(y, where):
+        if real:
+            return relu(y, where)
+        if not react:
+            return y
+        act = part(where)
+        y = y + act["input_shift"].view(row) if "input_shift" in act else y
+        return torch.where(y > 0, y, act["slope"].view(row) * y) + act["output_shift"].view(row)
+
     u = h = beta * x
     for i in range(convs):
         last = i + 1 == convs
@@ -195,16 +206,10 @@ def explicit_block(norm, kind, block, x, alpha, beta):
         identity = explicit_conv(part("shortcut.0"), identity, options, 1, 1, one_bit, 0)
         if not before:
             identity = explicit_norm(norm, part("shortcut.1"), identity)
+    if design.get("activation") == "branch" and not proxy:
+        return alpha * activated(h, f"branch.{next(place)}") + identity
     y = alpha * h + identity
-    if proxy:
-        return y
-    if real:
-        return relu(y, "act")
-    if not react:
-        return y
-    act = part("act")
-    y = y + act["input_shift"].view(row) if "input_shift" in act else y
-    return torch.where(y > 0, y, act["slope"].view(row) * y) + act["output_shift"].view(row)
+    return y if proxy else activated(y, "act")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -423,6 +428,12 @@ def test_a_proxied_block_has_nothing_after_its_sum_and_a_bare_one_no_proxy():
     assert isinstance(bare.branch[-1], nn.GroupNorm) and bare.branch[-1].weight is None
 
 
+def test_the_activation_of_a_proxy_is_not_for_the_trunk():
+    with pytest.raises(BnnfreeError, match="got 'trunk' for norm 'ln_pn'.*expected 'branch'"):
+        Design(norm="ln_pn", activation="trunk")
+    assert Design(norm="ln_pn", activation="branch").acts_in_branch
+
+
 def test_a_threshold_stands_where_no_sign_follows():
     block = BinaryBlock(6, 10, Design(norm="frn", react=False), stride=2, convs=2)
     found = [any(isinstance(m, ThresholdedLinear) for m in layer.modules()) for layer in block.branch]
@@ -441,6 +452,7 @@ def test_a_threshold_stands_where_no_sign_follows():
         (dict(ste="aprox"), "approx"),
         (dict(ste_window="sampel"), "sample"),
         (dict(beta="measure"), "measured"),
+        (dict(activation="trunck"), "trunk"),
     ],
 )
 def test_unknown_names_in_a_design_get_the_nearest_known_one(fields, hint):

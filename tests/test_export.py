@@ -109,6 +109,14 @@ def test_networks_that_are_not_all_binary_export_too(name, binarize):
     check(disturb(model), (11, 9))
 
 
+@pytest.mark.parametrize("name, norm", [("reactnet20", "free"), ("reactnet_a", "bn"), ("reactnet20", "gn")])
+def test_an_activation_in_the_branch_runs_in_the_engine_as_in_torch(name, norm):
+    torch.manual_seed(2)
+    model = MODELS[name](5, norm=norm, width=0.25, stem="cifar", activation="branch", alpha=0.7)
+    calibrate(model, torch.randn(16, 3, 13, 16))
+    check(disturb(model), (13, 16), images=16)
+
+
 def odd_shapes():
     """Random draws from the grid, each value of each axis many times."""
     grid = {"channels": [1, 3, 31, 33, 65], "kernel": [1, 2, 3, 5, 7], "stride": [1, 2, 3], "dilation": [1, 2],

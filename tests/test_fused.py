@@ -266,6 +266,15 @@ def test_gradients_equal_the_layers(passes, name, norm, options):
     assert_same_gradients(gradients(model, images, labels), layers)
 
 
+def test_an_activation_in_the_branch_is_a_fused_pass(passes):
+    for norm in ("free", "bn", "none"):
+        options = {"activation": "branch", "alpha": 0.7, "centre_head": False}  # that would undo the last output shift
+        model, images, labels = double("reactnet20", norm, **options)
+        layers = gradients(model, images, labels)
+        model.fusion = Fusion(passes)
+        assert_same_gradients(gradients(model, images, labels), layers)
+
+
 def test_steps_that_gather_equal_the_layers(passes):
     """One image, then two new ones and two seen before, of all of which three answer; the new ones are counted."""
     model, images, labels = double("reactnet20", "free")

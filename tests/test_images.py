@@ -113,6 +113,15 @@ def test_spread_takes_images_at_equal_distances(split, count):
     assert len(split.spread(len(split) + 1)[1]) == len(split)
 
 
+def test_a_resized_split_is_the_same_images_scaled(split):
+    size = 8 if isinstance(split, images.PixelSplit) else 33
+    small = split.resized(size)
+    pairs = zip(small.train_batches(5, seed=SEED, epoch=1), split.train_batches(5, seed=SEED, epoch=1), strict=True)
+    for (scaled, labels), (whole, their_labels) in pairs:
+        assert scaled.shape == (len(whole), 3, size, size) and torch.equal(labels, their_labels)
+        torch.testing.assert_close(scaled.mean((2, 3)), whole.mean((2, 3)), rtol=0, atol=0.5)
+
+
 def test_order_differs_by_epoch_and_by_seed_only(split):
     def pixels(seed, epoch):
         return joined(split.train_batches(10, seed=seed, epoch=epoch))[0]

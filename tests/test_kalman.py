@@ -122,6 +122,21 @@ def test_a_residual_sum_adds_the_moments_of_branch_and_shortcut(kind):
     torch.testing.assert_close(after.var, 0.09 * norm.weight.square() + side[1])
 
 
+def test_an_activation_in_the_branch_changes_the_moments_that_it_adds():
+    block = BinaryBlock(6, 6, Design(norm="kn", alpha=0.3, activation="branch")).train()
+    with torch.no_grad():
+        for i, p in enumerate(block.parameters()):
+            p.add_(0.3 * noise(*p.shape, seed=80 + i, dtype=torch.float32))
+    before = Belief(noise(6, seed=79).float(), torch.full((6,), 2.0))
+    _, after = block(noise(3, 6, 8, 8, seed=78, dtype=torch.float32), before)
+    norm, act = block.branch[-2:]
+    mean, var = Belief(norm.bias, norm.weight.square(), act).moments()
+    side_mean, side_var = before.moments()
+    torch.testing.assert_close(after.mean, 0.3 * mean + side_mean)
+    torch.testing.assert_close(after.var, 0.09 * var + side_var)
+    assert isinstance(after.activation, nn.Identity)
+
+
 @pytest.mark.parametrize("name, activation", [("reactnet20", None), ("resnet20", nn.ReLU)])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_the_first_belief_is_the_stems(name, activation, stem):

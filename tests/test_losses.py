@@ -46,6 +46,16 @@ def test_no_step_is_dead_and_none_is_above_the_peak(name, steps):
     assert all(0 < f <= 1 for f in factors)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_course_over_several_stages_is_the_one_of_a_single_stage(name):
+    whole = [lr_factor(name, s, 9, milestones=(0.5,)) for s in range(9)]
+    parts = [
+        lr_factor(name, s, 9, before=first, milestones=(0.5,)) for first in (0, 4) for s in range(5 if first else 4)
+    ]
+    assert parts == whole
+    assert lr_factor(name, 0, 9, before=4, warmup_steps=2, milestones=(0.5,)) == whole[4] / 2
+
+
 def test_schedules_follow_their_formulas():
     steps = 8
     assert [lr_factor("linear", s, steps) for s in range(steps)] == [1 - s / 8 for s in range(8)]

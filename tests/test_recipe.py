@@ -302,6 +302,8 @@ def test_a_recipe_that_is_no_mapping_is_an_error(tree):
         (["schedule={name: step, milestones: [1.5]}"], "each between 0 and 1"),
         (["agc.clip=0"], "agc.clip: got 0.0, expected a number above 0"),
         (["optimizer={name: sgd, nesterov: true, momentum: 0}"], "optimizer.momentum is 0"),
+        (["model.norm=gn_pn", "model.activation=trunk"], "model.activation: got 'trunk' for norm 'gn_pn'"),
+        (["stages.1.image_size=16"], "stages.1.image_size: got 16 for the last stage"),
         (["optimizer.name=bop"], "set model.standardize=false"),
         (["optimizer.name=bop", "model.standardize=false", "stages.1.binarize=activations"], "stages.1"),
     ],

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same, double_stage, metrics_of, tiny, train
+from helpers import assert_same, cut_at, double_stage, metrics_of, tiny, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import NORMS, WeightLayer
@@ -172,6 +172,29 @@ def test_each_stage_is_calibrated_from_its_own_network(tmp_path):
     model, _ = load_model(tmp_path / "r", MODELS)
     layers = [m for m in model.modules() if isinstance(m, WeightLayer) and m.unit_output]
     assert layers and all((m.output_std != 1).any() for m in layers)
+
+
+def test_a_stage_may_have_smaller_images_and_one_course_of_the_rate(tmp_path, monkeypatch):
+    options = ("stages.0.image_size=6", "schedule.over=run", "schedule.warmup_steps=0", "accumulate=2")
+    seen = []
+    calibrate = Stage.calibrate
+    monkeypatch.setattr(Stage, "calibrate", lambda stage: (seen.append(stage.data), calibrate(stage))[1])
+    train(tmp_path / "r", *options)
+    small, large = seen
+    assert (small.image_size, large.image_size) == ((6, 6), (9, 9)) and small.mean == large.mean
+    for part in ("train", "val", "test"):
+        mine, its = getattr(small, part), getattr(large, part)
+        assert mine.pixels.shape == (len(its), 6, 6, 3) and torch.equal(mine.labels, its.labels)
+        assert (mine.pixels.float().mean() - its.pixels.float().mean()).abs() < 1
+    rates = [line["lr"] for line in metrics_of(tmp_path / "r")]
+    steps = 3  # 72 images in batches of 16, two a step
+    assert rates == pytest.approx([4e-3 * (1 - (epoch * steps - 1) / (4 * steps)) for epoch in (1, 2, 3, 4)])
+    with monkeypatch.context() as patch:
+        cut_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", *options)
+    train(tmp_path / "cut", *options, resume=True)
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "r")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_hint(tmp_path, monkeypatch):

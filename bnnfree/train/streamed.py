@@ -132,8 +132,8 @@ class FileSplit(Split):
         return len(self._bad)
 
     def resized(self, size: int) -> FileSplit:
-        how = {"size": size, "workers": self.workers, "skip_bad": self.skip_bad}
-        split = FileSplit(self.files, self.labels, self.mean, self.std, self.augment, **how)
+        parts = self.files, self.labels, self.mean, self.std, self.augment
+        split = FileSplit(*parts, size=size, workers=self.workers, skip_bad=self.skip_bad)
         split._bad = self._bad  # a file that cannot be read is counted once
         return split
 
