@@ -12,11 +12,21 @@ from collections.abc import Callable
 from torch import nn
 
 from models.reactnet_a import reactnet_a
-from models.resnet import birealnet18, birealnet20, reactnet18, reactnet20, resnet20, xnor_resnet18, xnor_resnet20
+from models.resnet import (
+    birealnet18,
+    birealnet20,
+    reactnet14,
+    reactnet18,
+    reactnet20,
+    resnet20,
+    xnor_resnet18,
+    xnor_resnet20,
+)
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "reactnet18": reactnet18,
     "reactnet20": reactnet20,
+    "reactnet14": reactnet14,
     "reactnet_a": reactnet_a,
     "birealnet18": birealnet18,
     "birealnet20": birealnet20,

@@ -2,7 +2,7 @@
 
 Thirteen pairs of residual units after a real 3x3 stem: a dense 3x3 binary convolution that keeps the width
 (average-pooled shortcut at stride 2), then a 1x1 one that keeps it, or doubles it with a shortcut that
-repeats the input along the channels. Stem stride: 2 ("imagenet") or 1 ("cifar").
+repeats the input along the channels. Stem stride: 1 ("cifar") or 2 ("half", "imagenet").
 Ref: Liu et al. 2020, "ReActNet", section 4.1.
 """
 
@@ -29,5 +29,5 @@ def reactnet_a(classes: int, channels: int = 3, *, width: float = 1.0, stem: str
     for cin, cout, stride, (beta3, beta1) in zip(outs, outs[1:], strides, betas, strict=False):
         layers.append(BinaryBlock(cin, cin, design, stride=stride, beta=beta3))
         layers.append(BinaryBlock(cin, cout, design, kernel=1, beta=beta1, duplicate=cin != cout))
-    first = design.make_stem(channels, outs[0], 3, 2 if check_stem(stem) == "imagenet" else 1)
+    first = design.make_stem(channels, outs[0], 3, 1 if check_stem(stem) == "cifar" else 2)
     return Trunk(first, layers, outs[-1], classes, design)

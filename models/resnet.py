@@ -1,16 +1,18 @@
-"""Residual networks of 3x3 convolutions: ReActNet, Bi-Real and XNOR-ResNet of 18 and 20 layers, the real ResNet-20.
+"""Residual networks of 3x3 convolutions: ReActNet, Bi-Real and XNOR-ResNet of 14 to 20 layers, the real ResNet-20.
 
     name            widths             blocks per stage   a block holds      thresholds, RPReLU
     reactnet18      64 128 256 512     4                  one convolution    yes
     birealnet18     64 128 256 512     4                  one convolution    no
     xnor_resnet18   64 128 256 512     2                  two convolutions   no
     reactnet20      16 32 64           6                  one convolution    yes
+    reactnet14      16 32 64           4                  one convolution    yes
     birealnet20     16 32 64           6                  one convolution    no
     xnor_resnet20   16 32 64           3                  two convolutions   no
     resnet20        16 32 64           3                  two convolutions   no: all real, with ReLU
 
 The first block of each stage but the first has stride 2 and a pooled 1x1 shortcut convolution. Stem
-"cifar": 3x3, stride 1; "imagenet": 7x7, stride 2, then max-pool 3x3, stride 2. Imports torch, bnnfree.nn.
+"cifar": 3x3, stride 1; "half": 3x3, stride 2; "imagenet": 7x7, stride 2, then max-pool 3x3, stride 2.
+Imports torch, bnnfree.nn.
 Ref: Liu et al. 2020 (ReActNet), 2018 (Bi-Real Net); Rastegari et al. 2016 (XNOR-Net); He et al. 2016.
 """
 
@@ -20,6 +22,8 @@ from torch import nn
 
 from bnnfree.nn import BinaryBlock, BlockShape, Design, expected_betas
 from models.stem import Trunk, check_stem, scale_width
+
+STEM_SHAPES = {"cifar": (3, 1), "half": (3, 2), "imagenet": (7, 2)}  # kernel, stride
 
 
 def _resnet(
@@ -35,7 +39,7 @@ def _resnet(
 ) -> Trunk:
     """The skeleton of the table above; `options` are the fields of bnnfree.nn.Design."""
     design = Design(**options)
-    large = check_stem(stem) == "imagenet"
+    kernel, step = STEM_SHAPES[check_stem(stem)]
     outs = [scale_width(w, width) for w in widths]
     shapes = [
         BlockShape(1, transition=b == 0 and s > 0, ref_resets=b == 0) for s in range(len(outs)) for b in range(blocks)
@@ -48,8 +52,8 @@ def _resnet(
             stride = 2 if b == 0 and s > 0 else 1
             layers.append(BinaryBlock(cin, cout, design, stride=stride, convs=convs, beta=next(betas)[0]))
             cin = cout
-    first = design.make_stem(channels, outs[0], *((7, 2) if large else (3, 1)))
-    if large:
+    first = design.make_stem(channels, outs[0], kernel, step)
+    if stem == "imagenet":
         first.append(nn.MaxPool2d(3, stride=2, padding=1))
     return Trunk(first, layers, cin, classes, design)
 
@@ -62,6 +66,11 @@ def reactnet18(classes: int, channels: int = 3, **options) -> Trunk:
 def reactnet20(classes: int, channels: int = 3, **options) -> Trunk:
     """ReActNet-20: the same blocks in the shape of the CIFAR ResNet-20, 0.27 M weights; fits a CPU."""
     return _resnet((16, 32, 64), 6, classes, channels, **options)
+
+
+def reactnet14(classes: int, channels: int = 3, **options) -> Trunk:
+    """ReActNet-14: ReActNet-20 with four blocks a stage; with stem "half" and width 2 it fits a microcontroller."""
+    return _resnet((16, 32, 64), 4, classes, channels, **options)
 
 
 def birealnet18(classes: int, channels: int = 3, **options) -> Trunk:

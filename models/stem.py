@@ -8,7 +8,7 @@ from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn import Design, first_belief
 from bnnfree.nn.fused import Fusion, run_blocks
 
-STEMS = ("cifar", "imagenet")
+STEMS = ("cifar", "half", "imagenet")
 
 
 def check_stem(stem: str) -> str:

@@ -76,8 +76,8 @@ class ModelRecipe(_Part):
     """multiplier of every layer's channels"""
     binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]
     """what is 1 bit: none | activations | weights | both; a stage may say otherwise"""
-    stem: Literal["auto", "cifar", "imagenet"] = "auto"
-    """first layer: cifar keeps the resolution; auto takes imagenet for images above 64 pixels"""
+    stem: Literal["auto", "cifar", "half", "imagenet"] = "auto"
+    """first layer: cifar keeps the resolution, half halves it, imagenet quarters it; auto: cifar up to 64 pixels"""
     shortcut: _one_of(SHORTCUTS) = "binary"  # type: ignore[valid-type]
     """weights of the 1x1 shortcut convolutions: real | binary (their inputs are real)"""
     activation: _one_of(ACTIVATIONS) | None = None  # type: ignore[valid-type]
