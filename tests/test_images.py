@@ -113,6 +113,13 @@ def test_spread_takes_images_at_equal_distances(split, count):
     assert len(split.spread(len(split) + 1)[1]) == len(split)
 
 
+def test_statistics_are_settled_on_batches_of_128_or_more(split):
+    wanted = min(len(split), 130)
+    sizes = [len(part) for part in split.settling_batches(wanted, 2, seed=SEED, epoch=0)]
+    assert sizes == ([128, 128] if wanted == 130 else [wanted])
+    assert [len(part) for part in split.settling_batches(7, 2, seed=SEED, epoch=0)] == [7]
+
+
 def test_a_resized_split_is_the_same_images_scaled(split):
     size = 8 if isinstance(split, images.PixelSplit) else 33
     small = split.resized(size)

@@ -67,8 +67,7 @@ def main() -> None:
     model.to(dist.device)
     if args.settle:
         how = {"seed": recipe.seed, "epoch": sum(stage.epochs for stage in recipe.stages), "device": dist.device}
-        batches = data.train.first_batches(args.settle, recipe.data.batch_size, **how)
-        settle(model, (images for images, _ in batches))
+        settle(model, data.train.settling_batches(args.settle, recipe.data.batch_size, **how))
     figures = evaluate(model, split, dist, args.batch_size, recipe.precision)
     about = {"split": args.split, "images": len(split), "trained": trained, "settle": args.settle}
     figures = {**about, **figures}

@@ -24,6 +24,7 @@ from torch import Tensor
 from bnnfree.errors import DataError
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+SETTLING = 128  # images in a batch that statistics are measured on
 
 
 def flip(images: Tensor, draws: Tensor) -> Tensor:
@@ -126,6 +127,14 @@ class Split:
     def first_batches(self, wanted: int, batch_size: int, **epoch: Any) -> Batches:
         """An epoch's first batches, as many as hold `wanted` images; `epoch` as in `train_batches`."""
         yield from itertools.islice(self.train_batches(batch_size, **epoch), -(-wanted // batch_size))
+
+    def settling_batches(self, wanted: int, batch_size: int, **epoch: Any) -> Iterator[Tensor]:
+        """Images of an epoch's first batches for `bnnfree.nn.settle`, SETTLING of them or more in a batch.
+
+        Why: the statistics of fewer images scatter, which costs a network of batch norms up to a point.
+        """
+        size = max(batch_size, min(SETTLING, wanted))
+        return (images for images, _ in self.first_batches(wanted, size, **epoch))
 
     def resized(self, size: int) -> Split:
         """The same images, order and augmentation at `size` x `size` pixels, normalised by the same statistics."""

@@ -130,12 +130,12 @@ class Stage:
 
     def settled(self) -> AbstractContextManager[None]:
         """Within it what is evaluated has means and variances of the first images of the epoch to come."""
-        recipe, size = self.recipe, self.recipe.data.batch_size
+        recipe = self.recipe
         if not recipe.settle:
             return nullcontext()
         how = {"seed": recipe.seed, "epoch": self.first_epoch + self.epoch, "device": self.dist.device}
-        batches = self.data.train.first_batches(recipe.settle, size, **how)
-        return settled(self.evaluated, (images for images, _ in batches))
+        batches = self.data.train.settling_batches(recipe.settle, recipe.data.batch_size, **how)
+        return settled(self.evaluated, batches)
 
     def _rescales_before(self, done: int) -> bool:
         """Have the samples of `done` steps of the stage just reached a multiple of `free.recalibrate`?"""
