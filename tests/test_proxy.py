@@ -22,6 +22,7 @@ from bnnfree.nn import (
     make_norm,
 )
 from bnnfree.nn.norms.gaussian import MOMENTS
+from bnnfree.nn.react import PowerRPReLU
 
 
 def activations(channels=3):
@@ -29,6 +30,7 @@ def activations(channels=3):
     torch.manual_seed(15)
     found = [None, nn.Identity(), nn.ReLU(), nn.PReLU(), nn.PReLU(channels), RPReLU(channels)]
     found += [RPReLU(channels, input_shift=False), ThresholdedLinear(channels), Sign(), RSign(channels)]
+    found.append(PowerRPReLU(channels))
     for act in found[3:]:
         with torch.no_grad():
             for p in act.parameters():
