@@ -139,6 +139,8 @@ class DataRecipe(_Part):
     """side of the square images, pixels; null: the data set's own"""
     augment: list[_one_of(AUGMENTS)] = []  # type: ignore[valid-type]
     """random changes of training images, in order: flip | crop | shift (small images)"""
+    burst: int = Field(default=1, ge=1)
+    """training images of one class that come in a row, as from a camera; 1: shuffled"""
     train_limit: int | None = Field(default=None, ge=1)
     """training images to use, the same share of each class, validation included; null: all"""
     test_limit: int | None = Field(default=None, ge=1)
