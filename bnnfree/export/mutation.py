@@ -140,7 +140,7 @@ def _make_pure(traced: fx.GraphModule, node: fx.Node) -> None:
     node.kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "out")}
     if node.op == "call_module":
         layer = traced.get_submodule(str(node.target))
-        if getattr(layer, "inplace", False):
+        if hasattr(layer, "inplace"):  # False where the same layer was called before
             layer.inplace = False  # type: ignore[assignment]
             return
     elif node.op == "call_method":
