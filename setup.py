@@ -47,7 +47,8 @@ class BuildPy(build_py):
         return path
 
     def get_outputs(self, include_bytecode=1):
-        made = [] if self.editable_mode else [str(path) for path in self.libraries]
+        files = [file for path in self.libraries for file in (path, native.digest_of(path))]
+        made = [] if self.editable_mode else [str(file) for file in files]
         return super().get_outputs(include_bytecode) + made
 
 

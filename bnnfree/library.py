@@ -5,7 +5,9 @@
 pip does this when it installs; in a checkout that was installed without a compiler, or whose sources have changed, it
 is done when a library is first needed. A library's name holds a hash of what it is made of, so one that does not
 belong to the sources is never loaded. It lies in the folder _native beside the sources' folder, or, where that cannot
-be written, in the user's cache. CC names another compiler than the first of cc, gcc and clang.
+be written, in the user's cache. A library is loaded only from a file and a folder that are the user's or root's and
+that nobody else may write, and only if it is whole: a digest of its bytes lies beside it. CC names another compiler
+than the first of cc, gcc and clang.
 
 Standard library only, and no import of ours: setup.py loads this file before anything is there.
 """
@@ -15,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import secrets
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -58,7 +62,8 @@ class Library:
     def path(self) -> Path:
         """The library of these sources: the one that is there, else it is made. Error: BuildFailure."""
         for place in self._places():
-            if (path := place / self.name()).is_file():
+            path = place / self.name()
+            if is_ours(place) and is_ours(path) and _is_whole(path):
                 return path
         return self._make(None, verbose=False)
 
@@ -95,14 +100,14 @@ class Library:
         """The first folder that can be written. Error: BuildFailure."""
         for place in self._places():
             try:
-                place.mkdir(parents=True, exist_ok=True)
-                probe = place / f".{os.getpid()}.tmp"
-                probe.touch()
-                probe.unlink()
-                return place
+                place.mkdir(mode=0o700 if place == cache() else 0o777, parents=True, exist_ok=True)
+                os.unlink(_temporary(place / "probe"))
             except OSError:
                 continue
-        raise BuildFailure(f"got no folder to write to, expected {' or '.join(map(str, self._places()))}.")
+            if is_ours(place):
+                return place
+        places = " or ".join(map(str, self._places()))
+        raise BuildFailure(f"got no folder of this user's to write to that others may not, expected {places}.")
 
     def _places(self) -> Iterator[Path]:
         yield self.place
@@ -116,6 +121,7 @@ class Library:
             try:
                 if other != path and time.time() - other.stat().st_mtime > OLD:
                     other.unlink()
+                    digest_of(other).unlink(missing_ok=True)
             except OSError:  # another process has removed it, or holds it
                 pass
 
@@ -147,6 +153,38 @@ def cache() -> Path | None:
         return None
 
 
+def is_ours(path: Path) -> bool:
+    """True for a file or folder of this user's or root's that nobody else may write; on Windows for any."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    if not hasattr(os, "getuid"):
+        return True
+    private = found.st_gid == found.st_uid  # the group of one user that many systems make
+    writable = stat.S_IWOTH | (0 if private else stat.S_IWGRP)
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & writable
+
+
+def digest_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    """Are the library's bytes those that were written? Why: the system maps a torn one and ends the process."""
+    try:
+        return digest_of(path).read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+
+
+def _temporary(path: Path) -> Path:
+    """A new file beside `path`, whose name nobody could guess."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    return temporary
+
+
 def compiler() -> list[str]:
     """The command of the C compiler: $CC, with its options, or the first of COMPILERS. Error: BuildFailure."""
     command = shlex.split(os.environ.get("CC", ""))
@@ -169,24 +207,37 @@ def compile_library(sources: Iterable[Path], out: Path) -> Path | None:
 
 
 def _compile(sources: Iterable[Path], path: Path, flags: list[str], verbose: bool) -> Path:
-    command = compiler()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    command = [*command, *COMMON, *flags, *map(str, sources), "-o", str(temporary), "-lm"]
-    if verbose:
-        print(shlex.join(command))
+    temporary: Path | None = None
     try:
+        command = compiler()
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        command = [*command, *COMMON, *flags, *map(str, sources), "-o", str(temporary), "-lm"]
+        if verbose:
+            print(shlex.join(command))
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         if done.returncode:
             lines = done.stderr.splitlines()
             said = [line for line in lines if "error" in line or "undefined" in line.lower()] or lines[-1:]
             raise BuildFailure(f"{command[0]} failed: {' '.join(said[:1])[:300] or done.returncode}")
-        os.replace(temporary, path)
+        _keep(temporary, path)
     except OSError as error:
         raise BuildFailure(f"{path}: cannot be made ({error.strerror}).") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     return path
+
+
+def _keep(temporary: Path, path: Path) -> None:
+    """Rename the library and put its digest beside it, all of it on the disk first."""
+    with open(temporary, "rb+") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+        os.fsync(file.fileno())
+    note = _temporary(digest_of(path))
+    note.write_text(digest)
+    os.replace(note, digest_of(path))
+    os.replace(temporary, path)
 
 
 def main() -> None:

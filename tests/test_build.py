@@ -61,6 +61,7 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else(library):
 
 
 BARE = ["-DBNNF_NO_THREADS", "-DBNNF_NO_SIMD"]
+FILES = ["x.so", "x.so.sha256"]
 SLOW = pytest.mark.slow  # little that the others do not see: python -m pytest -m slow tests/test_build.py
 
 
@@ -169,10 +170,14 @@ def test_the_library_is_called_after_what_it_is_made_of_and_for(tmp_path, monkey
 
 def test_build_writes_where_it_is_told_and_nothing_else(tmp_path, little):
     out = ENGINE.build(tmp_path / "deep" / "x.so")
-    assert out == tmp_path / "deep" / "x.so" and [p.name for p in out.parent.iterdir()] == ["x.so"]
+    assert out == tmp_path / "deep" / "x.so" and sorted(p.name for p in out.parent.iterdir()) == FILES
     (little / "x.c").write_text("no C")
     before = out.read_bytes()
-    assert ENGINE.build(out) is None and out.read_bytes() == before and list(out.parent.iterdir()) == [out]
+    assert (
+        ENGINE.build(out) is None
+        and out.read_bytes() == before
+        and sorted(p.name for p in out.parent.iterdir()) == FILES
+    )
 
 
 def test_changed_sources_are_compiled_again_and_old_libraries_go(tmp_path, monkeypatch, little):
@@ -183,7 +188,7 @@ def test_changed_sources_are_compiled_again_and_old_libraries_go(tmp_path, monke
     os.utime(first, (0, 0))
     (little / "x.c").write_text("int bnnf_x(void) { return 2; }\n")
     second = ENGINE.path()
-    assert second != first and list(second.parent.iterdir()) == [second]
+    assert second != first and sorted(second.parent.iterdir()) == [second, build.digest_of(second)]
 
 
 def test_where_the_package_cannot_be_written_the_cache_takes_it(tmp_path, monkeypatch, little):
@@ -274,8 +279,11 @@ def test_the_command_prints_the_paths_last(sources):
 
 
 def libraries_of(sources):
-    """What lies where libraries are built, beside their sources."""
-    return sorted(path.relative_to(sources).as_posix() for path in sources.glob("bnnfree/**/_native/*"))
+    """The libraries where they are built, beside their sources; each has its digest beside it."""
+    found = sorted(path.relative_to(sources).as_posix() for path in sources.glob("bnnfree/**/_native/*"))
+    made = [path for path in found if not path.endswith(".sha256")]
+    assert found == sorted([*made, *(f"{path}.sha256" for path in made)])
+    return made
 
 
 def wheel_of(sources, **environment):

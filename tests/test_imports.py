@@ -20,7 +20,7 @@ BESIDE = {"_cli", "_bench_train", "_bench_reference", "_bench_data"}  # files in
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree": (set(), set()),
     "bnnfree.errors": (set(), set()),
-    "bnnfree.files": (set(), set()),
+    "bnnfree.files": (set(), {"bnnfree.errors"}),
     "bnnfree.library": (set(), set()),
     "bnnfree.preprocess": ({"numpy", "PIL"}, {"bnnfree.errors"}),
     "bnnfree.ops": ({"numpy"}, {"bnnfree.errors"}),

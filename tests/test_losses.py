@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from bnnfree.train.evaluation import ranks_of
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES, lr_factor
 
@@ -62,3 +63,25 @@ def test_schedules_follow_their_formulas():
     assert lr_factor("cosine", 2, steps) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert [lr_factor("step", s, steps, milestones=(0.25, 0.5), gamma=0.5) for s in range(5)] == [1, 1, 0.5, 0.5, 0.25]
     assert [lr_factor("constant", s, 4, warmup_steps=4) for s in range(4)] == [0.25, 0.5, 0.75, 1]
+
+
+def test_a_rank_is_the_place_in_a_stable_order_and_nan_is_wrong():
+    nan, inf = float("nan"), float("inf")
+    rows = [[0.0] * 4, [inf] * 4, [-inf, -inf, 3.0, 3.0], [1.0, 2.0, 2.0, 0.0]]
+    rows += [[nan, 5.0, 1.0, 0.0], [5.0, nan, 1.0, 0.0]]
+    for label in range(4):
+        got = ranks_of(torch.tensor(rows), torch.full((len(rows),), label)).tolist()
+        for row, rank in zip(rows, got, strict=True):
+            own = row[label]
+            before = [math.isnan(v) or v > own or (v == own and i < label) for i, v in enumerate(row)]
+            assert rank == (4 if math.isnan(own) else sum(before))
+    constant = ranks_of(torch.zeros(10, 10), torch.arange(10))
+    assert torch.equal(constant, torch.arange(10))  # top-1 of a constant: one in ten
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_the_first_rank_is_argmaxs(low):
+    logits = torch.randint(-3, 4, (500, 7), generator=torch.Generator().manual_seed(0)).float()
+    logits = logits.bfloat16().float() if low else logits
+    labels = torch.arange(500) % 7
+    assert torch.equal(ranks_of(logits, labels) == 0, logits.argmax(1) == labels)

@@ -347,7 +347,7 @@ def test_bytes_need_not_be_aligned():
 
 def test_a_mapped_file_is_not_copied(model, tmp_path):
     write(model, tmp_path / "m.bnnf")
-    engine = load(tmp_path / "m.bnnf", ISAS[0])
+    engine = load(tmp_path / "m.bnnf", ISAS[0], mapped=True)
     mapped = engine._runner.data
     assert engine._runner.native._data.ctypes.data == mapped.ctypes.data
     constant = next(t.data for t in engine.model.tensors if t.place == "constant")

@@ -10,7 +10,7 @@ part of what an op means. To add a backend in Python: a line in BACKENDS; native
 
 from __future__ import annotations
 
-import mmap
+import operator
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from bnnfree.engine.binding import ISAS, isa_names, load_library
+from bnnfree.engine.binding import ISAS, Bytes, isa_names, load_library
 from bnnfree.engine.errors import EngineError
 from bnnfree.engine.kernels import FAST, REFERENCE, Kernel
 from bnnfree.engine.runners import NativeRunner, NumpyRunner, Runner
 from bnnfree.errors import BnnfreeWarning, unknown_name
-from bnnfree.format import PackedModel
-from bnnfree.format.file import read_mapped
+from bnnfree.format import PackedModel, from_bytes, to_bytes
+from bnnfree.format.check import check_model
+from bnnfree.format.file import read_with_bytes
 from bnnfree.format.schema import CONVOLUTIONS
 
 __all__ = ["BACKENDS", "Engine", "EngineError", "backends", "load"]
@@ -32,6 +33,7 @@ __all__ = ["BACKENDS", "Engine", "EngineError", "backends", "load"]
 # name -> kernels; the first is what "auto" takes where the native library is not
 BACKENDS: dict[str, Mapping[str, Kernel]] = {"numpy": FAST, "reference": REFERENCE}
 NATIVE = "native"
+CLOSED = "engine: is closed, expected an open one. Load the file again."
 _told: list[str] = []  # the warning, once it was given
 
 
@@ -43,24 +45,27 @@ def backends() -> list[str]:
     return [*isa_names(), *([NATIVE] if isa_names() else []), *BACKENDS]
 
 
-def load(path: str | Path, backend: str = "auto", threads: int = 1) -> Engine:
-    """The model in a packed file, ready to run; a native backend works on the mapped file itself.
+def load(path: str | Path, backend: str = "auto", threads: int = 1, *, mapped: bool = False) -> Engine:
+    """The model in a packed file, ready to run; the file is read into memory and may change or go afterwards.
 
     backend: one of backends(), or "auto", the first of them; that numpy must do is one warning. threads: how many work
-    on an image (native) or on a batch (numpy); the results do not depend on it.
+    on an image (native) or on a batch (numpy); the results do not depend on it. mapped: the file itself is used, which
+    several processes then share; its bytes must not change as long as the engine lives.
     Errors: FormatError for a file that is damaged or no packed model, EngineError, UnknownNameError.
     """
-    _check_threads(threads)
-    name = _resolve(backend)
-    model, data = read_mapped(path)
-    return Engine(model, name, threads, data=data)
+    threads = _checked_threads(threads)
+    _resolve(backend)  # Why first: what is wrong with it needs no file
+    model, data = read_with_bytes(path, mapped)
+    return Engine(model, backend, threads, data=data)
 
 
 class Engine:
     """A packed model and the backend that runs it; `data` is the model's file, where it is at hand.
 
     A run leaves no trace in it: threads may share it. A native backend keeps, for each run that there ever was at
-    one time, the memory and the threads that it works with.
+    one time, the memory and the threads that it works with. `close()`, the end of a `with` block, or dropping the
+    engine gives them back. It can be copied and pickled: what travels is the file's bytes and the options, so the
+    process that gets it needs no file, and takes its own best backend where that was left open.
     """
 
     def __init__(
@@ -69,15 +74,44 @@ class Engine:
         backend: str = "auto",
         threads: int = 1,
         *,
-        data: bytes | mmap.mmap | None = None,
+        data: Bytes | None = None,
     ):
-        _check_threads(threads)
-        self.model, self.threads, self.backend = model, threads, _resolve(backend)
-        self._runner: Runner
+        self.threads, self.backend = _checked_threads(threads), _resolve(backend)
+        self._open: PackedModel | None = model
+        self._asked, self._data = backend, data
+        self._runner: Runner | None
         if self.backend in BACKENDS:
             self._runner = NumpyRunner(model, BACKENDS[self.backend], threads, self.backend)
         else:
             self._runner = NativeRunner(model, self.backend, threads, data)
+
+    @property
+    def model(self) -> PackedModel:
+        """The packed model. Errors: EngineError once the engine is closed."""
+        if self._open is None:
+            raise EngineError(CLOSED)
+        return self._open
+
+    def _running(self) -> Runner:
+        """What runs the model; a local name of it keeps it through a `close` of another thread."""
+        runner = self._runner
+        if runner is None:
+            raise EngineError(CLOSED)
+        return runner
+
+    def close(self) -> None:
+        """Give back memory and threads; runs under way end first. A closed engine can only be closed again."""
+        self._open = self._data = self._runner = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        data = to_bytes(self.model) if self._data is None else bytes(self._data)
+        return _from_bytes, (data, self._asked, self.threads)
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Logits of images: uint8 [N, H, W, C] -> float32 [N, classes] ([N, H', W', C'] where maps come out)."""
@@ -86,11 +120,11 @@ class Engine:
         shape = (channels,) if (height, width) == (1, 1) else (height, width, channels)
         if not len(images):
             return np.empty((0, *shape), np.float32)
-        return self._runner.run(images).reshape(len(images), *shape)
+        return self._running().run(images).reshape(len(images), *shape)
 
     def trace(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Every activation by its name: float32 [N, H, W, C], or uint64 words of bits [N, H, W, ceil(C / 64)]."""
-        values = self._runner.trace(self._checked(images))
+        values = self._running().trace(self._checked(images))
         return {self.model.tensors[index].name: value for index, value in values.items()}
 
     def info(self) -> dict[str, Any]:
@@ -117,7 +151,7 @@ class Engine:
             "bytes": sum(sizes.values()),
             "bytes_by_dtype": sizes,
             "arena_bytes": model.arena_bytes,
-            **self._runner.memory(),
+            **self._running().memory(),
             "producer": model.producer,
             "metadata": model.metadata,
             "backend": self.backend,
@@ -130,7 +164,7 @@ class Engine:
         images = self._checked(images)
         if repeat < 1:
             raise EngineError(f"repeat: got {repeat}, expected 1 or more.")
-        milliseconds = 1e3 * np.median(self._runner.seconds(images, repeat), axis=0)
+        milliseconds = 1e3 * np.median(self._running().seconds(images, repeat), axis=0)
         rows = []
         for op, kernel, taken in zip(self.model.ops, self.kernels(), milliseconds.tolist(), strict=True):
             written = self.model.tensors[op.writes()[0]]
@@ -144,7 +178,7 @@ class Engine:
 
     def kernels(self) -> list[str]:
         """Name of what runs each op, in order: a native kernel, or the backend."""
-        return self._runner.kernels()
+        return self._running().kernels()
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         images = np.asarray(images)
@@ -158,9 +192,21 @@ class Engine:
         return images
 
 
-def _check_threads(threads: Any) -> None:
-    if not isinstance(threads, int) or threads < 1:
+def _from_bytes(data: bytes, backend: str, threads: int) -> Engine:
+    """An engine that was pickled."""
+    model = from_bytes(data)
+    check_model(model)
+    return Engine(model, backend, threads, data=data)
+
+
+def _checked_threads(threads: Any) -> int:
+    try:
+        count = 0 if isinstance(threads, bool) else operator.index(threads)  # numpy's whole numbers too
+    except TypeError:
+        count = 0
+    if count < 1:
         raise EngineError(f"threads: got {threads!r}, expected a whole number of 1 or more.")
+    return count
 
 
 def _resolve(backend: str) -> str:

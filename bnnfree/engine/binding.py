@@ -26,6 +26,7 @@ MESSAGE = 256  # bytes
 ALIGN = 64
 MOST = (1 << 31) - 1  # of C's int; the library says how many threads it takes
 
+Bytes = bytes | memoryview | mmap.mmap | np.ndarray
 Handle = ctypes.c_void_p
 Size = ctypes.c_size_t
 
@@ -105,12 +106,24 @@ def _address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
+class _Owner:
+    """Holds a bnnf_model and the bytes that it works on, and frees it when nobody does any more.
+
+    Why apart from NativeModel: its sessions hold this, and it holds idle sessions, which would be a circle.
+    """
+
+    def __init__(self, lib: ctypes.CDLL, data: np.ndarray):
+        self.lib, self.data, self.handle = lib, data, Handle()
+        # Why not at exit: another thread may still run it, and the process gives back all memory anyway
+        weakref.finalize(self, lib.bnnf_model_free, self.handle).atexit = False
+
+
 class NativeModel:
-    """A bnnf_model of the bytes of a file, which are not copied if they are aligned, as a mapped file is."""
+    """A bnnf_model of the bytes of a file, which are not copied if they are aligned."""
 
     def __init__(
         self,
-        data: bytes | mmap.mmap | np.ndarray,
+        data: Bytes,
         isa: str | None = None,
         threads: int = 1,
         *,
@@ -120,23 +133,20 @@ class NativeModel:
         lib, why = load_library()
         if lib is None:
             raise EngineError(f"native engine: {why}")
-        self._lib = lib
-        self._data = aligned(data)
+        self._owner = owner = _Owner(lib, aligned(data))
         params = lib.bnnf_default_params()
         params.isa, params.threads = None if isa is None else isa.encode(), min(threads, MOST)
         params.keep, params.profile = int(keep), int(profile)
-        self._handle = Handle()
         message = ctypes.create_string_buffer(MESSAGE)
-        whole = (_address(self._data), self._data.size, ctypes.byref(params))
-        self._check(lib.bnnf_model_create(ctypes.byref(self._handle), *whole, message, MESSAGE), message)
-        # Why not at exit: another thread may still run it, and the process gives back all memory anyway
-        weakref.finalize(self, lib.bnnf_model_free, self._handle).atexit = False
-        self.info: Info = lib.bnnf_model_info(self._handle)
+        whole = (_address(owner.data), owner.data.size, ctypes.byref(params))
+        _check(lib.bnnf_model_create(ctypes.byref(owner.handle), *whole, message, MESSAGE), message)
+        self.info: Info = lib.bnnf_model_info(owner.handle)
         self._idle: list[Session] = []
 
     def kernels(self) -> list[str]:
         """Name of the kernel of each op."""
-        return [self._lib.bnnf_kernel_name(self._handle, i).decode() for i in range(self.info.ops)]
+        owner = self._owner
+        return [owner.lib.bnnf_kernel_name(owner.handle, i).decode() for i in range(self.info.ops)]
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -146,41 +156,42 @@ class NativeModel:
             try:
                 session = self._idle.pop()
             except IndexError:
-                session = Session(self)
+                session = Session(self._owner, self.info)
             if session.process != os.getpid():
                 session = None
         yield session  # Why no finally: after an error it is not used again
         self._idle.append(session)
 
-    def _check(self, status: int, message: ctypes.Array | None = None) -> None:
-        if status:
-            text = "" if message is None else message.value.decode(errors="replace")
-            raise RefusedError(f"native engine: {text or f'error {status}'}", status)
+
+def _check(status: int, message: ctypes.Array | None = None) -> None:
+    if status:
+        text = "" if message is None else message.value.decode(errors="replace")
+        raise RefusedError(f"native engine: {text or f'error {status}'}", status)
 
 
 class Session:
     """A bnnf_session; `run` and what can be asked after it, by one thread at a time."""
 
-    def __init__(self, model: NativeModel):
+    def __init__(self, owner: _Owner, info: Info):
         self.process = os.getpid()
-        self._model, self._lib = model, model._lib  # the model lives as long as its sessions
+        self._owner, self._info, self._lib = owner, info, owner.lib  # the model lives as long as its sessions
         self._handle = Handle()
         message = ctypes.create_string_buffer(MESSAGE)
         handle = ctypes.byref(self._handle)
-        model._check(self._lib.bnnf_session_create(handle, model._handle, None, 0, message, MESSAGE), message)
+        _check(self._lib.bnnf_session_create(handle, owner.handle, None, 0, message, MESSAGE), message)
         weakref.finalize(self, _free_session, self._lib, self._handle, self.process).atexit = False
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Shapes: uint8 [N, H, W, C], contiguous -> float32 [N, H', W', C']."""
-        info = self._model.info
+        info = self._info
         shape = (len(images), info.output_height, info.output_width, info.output_channels)
         output = np.empty(shape, np.float32)
-        self._model._check(self._lib.bnnf_run(self._handle, _address(images), len(images), _address(output)))
+        _check(self._lib.bnnf_run(self._handle, _address(images), len(images), _address(output)))
         return output
 
     def nanoseconds(self) -> np.ndarray:
         """Of each op, since the session was made; of a model with `profile`."""
-        ops = range(self._model.info.ops)
+        ops = range(self._info.ops)
         return np.array([self._lib.bnnf_op_nanoseconds(self._handle, i) for i in ops], np.int64)
 
     def read(self, index: int, into: np.ndarray) -> None:
@@ -195,7 +206,7 @@ def _free_session(lib: ctypes.CDLL, handle: Handle, process: int) -> None:
         lib.bnnf_session_free(handle)
 
 
-def aligned(data: bytes | mmap.mmap | np.ndarray) -> np.ndarray:
+def aligned(data: Bytes) -> np.ndarray:
     """The bytes as an array that begins at a multiple of 64: a view if they do, else a copy."""
     array = np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
     if _address(array) % ALIGN == 0:

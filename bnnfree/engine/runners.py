@@ -5,14 +5,14 @@ A runner takes images that have been checked. Threads may share it.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
-from bnnfree.engine.binding import NativeModel, aligned
+from bnnfree.engine.binding import Bytes, NativeModel, aligned
+from bnnfree.engine.environment import check_floats
 from bnnfree.engine.kernels import Kernel
 from bnnfree.engine.run import run_ops
 from bnnfree.format import PackedModel, to_bytes
@@ -46,6 +46,7 @@ class NumpyRunner:
         self.model, self.table, self.threads, self.name = model, table, threads, name
 
     def run(self, images: np.ndarray) -> np.ndarray:
+        check_floats()
         together = max(1, min(WORKING_SET // max(1, self.model.arena_bytes), -(-len(images) // self.threads)))
         parts = [images[i : i + together] for i in range(0, len(images), together)]
         if self.threads == 1 or len(parts) == 1:
@@ -54,6 +55,7 @@ class NumpyRunner:
             return np.concatenate(list(pool.map(self._run, parts)))
 
     def trace(self, images: np.ndarray) -> dict[int, np.ndarray]:
+        check_floats()
         return run_ops(self.model, self.table, images, keep=True)
 
     def seconds(self, images: np.ndarray, repeat: int) -> list[np.ndarray]:
@@ -78,7 +80,7 @@ class NativeRunner:
     data: the bytes of the model's file; without them they are made of the model.
     """
 
-    def __init__(self, model: PackedModel, isa: str, threads: int, data: bytes | mmap.mmap | None = None):
+    def __init__(self, model: PackedModel, isa: str, threads: int, data: Bytes | None = None):
         self.model, self.isa, self.threads = model, isa, threads
         self.data = aligned(to_bytes(model) if data is None else data)
         self.native = NativeModel(self.data, isa, threads)

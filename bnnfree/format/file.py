@@ -1,14 +1,16 @@
 """The file of a packed model: `read`, `write`, `to_bytes`, `from_bytes`. Standard library and numpy only.
 
 What is wrong with a file is one named error (bnnfree.format.errors); nothing is executed, nothing is allocated by
-what the file says: every array is a view of the bytes read or mapped. Must not import torch, export, engine.
+what the file says: every array is a view of the bytes read. Must not import torch, export, engine.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,6 +32,8 @@ from bnnfree.format.errors import (
 from bnnfree.format.packed import Op, PackedModel, Tensor, storage_shape
 from bnnfree.format.schema import ALIGN, NONE
 from bnnfree.format.text import has_control, join_lines, metadata_bytes, read_metadata, split_lines
+
+Bytes = bytes | memoryview | mmap.mmap
 
 # -- writing
 
@@ -94,21 +98,23 @@ def write(model: PackedModel, path: str | Path) -> int:
 
 
 def read(path: str | Path) -> PackedModel:
-    """The model in the file `path`, whose constants are views of the mapped file, fully checked.
+    """The model in the file `path`, fully checked; its constants are views of a copy of the file in memory.
 
     Errors: FormatError, one subclass per rule; BnnfreeError where there is no such file.
     """
-    return read_mapped(path)[0]
+    return read_with_bytes(path)[0]
 
 
-def read_mapped(path: str | Path) -> tuple[PackedModel, bytes | mmap.mmap]:
-    """As `read`; and the mapped file itself, for an engine that takes the bytes as they are."""
+def read_with_bytes(path: str | Path, mapped: bool = False) -> tuple[PackedModel, Bytes]:
+    """As `read`; and the bytes of the file, for an engine that takes them as they are.
+
+    mapped: they are the file itself, mapped into memory, and must not change as long as the model lives: a file that
+    is truncated ends the process, one that is overwritten gives other answers.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            # Why not map an empty file: the operating system refuses to
-            size = file.seek(0, 2)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            data = _mapped(file) if mapped else _copied(file)
     except (OSError, ValueError) as error:  # ValueError: a zero in the path
         raise BnnfreeError(f"packed model {path}: cannot be read ({getattr(error, 'strerror', error)}).") from None
     try:
@@ -119,7 +125,21 @@ def read_mapped(path: str | Path) -> tuple[PackedModel, bytes | mmap.mmap]:
     return model, data
 
 
-def from_bytes(data: bytes | mmap.mmap) -> PackedModel:
+def _mapped(file: BinaryIO) -> Bytes:
+    # Why not map an empty file: the operating system refuses to
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.seek(0, 2) else b""
+
+
+def _copied(file: BinaryIO) -> Bytes:
+    """The bytes of a file at a multiple of 64, where the native engine takes them without another copy."""
+    size = os.fstat(file.fileno()).st_size
+    room = np.empty(size + ALIGN, np.uint8)
+    start = -room.ctypes.data % ALIGN
+    view = memoryview(room.data)[start : start + size]
+    return view[: file.readinto(view)].toreadonly()  # type: ignore[attr-defined]
+
+
+def from_bytes(data: Bytes) -> PackedModel:
     """The model in `data`, header, tables, text and layout checked; `check.check_model` checks what they mean."""
     header = _read_header(data)
     counts = {"tensors": int(header["tensor_count"]), "ops": int(header["op_count"])}
@@ -141,7 +161,7 @@ def from_bytes(data: bytes | mmap.mmap) -> PackedModel:
         at += size
     tensor_rows = np.frombuffer(data, schema.TENSOR_TYPE, counts["tensors"], sections[1].start)
     op_rows = np.frombuffer(data, schema.OP_TYPE, counts["ops"], sections[2].start)
-    names = split_lines(data[sections[3]], "names")
+    names = split_lines(bytes(data[sections[3]]), "names")
     if len(names) != counts["tensors"]:
         raise TextError(f"got {len(names)} names for {counts['tensors']} tensors.")
     tensors = [_read_tensor(row, name) for row, name in zip(tensor_rows.tolist(), names, strict=True)]
@@ -156,8 +176,8 @@ def from_bytes(data: bytes | mmap.mmap) -> PackedModel:
         input=_index(header["input"], tensors, "input"),
         output=_index(header["output"], tensors, "output"),
         arena_bytes=int(header["arena_bytes"]),
-        classes=split_lines(data[sections[4]], "classes"),
-        metadata=read_metadata(data[sections[5]]),
+        classes=split_lines(bytes(data[sections[4]]), "classes"),
+        metadata=read_metadata(bytes(data[sections[5]])),
         producer=_read_producer(header),
     )
 

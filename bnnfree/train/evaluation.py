@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnnfree.train.dist import Dist
 from bnnfree.train.images import Split
+
+
+def ranks_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """The place of each label among its row's logits, 0 first: of equal ones the lower class comes first, as in argmax.
+
+    NaN comes before every number, and a label whose logit is NaN comes last. Shapes: [N, C], [N] -> [N].
+    """
+    own = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return (~(logits <= own) | (logits == own) & (classes < labels[:, None])).sum(1)
 
 
 @torch.no_grad()
@@ -21,7 +31,7 @@ def evaluate(
     for images, labels in split.batches(batch_size, device=dist.device, rank=dist.rank, world=dist.world):
         with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision != "fp32"):
             logits = model(images).float()
-        ranks = (~(logits <= logits.gather(1, labels[:, None]))).sum(1)  # Why not ">": NaN must not rank first
+        ranks = ranks_of(logits, labels)
         sums[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (ranks < 1).sum()
         sums[2] += (ranks < 5).sum()

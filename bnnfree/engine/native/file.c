@@ -218,22 +218,35 @@ static int read_ops(reader *r) {
 
 static int read_classes(reader *r) {
     bnnf_model *model = r->model;
-    const uint8_t *text = model->bytes + r->classes;
     size_t size = r->header.class_bytes;
-    int status = bnnf__check_lines(text, size, "classes", &model->class_count, r->message);
-    if (status || !size) return status;
+    if (!size) return BNNF_OK;
     model->classes = malloc(size);
+    if (!model->classes) return bnnf__fail(r->message, BNNF_ERROR_MEMORY, "not enough memory.");
+    /* The copy is what is counted and walked: the caller's bytes may change meanwhile, however wrong that is. */
+    memcpy(model->classes, model->bytes + r->classes, size);
+    int status = bnnf__check_lines((const uint8_t *)model->classes, size, "classes", &model->class_count, r->message);
+    if (status) return status;
     model->class_at = malloc(model->class_count * sizeof *model->class_at);
-    if (!model->classes || !model->class_at) return bnnf__fail(r->message, BNNF_ERROR_MEMORY, "not enough memory.");
-    memcpy(model->classes, text, size);
+    if (!model->class_at) return bnnf__fail(r->message, BNNF_ERROR_MEMORY, "not enough memory.");
     uint32_t start = 0, count = 0;
     for (uint32_t i = 0; i < size; i++) {
-        if (text[i] != '\n') continue;
+        if (model->classes[i] != '\n') continue;
         model->classes[i] = 0;
         model->class_at[count++] = start;
         start = i + 1;
     }
     return BNNF_OK;
+}
+
+/* Of a copy, as the classes. */
+static int check_metadata(reader *r) {
+    const size_t size = r->header.metadata_bytes;
+    uint8_t *text = malloc(size + 1);
+    if (!text) return bnnf__fail(r->message, BNNF_ERROR_MEMORY, "not enough memory.");
+    memcpy(text, r->model->bytes + r->metadata, size);
+    const int status = bnnf__check_metadata(text, size, r->message);
+    free(text);
+    return status;
 }
 
 static int check_producer(reader *r) {
@@ -258,7 +271,6 @@ int bnnf__read_file(bnnf_model *model, const bnnf__message *message) {
     model->op_count = r.header.op_count;
     model->file_arena = r.header.arena_bytes > SIZE_MAX ? SIZE_MAX : (size_t)r.header.arena_bytes;
     if ((status = read_tensors(&r)) || (status = read_ops(&r)) || (status = read_classes(&r))) return status;
-    status = bnnf__check_metadata(model->bytes + r.metadata, r.header.metadata_bytes, message);
-    if (status || (status = check_producer(&r))) return status;
+    if ((status = check_metadata(&r)) || (status = check_producer(&r))) return status;
     return bnnf__check_model(model, message);
 }

@@ -1,5 +1,7 @@
 /* The functions of bnnfree.h: making a model, running it, asking about it. */
 
+#define _POSIX_C_SOURCE 199309L /* clock_gettime, which C11 alone has not */
+
 #include <fenv.h>
 #include <limits.h>
 #include <stdio.h>
@@ -232,7 +234,11 @@ void bnnf_session_free(bnnf_session *session) {
 
 static uint64_t now(void) {
     struct timespec t;
-    timespec_get(&t, TIME_UTC);
+#ifdef CLOCK_MONOTONIC
+    clock_gettime(CLOCK_MONOTONIC, &t);
+#else
+    timespec_get(&t, TIME_UTC); /* the time of day */
+#endif
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
@@ -261,7 +267,7 @@ static void take_time(void *context, uint32_t index) {
     bnnf_session *session = context;
     if (!session->model->profile) return;
     const uint64_t end = now();
-    session->nanoseconds[index] += end - session->last;
+    if (end > session->last) session->nanoseconds[index] += end - session->last; /* a clock may be set back */
     session->last = end;
 }
 

@@ -11,7 +11,8 @@ int main(int argc, char **argv) {
     unsigned char *pixels = malloc(info.image_bytes);
     float *logits = malloc(info.output_values * sizeof *logits);
     FILE *file = fopen(argv[2], "rb");
-    if (!file || fread(pixels, 1, info.image_bytes, file) != info.image_bytes) return 1;
+    if (!file || fread(pixels, 1, info.image_bytes, file) != info.image_bytes)
+        return fprintf(stderr, "%s: expected %zu bytes of pixels\n", argv[2], info.image_bytes), 1;
     bnnf_session *session;
     if (bnnf_session_create(&session, model, NULL, 0, message, sizeof message))
         return fprintf(stderr, "%s\n", message), 1;
