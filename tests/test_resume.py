@@ -84,5 +84,5 @@ def test_a_run_may_resume_with_its_data_in_another_place(tmp_path, unbroken):
     elsewhere = (f"data.cache={tmp_path}", "data.workers=1", "data.root=elsewhere", "checkpoint_minutes=9")
     train(moved, *OPTIONS, *elsewhere, resume=True)
     assert_same(load_checkpoint(moved / "best.pt"), load_checkpoint(unbroken / "best.pt"))
-    with pytest.raises(CheckpointError, match=r"stages\.1\.epochs \(2 -> 3\)"):
-        train(moved, *OPTIONS, "stages.1.epochs=3", resume=True)
+    with pytest.raises(CheckpointError, match=r"stages\.0\.epochs \(2 -> 3\)"):
+        train(moved, *OPTIONS, "stages.0.epochs=3", resume=True)

@@ -189,6 +189,8 @@ class OptimizerRecipe(_Part):
     """peak learning rate"""
     affine_lr_mult: float = Field(default=1.0, gt=0)
     """factor on lr for gains, biases, thresholds and slopes"""
+    lr_mult: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """more factors on lr by pattern of parameter names, of several the last: {"stem.*": 0.1, "blocks.1?.*": 0.5}"""
     weight_decay: float = Field(default=0.0, ge=0)
     """of convolution weights, and of nothing else"""
     gain_decay: float = Field(default=0.0, ge=0)
@@ -296,6 +298,10 @@ class Recipe(_Part):
     ema: EmaRecipe = EmaRecipe()
     free: FreeRecipe = FreeRecipe()
     probe: ProbeRecipe = ProbeRecipe()
+    init: str | None = None
+    """weights to start from: a checkpoint, run folder, published file, or a name in models/pretrained; null: none"""
+    freeze: list[str] = []
+    """patterns of parameter names that stay as they are, their layers' running means too: ["stem.*", "blocks.0.*"]"""
     settle: int = Field(default=0, ge=0)
     """images to measure statistics (bn) or input means (free) on for each evaluation; 0: none; other norms: nothing"""
     accumulate: int = Field(default=1, ge=1)
