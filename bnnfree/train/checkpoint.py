@@ -134,23 +134,28 @@ def build_model(
     return builders[recipe.model.name](len(data["classes"]), data["channels"], **options)
 
 
-def rebuild(state: Mapping[str, Any], builders: Builders, where: str) -> tuple[nn.Module, Recipe]:
-    """The network of a state of `open_checkpoint`, freshly initialised, and its recipe. Errors: CheckpointError."""
+def check_network(state: Mapping[str, Any], builders: Builders, where: str) -> Recipe:
+    """The recipe of a state of `open_checkpoint`, whose network can be built and takes its weights.
+
+    Built without memory, of which a file of some bytes could claim any amount. Errors: CheckpointError, RecipeError.
+    """
     recipe = parse_recipe(state["recipe"], where, builders)
-    how = recipe, builders, state["data"], state["binarize"], state["design"]
     try:
-        with torch.device("meta"):  # without memory, which a file of some bytes could claim any amount of
-            check_fit(build_model(*how), state["ema"] or state["model"], where)
-        return build_model(*how), recipe
+        with torch.device("meta"):
+            model = build_model(recipe, builders, state["data"], state["binarize"], state["design"])
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise CheckpointError(f"{where}: its network cannot be built ({reason}).") from None
+    for weights in (state["model"], state["ema"] or state["model"]):
+        check_fit(model, weights, where)
+    return recipe
 
 
 def load_model(path: str | Path, builders: Builders) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network of a checkpoint or run folder (its best), in eval mode, and the checkpoint itself."""
     state = open_checkpoint(path)
     where = f"checkpoint {path}"
-    model, _ = rebuild(state, builders, where)
+    recipe = check_network(state, builders, where)
+    model = build_model(recipe, builders, state["data"], state["binarize"], state["design"])
     load_weights(model, state["ema"] or state["model"], where)
     return model.eval(), state

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from bnnfree.errors import CheckpointError
-from bnnfree.train.checkpoint import Builders
+from bnnfree.train.checkpoint import Builders, check_network
 from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import parse_recipe
 
 PLACES = ("root", "test_root", "val_root", "cache", "cache_gb", "workers", "download")
 MAY_CHANGE = (*(f"data.{key}" for key in PLACES), "device", "speed", "checkpoint_minutes")
@@ -26,8 +25,7 @@ def check_resumable(
     Errors: CheckpointError, with what differs, for another recipe or other data.
     """
     where = f"run folder {folder}"
-    # Why parsed: keys that there were not when it was written have their defaults
-    before = parse_recipe(dict(state["recipe"]), where, builders)
+    before = check_network(state, builders, where)  # keys that there were not when it was written have their defaults
     changed = [each for each in _differences(before.model_dump(), recipe.model_dump()) if each[0] not in MAY_CHANGE]
     last = len(recipe.stages) - 1
     grown = [each for each in changed if each[0] == f"stages.{last}.epochs" and each[2] > each[1]]
