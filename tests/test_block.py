@@ -23,6 +23,7 @@ from bnnfree.nn import (
     Design,
     ProxyNorm,
     ScaledStdConv2d,
+    Sign,
     ThresholdedLinear,
     calibrate,
     expected_betas,
@@ -49,6 +50,9 @@ KINDS = {
     "activation_in_branch": (6, 10, dict(convs=2, stride=2), dict(activation="branch")),
     "relu_in_branch": (6, 6, {}, dict(real=True, react=False, activation="branch")),
 }
+
+
+BARE = ("none", "free", "free_paper", "ab")  # nothing stands after their convolutions
 
 
 def randomise(module, seed):
@@ -98,7 +102,7 @@ def explicit_conv(state, x, options, kernel, stride, binary, pad_value):
 
 def explicit_norm(norm, state, x):
     """The normaliser from its state, statistics written out; a threshold or a proxied activation after it."""
-    if norm in ("none", "free", "free_paper"):
+    if norm in BARE:
         return x
     row = (1, -1, 1, 1)
     inner = {k.removeprefix("0."): v for k, v in state.items() if not k.startswith("1.")}
@@ -176,7 +180,8 @@ def explicit_block(norm, kind, block, x, alpha, beta):
             return y
         act = part(where)
         y = y + act["input_shift"].view(row) if "input_shift" in act else y
-        return torch.where(y > 0, y, act["slope"].view(row) * y) + act["output_shift"].view(row)
+        slope = 2 ** act["exponent"].round() if norm == "ab" else act["slope"]
+        return torch.where(y > 0, y, slope.view(row) * y) + act["output_shift"].view(row)
 
     u = h = beta * x
     for i in range(convs):
@@ -197,7 +202,7 @@ def explicit_block(norm, kind, block, x, alpha, beta):
                 h = explicit_proxy(its, h, slope)
         if real and not last and not proxy:
             h = relu(h, f"branch.{next(place)}")
-    identity = u if stride > 1 or part("shortcut") else x
+    identity = u if (stride > 1 or part("shortcut")) and norm != "ab" else x
     identity = explicit_pool(identity, stride)
     if arguments.get("duplicate"):
         identity = torch.cat([identity, identity], 1)
@@ -411,7 +416,7 @@ def test_gradients_stay_per_sample_in_either_window(window, norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_make_norm_and_the_stem_have_what_the_norm_says(norm):
     layer, stem = make_norm(norm, 7), Design(norm=norm).make_stem(3, 7, 3, 2)
-    bare = norm in ("none", "free", "free_paper")
+    bare = norm in BARE
     assert isinstance(layer, nn.Identity) == bare
     assert isinstance(stem[0], ScaledStdConv2d)
     if NORMS[norm].before:
@@ -432,6 +437,21 @@ def test_the_activation_of_a_proxy_is_not_for_the_trunk():
     with pytest.raises(BnnfreeError, match="got 'trunk' for norm 'ln_pn'.*expected 'branch'"):
         Design(norm="ln_pn", activation="trunk")
     assert Design(norm="ln_pn", activation="branch").acts_in_branch
+
+
+def test_slopes_of_ab_are_powers_of_two_whose_gradient_passes_the_rounding():
+    act = BinaryBlock(6, 6, Design(norm="ab")).act
+    with torch.no_grad():
+        act.exponent += noise(6, seed=3).float()
+    x = noise(2, 6, 3, 4, seed=4).float()
+    slope = 2 ** act.exponent.detach().round()
+    torch.testing.assert_close(act(x), torch.where(x > 0, x, slope.view(1, -1, 1, 1) * x), rtol=1e-6, atol=0)
+    act(x).sum().backward()
+    expected = math.log(2) * slope * x.clamp(max=0).sum((0, 2, 3))
+    torch.testing.assert_close(act.exponent.grad, expected)
+    signs = [m for m in BinaryBlock(6, 6, Design(norm="ab")).branch if isinstance(m, Sign)]
+    assert [m.ste for m in signs] == ["sigmoid"]
+    assert Design(norm="ab", ste="clip").estimator == "clip" and Design().estimator == "approx"
 
 
 def test_a_threshold_stands_where_no_sign_follows():

@@ -39,6 +39,7 @@ def options(**changes):
         train_limit=None,
         test_limit=None,
         val_fraction=0.0,
+        burst=1,
         augment=["crop", "flip"],
         bad_images="error",
         workers=0,

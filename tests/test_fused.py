@@ -267,9 +267,9 @@ def test_gradients_equal_the_layers(passes, name, norm, options):
 
 
 def test_an_activation_in_the_branch_is_a_fused_pass(passes):
-    for norm in ("free", "bn", "none"):
+    for norm in ("free", "bn", "ab"):
         options = {"activation": "branch", "alpha": 0.7, "centre_head": False}  # that would undo the last output shift
-        model, images, labels = double("reactnet20", norm, **options)
+        model, images, labels = double("reactnet20", norm, ste="approx", **options)
         layers = gradients(model, images, labels)
         model.fusion = Fusion(passes)
         assert_same_gradients(gradients(model, images, labels), layers)
@@ -456,7 +456,7 @@ def test_gradients_in_bf16_are_near(passes):
 def test_a_half_precision_trunk_trains(passes):
     model, images, labels = double("reactnet20", "free", torch.float32, batch=12)
     model.fusion = Fusion(passes, BF16, BF16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(40):
         loss = cross_entropy(model(images), labels)
@@ -464,7 +464,7 @@ def test_a_half_precision_trunk_trains(passes):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.9 * losses[0]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 @pytest.mark.parametrize(("trunk", "size"), [(None, 4), (BF16, 2)])

@@ -113,6 +113,22 @@ def test_spread_takes_images_at_equal_distances(split, count):
     assert len(split.spread(len(split) + 1)[1]) == len(split)
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 10**6])
+def test_bursts_are_runs_of_one_class_and_every_image_comes_once(split, length):
+    split.burst = length
+    _, labels = joined(split.train_batches(5, seed=SEED, epoch=1))
+    counts = torch.bincount(split.labels)
+    assert torch.equal(torch.bincount(labels), counts)
+    starts = torch.cat([torch.tensor([True]), labels[1:] != labels[:-1]]).cumsum(0).bincount()[1:]
+    if length == 1:
+        return
+    whole = sum(-(-int(count) // length) for count in counts)
+    assert len(starts) <= whole and (length < 10**6 or sorted(starts.tolist()) == sorted(counts.tolist()))
+    assert (starts % length != 0).sum() <= len(counts)
+    others = [joined(split.train_batches(5, seed=SEED, epoch=epoch))[1] for epoch in range(2, 9)]
+    assert any(not torch.equal(labels, other) for other in others)
+
+
 def test_statistics_are_settled_on_batches_of_128_or_more(split):
     wanted = min(len(split), 130)
     sizes = [len(part) for part in split.settling_batches(wanted, 2, seed=SEED, epoch=0)]

@@ -79,6 +79,7 @@ LAYOUT = {
     "reactnet18": (16, 3, 2),
     "birealnet18": (16, 3, 2),
     "xnor_resnet18": (8, 3, 2),
+    "reactnet14": (12, 2, 2),
     "reactnet20": (18, 2, 2),
     "birealnet20": (18, 2, 2),
     "xnor_resnet20": (9, 2, 2),
@@ -91,7 +92,9 @@ def test_the_layout_table_has_every_model():
     assert set(LAYOUT) == set(MODELS)
 
 
-@pytest.mark.parametrize("stem, size", [("cifar", (13, 10)), ("cifar", (8, 8)), ("imagenet", (65, 34))])
+@pytest.mark.parametrize(
+    "stem, size", [("cifar", (13, 10)), ("cifar", (8, 8)), ("half", (13, 10)), ("imagenet", (65, 34))]
+)
 @pytest.mark.parametrize("name", KINDS_OF_MODELS)
 def test_maps_halve_where_the_layout_says_for_odd_and_oblong_images(name, stem, size):
     model, sizes = make_model(name, stem=stem, classes=7, channels=1), []
@@ -99,7 +102,7 @@ def test_maps_halve_where_the_layout_says_for_odd_and_oblong_images(name, stem, 
         block.register_forward_hook(lambda _, args, out: sizes.append(tuple(out.shape[2:])))
     assert model(noise(2, 1, *size, seed=2, dtype=torch.float32)).shape == (2, 7)
     blocks, halvings, stem_halvings = LAYOUT[name]
-    start = stem_halvings if stem == "imagenet" else 0
+    start = {"cifar": 0, "half": 1, "imagenet": stem_halvings}[stem]
     assert len(sizes) == blocks
     assert list(dict.fromkeys(sizes)) == list(dict.fromkeys(ceil_halves(size, start + i) for i in range(halvings + 1)))
 

@@ -165,11 +165,11 @@ def test_an_unknown_key_names_file_key_and_the_nearest(override, key, hint):
     ("override", "allowed", "hint"),
     [
         ("model.norm=fre", "none, bn, free, free_paper", "free"),
-        ("model.name=reactnet19", "reactnet18, reactnet20, reactnet_a", "reactnet18"),
+        ("model.name=reactnet19", "reactnet18, reactnet20, reactnet14, reactnet_a", "reactnet18"),
         ("model.binarize=weight", "none, activations, weights, both", "weights"),
         ("model.beta=reff", "nf, ref, measured, none", "ref"),
         ("model.ste_window=sampled", "fixed, sample", "sample"),
-        ("model.stem=cifr", "'auto', 'cifar' or 'imagenet'", "cifar"),
+        ("model.stem=cifr", "'auto', 'cifar', 'half' or 'imagenet'", "cifar"),
         ("stages.0.binarize=bot", "none, activations, weights, both", "both"),
         ("data.name=cifar", "digits, cifar10, cifar100", "cifar10"),
         ("data.augment=[crop, flop]", "flip, crop, shift", "flip"),

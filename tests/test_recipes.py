@@ -63,7 +63,7 @@ def test_recipe_is_valid_and_free_of_batch_norm(path):
     assert recipe.model.norm in ("free", "free_paper")
     assert recipe.stages[-1].binarize in (None, "both")
     # the file's name says what is in it
-    if path.stem != "reactnet_nobn":
+    if path.stem not in ("reactnet_nobn", "cifar10_flagship", "cifar10_mcu"):
         width = {1.0: "", 0.5: "_half"}[recipe.model.width]
         assert path.stem == f"{recipe.data.name}_{recipe.model.name}{width}"
         assert recipe.data.root == f"data/{recipe.data.name}"
@@ -123,7 +123,7 @@ def test_network_builds_at_full_width(path):
     assert all(other == shapes[0] for other in shapes), "a stage hands its weights to the next"
     assert models[0].get_classifier().out_features == classes
     large = size > 64
-    assert models[0].stem[0].stride == ((2, 2) if large else (1, 1))
+    assert models[0].stem[0].stride == ((2, 2) if large or recipe.model.stem == "half" else (1, 1))
     if recipe.model.width == 1:
         body = sum(p.numel() for p in models[0].parameters()) - models[0].get_classifier().weight.numel()
         assert body == pytest.approx(1e6 * SIZES[recipe.model.name], rel=0.02)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnnfree.errors import BnnfreeError, pick
 from bnnfree.nn.binary import SCALES, BinaryConv2d
 from bnnfree.nn.norms import NORMS, Belief, Norm, check_norm, make_dropout, make_norm, run_believing
-from bnnfree.nn.react import RPReLU, RSign, channel_medians
+from bnnfree.nn.react import PowerRPReLU, RPReLU, RSign, channel_medians
 from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, check_ste, per_channel
 from bnnfree.nn.standard import CentredLinear, ConvLayer, ScaledStdConv2d
 from bnnfree.nn.variance import BETA_MODES
@@ -73,7 +73,7 @@ class Design:
     scale: str | None = None
     alpha: float | None = None
     beta: str | None = None
-    ste: str = "approx"
+    ste: str | None = None
     ste_window: str | None = None
     ste_parameter: float | None = None
     ste_last: float | None = None
@@ -87,8 +87,8 @@ class Design:
         pick(BETA_MODES, self.beta_mode, "beta")
         if self.scale is not None:
             pick(dict.fromkeys(SCALES), self.scale, "scale")
-        pick(STES, self.ste, "ste")
-        check_ste(self.ste, self.ste_parameter, self.ste_last)
+        pick(STES, self.estimator, "ste")
+        check_ste(self.estimator, self.ste_parameter, self.ste_last)
         if self.centre and self.norm == "kn":
             raise BnnfreeError("centre: got true with norm 'kn', whose priors pass through the layers, expected false.")
         pick(dict.fromkeys(STE_WINDOWS), self.window, "ste_window")
@@ -115,6 +115,11 @@ class Design:
     @property
     def window(self) -> str:
         return self.ste_window or self.rule.window
+
+    @property
+    def estimator(self) -> str:
+        """The straight-through estimator of the activations."""
+        return self.ste or self.rule.ste
 
     @property
     def binary_options(self) -> dict:
@@ -163,7 +168,8 @@ class Design:
             return None
         if self.rule.proxy:
             return nn.PReLU(channels)
-        return RPReLU(channels, input_shift=not self.binary_options.get("bias"))
+        kind = PowerRPReLU if self.rule.power_slopes else RPReLU
+        return kind(channels, input_shift=not self.binary_options.get("bias"))
 
     def make_tail(self, channels: int) -> nn.Module | None:
         """What stands between the last block and the head's pool: the normaliser of a trunk that has none."""
@@ -178,9 +184,6 @@ class Design:
         if rule.before and (dropout := make_dropout(**{k: v for k, v in self.norm_options.items() if k == "drop"})):
             before.append(dropout)
         conv = self.make_conv(cin, cout, kernel, stride)
-        if isinstance(conv, BinaryConv2d):
-            # the next sign reads this output alone: a sum that is 0 must not be rounded to either side of it
-            conv.exact = not last and conv.binary and conv.binary_input
         # between convolutions of a branch a sign is the activation
         inside = self.acts_in_branch if last else self.real
         act = self.make_activation(cout) if inside else None
@@ -194,7 +197,7 @@ class Design:
         """
         if not BINARIZE[self.binarize][0]:
             return Clip(channels if self.react else None)
-        how = self.ste, self.window, self.ste_parameter, self.ste_last
+        how = self.estimator, self.window, self.ste_parameter, self.ste_last
         return RSign(channels, *how) if self.react else Sign(*how)
 
     def make_conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> ConvLayer:
@@ -265,7 +268,7 @@ class BinaryBlock(nn.Module):
         h   = u, then h <- norm(conv(sign(h))) for each convolution of the block (the stride is the first's)
         id  = x                              same shape
               pool(u)                        stride above 1; average over stride x stride
-              shortcut_conv(pool(u))         other width
+              shortcut_conv(pool(u))         other width (both of x for a normaliser without scaled_shortcut)
               [x, x] along the channels      duplicate: twice the width without a convolution (ReActNet-A)
         out = act(alpha h + id)              act: RPReLU, or the identity where design.react is False
               alpha act(h) + id              design.activation "branch", and normalisers that take the activation in
@@ -305,6 +308,7 @@ class BinaryBlock(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(design.branch_factor)))
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.scaled = self.measured or beta != 1
+        self.scales_shortcut = design.rule.scaled_shortcut
         self.damped = design.branch_factor != 1
         self.register_load_state_dict_post_hook(_note_factors)
         branch: list[nn.Module] = []
@@ -329,7 +333,8 @@ class BinaryBlock(nn.Module):
         return self.act((h * self.alpha if self.damped else h) + identity)
 
     def _identity(self, x: Tensor, u: Tensor) -> Tensor:
-        return self.widened(self._pooled(u if self.stride > 1 or self.shortcut is not None else x))
+        scaled = self.scales_shortcut and (self.stride > 1 or self.shortcut is not None)
+        return self.widened(self._pooled(u if scaled else x))
 
     def widened(self, y: Tensor) -> Tensor:
         """The shortcut of the pooled map y."""

@@ -62,8 +62,11 @@ class RPReLU(nn.Module):
     def __init__(self, channels: int, input_shift: bool = True):
         super().__init__()
         self.input_shift = nn.Parameter(torch.zeros(channels)) if input_shift else None
-        self.slope = nn.Parameter(torch.full((channels,), 0.25))
+        self._make_slope(channels)
         self.output_shift = nn.Parameter(torch.zeros(channels))
+
+    def _make_slope(self, channels: int) -> None:
+        self.slope = nn.Parameter(torch.full((channels,), 0.25))
 
     @torch.no_grad()
     def balance(self, x: Tensor) -> None:
@@ -78,3 +81,21 @@ class RPReLU(nn.Module):
             if self.input_shift is not None:
                 x = x + per_channel(self.input_shift, x)
             return F.prelu(x, self.slope) + per_channel(self.output_shift, x)
+
+
+class PowerRPReLU(RPReLU):
+    """RPReLU whose slopes are powers of two, so that inference can shift instead of multiply.
+
+        slope = 2^round(e)      e [C] learnable from -3, a slope of 1/8
+
+    backward  round passes its gradient on as the identity does.
+    Ref: Ma et al. 2024, "A&B BNN", quantised RPReLU.
+    """
+
+    def _make_slope(self, channels: int) -> None:
+        self.exponent = nn.Parameter(torch.full((channels,), -3.0))
+
+    @property
+    def slope(self) -> Tensor:  # type: ignore[override]
+        """The slopes [C]."""
+        return torch.exp2(self.exponent + (self.exponent.round() - self.exponent).detach())

@@ -54,6 +54,7 @@ class DataOptions(Protocol):
     train_limit: int | None  # training images to use, validation included; None: all
     test_limit: int | None  # test images to use; None: all
     val_fraction: float  # share of the training images to validate on, in [0, 1)
+    burst: int  # training images of one class in a row; 1: shuffled
     augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), in order
     bad_images: Literal["error", "skip"]
     workers: int  # processes that read streamed images
@@ -133,8 +134,10 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
             )
         source.parts |= {"train": train, "val": val}
     stats = source.stats or measure(source.parts["train"][0])
+    train = _split(source, "train", stats, options, where)
+    train.burst = options.burst
     return Data(
-        train=_split(source, "train", stats, options, where),
+        train=train,
         val=_split(source, "val", stats, options, where) if "val" in source.parts else None,
         test=_split(source, "test", stats, options, where),
         classes=source.classes,

@@ -56,6 +56,21 @@ def _crop(images: Tensor, draws: Tensor, pad: int) -> Tensor:
 AUGMENTS = {"flip": flip, "crop": crop, "shift": shift}
 
 
+def in_bursts(order: Tensor, labels: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """The images of `order`, `length` of one class in a row (a class's last ones: fewer), the runs shuffled.
+
+    Shapes: order [N] of image numbers, labels of the images.
+    """
+    classes = labels[order]
+    by_class = torch.argsort(classes, stable=True)
+    counts = torch.bincount(classes)
+    rank = torch.empty_like(order)  # of an image among those of its class
+    rank[by_class] = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    runs = torch.stack([classes, rank // length], 1).unique(dim=0, return_inverse=True)[1]
+    place = torch.randperm(int(runs.max()) + 1, generator=generator)
+    return order[torch.argsort(place[runs], stable=True)]
+
+
 class Split:
     """Labelled images and the order they come in; a subclass says how they are read.
 
@@ -65,6 +80,7 @@ class Split:
     """
 
     skipped = 0  # unreadable images left out so far
+    burst = 1  # training images of one class that come in a row; 1: shuffled
 
     def __init__(self, labels: np.ndarray, mean: Sequence[float], std: Sequence[float], augment: Sequence[str] = ()):
         self.labels = torch.from_numpy(np.asarray(labels, np.int64))
@@ -122,6 +138,8 @@ class Split:
         words = [seed & (2**64 - 1), epoch]
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
         order = self._order(generator)
+        if self.burst > 1:
+            order = in_bursts(order, self.labels.cpu(), self.burst, generator)
         yield from self._read(order, self._draw(generator), parts, device)
 
     def first_batches(self, wanted: int, batch_size: int, **epoch: Any) -> Batches:
@@ -186,7 +204,9 @@ class PixelSplit(Split):
             return F.interpolate(planes, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
         pixels = torch.cat([scaled(part) for part in self.pixels.split(1024)]).contiguous()
-        return PixelSplit(pixels.numpy(force=True), self.labels.cpu(), self.mean, self.std, self.augment)
+        split = PixelSplit(pixels.numpy(force=True), self.labels.cpu(), self.mean, self.std, self.augment)
+        split.burst = self.burst
+        return split
 
     def to(self, device: str | torch.device) -> PixelSplit:
         """Move the images to `device` and keep them there; batches on another device move them again."""

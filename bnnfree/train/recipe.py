@@ -96,8 +96,8 @@ class ModelRecipe(_Part):
     """factor of each block's branch; null: the normaliser's own"""
     beta: _one_of(BETA_MODES) | None = None  # type: ignore[valid-type]
     """expected-variance bookkeeping: nf | ref | measured | none; null: the normaliser's own"""
-    ste: _one_of(STES) = "approx"  # type: ignore[valid-type]
-    """straight-through estimator of the activations: approx | clip | swish | sigmoid | ede | identity"""
+    ste: _one_of(STES) | None = None  # type: ignore[valid-type]
+    """straight-through estimator: approx | clip | swish | sigmoid | ede | identity; null: the normaliser's own"""
     ste_window: _one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
     """window of that estimator: fixed | sample; null: the normaliser's own"""
     ste_parameter: float | None = Field(default=None, gt=0)
@@ -116,7 +116,7 @@ class ModelRecipe(_Part):
         try:
             check_norm(self.norm, self.norm_options)
             check_activation(self.activation, self.norm)
-            check_ste(self.ste, self.ste_parameter, self.ste_last)
+            check_ste(self.ste or NORMS[self.norm].ste, self.ste_parameter, self.ste_last)
         except errors.BnnfreeError as error:
             raise _contradiction(f"model.{error}") from None
         return self
@@ -139,6 +139,8 @@ class DataRecipe(_Part):
     """side of the square images, pixels; null: the data set's own"""
     augment: list[_one_of(AUGMENTS)] = []  # type: ignore[valid-type]
     """random changes of training images, in order: flip | crop | shift (small images)"""
+    burst: int = Field(default=1, ge=1)
+    """training images of one class that come in a row, as from a camera; 1: shuffled"""
     train_limit: int | None = Field(default=None, ge=1)
     """training images to use, the same share of each class, validation included; null: all"""
     test_limit: int | None = Field(default=None, ge=1)

@@ -134,6 +134,7 @@ class FileSplit(Split):
     def resized(self, size: int) -> FileSplit:
         parts = self.files, self.labels, self.mean, self.std, self.augment
         split = FileSplit(*parts, size=size, workers=self.workers, skip_bad=self.skip_bad)
+        split.burst = self.burst
         split._bad = self._bad  # a file that cannot be read is counted once
         return split
 

@@ -120,7 +120,8 @@ def _run_block(block: BinaryBlock, v: Tensor, act: Activation, fusion: Fusion) -
     identity = None
     if not plain:
         pooled = block.stride > 1 or block.shortcut is not None
-        identity = block.widened(_activated(v, act, fusion, beta if pooled else None, block.stride)).to(v.dtype)
+        scaled = beta if pooled and block.scales_shortcut else None
+        identity = block.widened(_activated(v, act, fusion, scaled, block.stride)).to(v.dtype)
     elif len(units) > 1 or units[-1].after:
         identity = _activated(v, act, fusion)
     for i, unit in enumerate(units):
@@ -140,7 +141,7 @@ def _run_block(block: BinaryBlock, v: Tensor, act: Activation, fusion: Fusion) -
 def _followed(h: Tensor, after: list[nn.Module], alpha: Tensor | None, fusion: Fusion) -> Tensor:
     """A convolution's output h behind the modules that follow it, times alpha; an RPReLU is a fused pass."""
     for module in after:
-        if type(module) is RPReLU:
+        if isinstance(module, RPReLU):
             h = _activated(h, _activation_of(module), fusion)
         else:
             h = module(h.float() if h.dtype in (torch.bfloat16, torch.float16) else h)

@@ -62,6 +62,9 @@ class Norm:
              none, and one stands before the head's pool
     proxy    the layer takes the activation in (option `activation`): a block then has it at the end of its
              branch, and nothing after the residual sum
+    ste      the straight-through estimator of the activations that belongs to the method
+    power_slopes     the slopes of RPReLU are powers of two
+    scaled_shortcut  beta multiplies the shortcuts of transitions too, not the branch alone
     relu     channels, tau -> what has the place of ReLU in networks of real weights (None: ReLU)
     """
 
@@ -76,6 +79,9 @@ class Norm:
     agc: float | None = None
     before: bool = False
     proxy: bool = False
+    ste: str = "approx"
+    power_slopes: bool = False
+    scaled_shortcut: bool = True
     relu: Callable[..., nn.Module] | None = None
 
 
@@ -120,6 +126,18 @@ NORMS: dict[str, Norm] = {
         alpha=0.2,
         beta="nf",
         agc=0.02,
+    ),
+    "ab": Norm(
+        "the BN-free block of A&B BNN: as free_paper, with slopes that are powers of two, the sigmoid estimator, alpha "
+        "0.25, and beta before signs alone (its mask layer), where inference folds it away",
+        binary=_options(standardize=True, gain=True, scale="mean_abs"),
+        real=_options(standardize=True, gain=True),
+        alpha=0.25,
+        beta="ref",
+        agc=0.02,
+        ste="sigmoid",
+        power_slopes=True,
+        scaled_shortcut=False,
     ),
     "brn": _twin("batch renormalisation: clipped corrections towards the running statistics", batch.batch_renorm),
     "gn": _twin("group normalisation, groups of 16 channels", group.group_norm),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.nn.norms.response import ThresholdedLinear
-from bnnfree.nn.react import RPReLU, RSign
+from bnnfree.nn.react import PowerRPReLU, RPReLU, RSign
 from bnnfree.nn.sign import Sign
 
 POINTS = 256
@@ -101,6 +101,7 @@ MOMENTS: dict[type, Callable[[Any, Tensor, Tensor], Pair]] = {
     nn.ReLU: _relu,
     nn.PReLU: _prelu,
     RPReLU: _rprelu,
+    PowerRPReLU: _rprelu,
     ThresholdedLinear: _threshold,
     Sign: _sign,
     RSign: _sign,
