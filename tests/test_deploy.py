@@ -55,7 +55,9 @@ def test_a_packed_file_is_as_good_as_the_run_it_came_from(tool, run, packed, tmp
         figures.append(json.loads((tmp_path / "f.json").read_text()))
     assert [each["images"] for each in figures] == [20] * 3
     assert abs(figures[0]["top1"] - figures[1]["top1"]) <= 10
-    assert figures[0]["top1"] == figures[2]["top1"] and figures[0]["loss"] == pytest.approx(figures[2]["loss"], rel=1e-4)
+    assert figures[0]["top1"] == figures[2]["top1"] and figures[0]["loss"] == pytest.approx(
+        figures[2]["loss"], rel=1e-4
+    )
 
 
 def test_the_summary_predicts_the_file_to_the_byte(tool, run, packed, tmp_path):  # noqa: F811

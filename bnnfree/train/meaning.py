@@ -101,6 +101,7 @@ def design_of(model: ModelRecipe, data: Mapping[str, Any]) -> dict[str, Any]:
         "scale": rule.binary["scale"],
         "alpha": rule.alpha,
         "beta": rule.beta,
+        "ste": rule.ste,
         "ste_window": rule.window,
         "activation": "branch" if rule.proxy else "trunk",
     }
@@ -126,6 +127,7 @@ _PLAIN = {
     "scale": "mean_abs",
     "alpha": 1.0,
     "beta": "none",
+    "ste": "approx",
     "ste_window": "fixed",
     "activation": "trunk",
 }
@@ -134,6 +136,7 @@ V1 = {
     "none": _PLAIN,
     "free": {**_TWIN, "centre": True, "centre_gradient": True},
     "free_paper": {**_PLAIN, "standardize": True, "alpha": 0.2, "beta": "nf"},
+    "ab": {**_PLAIN, "standardize": True, "alpha": 0.25, "beta": "ref", "ste": "sigmoid"},
     **{name: {**_TWIN, "activation": "branch"} for name in ("ln_pn", "gn_pn", "in_pn")},
     **dict.fromkeys(("bn", "brn", "gn", "ln", "in", "frn", "ic", "ic_gn", "ic_frn", "kn"), _TWIN),
 }

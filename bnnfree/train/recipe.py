@@ -5,7 +5,7 @@ Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -395,12 +395,3 @@ class Recipe(_Part):
         if self.agc.clip == "auto":
             self.agc.clip = rule.agc
         return self
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The part of the schema in an annotation such as AgcRecipe or list[StageRecipe]."""
-    for candidate in (annotation, *get_args(annotation)):
-        # Why get_origin: on Python 3.10 list[X] passes for a type
-        if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
