@@ -78,7 +78,10 @@ def load_checkpoint(path: str | Path, prefer: str = "best.pt") -> dict[str, Any]
     if version > VERSION:
         raise CheckpointError(f"checkpoint {path}: version {version}, this bnnfree reads up to {VERSION}.")
     if version > 1 and not sealed:
-        raise CheckpointError(f"checkpoint {path}: damaged: its checksum is missing. Copy or download the file again.")
+        raise CheckpointError(
+            f"checkpoint {path}: damaged: its checksum is missing. Copy or download the file again; after a change of "
+            "yours, write it with bnnfree.train.checkpoint.save_checkpoint."
+        )
     return state
 
 

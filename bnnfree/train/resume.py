@@ -10,6 +10,7 @@ import torch
 
 from bnnfree.errors import CheckpointError
 from bnnfree.train.checkpoint import Builders, check_network
+from bnnfree.train.meaning import design_of
 from bnnfree.train.recipe import Recipe
 
 PLACES = ("root", "test_root", "val_root", "cache", "cache_gb", "workers", "download")
@@ -26,7 +27,12 @@ def check_resumable(
     """
     where = f"run folder {folder}"
     before = check_network(state, builders, where)  # keys that there were not when it was written have their defaults
-    changed = [each for each in _differences(before.model_dump(), recipe.model_dump()) if each[0] not in MAY_CHANGE]
+    meant = state["design"], design_of(recipe.model, data)
+    changed = [
+        each
+        for each in _differences(before.model_dump(), recipe.model_dump())
+        if each[0] not in MAY_CHANGE and not _means_the_same(*each, *meant)
+    ]
     last = len(recipe.stages) - 1
     grown = [each for each in changed if each[0] == f"stages.{last}.epochs" and each[2] > each[1]]
     if others := [each for each in changed if each not in grown]:
@@ -40,6 +46,14 @@ def check_resumable(
     if state["stage"] > last:
         raise CheckpointError(f"{where}: got stage {state['stage']} in last.pt, expected 0 to {last}.")
     return bool(grown)
+
+
+def _means_the_same(key: str, was: Any, now: Any, before: Mapping[str, Any], today: Mapping[str, Any]) -> bool:
+    """True for a key of the model that is null on one side, where null means what the other side says."""
+    name = key.removeprefix("model.")
+    if name == key or name not in before or name not in today:
+        return False
+    return (before[name] if was is None else was) == (today[name] if now is None else now)
 
 
 def other_bits(state: Mapping[str, Any]) -> list[str]:
