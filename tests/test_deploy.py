@@ -12,6 +12,7 @@ from test_published import THEIRS, make_file, save
 from test_tools import tool  # noqa: F401
 
 from bnnfree.engine import load
+from bnnfree.train.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_verify_tells_another_networks_file(tool, run, packed, tmp_path):  # noq
     weights = state["ema"] or state["model"]
     key = next(key for key in weights if key.startswith("blocks.3.") and key.endswith("weight"))
     weights[key].neg_()
-    torch.save(state, other)
+    save_checkpoint(other, state)
     code, printed, _ = tool("verify", other, packed, "--samples", 6)
     assert code == 1 and "NOT EQUAL: blocks.3." in printed
     recipe = tmp_path / "r.yaml"

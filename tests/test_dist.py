@@ -16,6 +16,7 @@ from helpers import ROOT, TINY, assert_same, cut_at, double_stage, metrics_of, t
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, CheckpointError, DataError
+from bnnfree.nn import BinaryConv2d, CentredLinear, centred_layers, update_input_means
 from bnnfree.train import dist as processes
 from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import build_model
@@ -382,3 +383,40 @@ def test_an_error_of_torch_that_is_not_about_peers_stays_what_it_is(monkeypatch)
     with pytest.raises(processes.LostError, match=r"does not answer \(Connection closed by peer \[10\.0\.0\.2\]:9\)"):
         with processes.one_voice():
             raise RuntimeError(said)
+
+
+def follow_inputs(rank, folder):
+    """Three steps of an own loop; the input means of this process."""
+    processes.start("cpu")
+    net = own_network()
+    ddp = nn.parallel.DistributedDataParallel(net)
+    for images in own_batches():
+        ddp(images[rank::2]).sum().backward()
+        update_input_means(ddp, window=8.0)
+    torch.save({name: layer.input_mean for name, layer in centred_layers(net)}, folder / f"{rank}.pt")
+
+
+def own_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        BinaryConv2d(3, 5, 3, centre="input"), nn.AdaptiveAvgPool2d(1), nn.Flatten(), CentredLinear(5, 2)
+    )
+    return net.double()
+
+
+def own_batches():
+    torch.manual_seed(1)
+    return [torch.randn(6, 3, 5, 7, dtype=torch.float64) + i for i in range(3)]
+
+
+def test_an_own_loop_under_ddp_follows_the_images_of_all_processes(tmp_path):
+    spawn(follow_inputs, tmp_path)
+    net = own_network()
+    for images in own_batches():
+        net(images)
+        update_input_means(net, window=8.0)
+    for rank in range(2):
+        means = torch.load(tmp_path / f"{rank}.pt")
+        for name, layer in centred_layers(net):
+            torch.testing.assert_close(means[name], layer.input_mean, rtol=1e-12, atol=1e-12)
+            assert layer.input_mean.abs().min() > 0

@@ -14,8 +14,8 @@ import yaml
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import NORMS
-from bnnfree.train.recipe import Recipe, section_of
-from bnnfree.train.recipes import RecipeError, load_recipe, parse_recipe, save_recipe
+from bnnfree.train.recipe import Recipe
+from bnnfree.train.recipes import RecipeError, load_recipe, parse_recipe, save_recipe, section_of
 from models import MODELS
 
 SEED = 5

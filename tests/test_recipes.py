@@ -12,7 +12,7 @@ import yaml
 from bnnfree.train import fit, load_checkpoint, load_recipe
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.data import KNOWN
-from bnnfree.train.run import ARTEFACTS
+from bnnfree.train.run_folder import ARTEFACTS
 from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent

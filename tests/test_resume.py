@@ -76,6 +76,15 @@ def test_resuming_with_another_recipe_is_an_error_that_names_the_difference(unbr
         train(unbroken, *OPTIONS, "seed=5", resume=True)
 
 
+def test_a_key_that_says_what_null_meant_is_no_other_recipe(tmp_path, unbroken):
+    import shutil
+
+    shutil.copytree(unbroken, tmp_path / "r")
+    train(tmp_path / "r", *OPTIONS, "model.centre_head=true", "model.ste=approx", resume=True)
+    with pytest.raises(CheckpointError, match=r"differs: model\.centre_head \(None -> False\)\."):
+        train(tmp_path / "r", *OPTIONS, "model.centre_head=false", "model.ste=approx", resume=True)
+
+
 def test_a_run_may_resume_with_its_data_in_another_place(tmp_path, unbroken):
     import shutil
 
@@ -84,5 +93,5 @@ def test_a_run_may_resume_with_its_data_in_another_place(tmp_path, unbroken):
     elsewhere = (f"data.cache={tmp_path}", "data.workers=1", "data.root=elsewhere", "checkpoint_minutes=9")
     train(moved, *OPTIONS, *elsewhere, resume=True)
     assert_same(load_checkpoint(moved / "best.pt"), load_checkpoint(unbroken / "best.pt"))
-    with pytest.raises(CheckpointError, match=r"stages\.1\.epochs \(2 -> 3\)"):
-        train(moved, *OPTIONS, "stages.1.epochs=3", resume=True)
+    with pytest.raises(CheckpointError, match=r"stages\.0\.epochs \(2 -> 3\)"):
+        train(moved, *OPTIONS, "stages.0.epochs=3", resume=True)

@@ -13,6 +13,8 @@ import yaml
 from helpers import ROOT, TINY
 from PIL import Image
 
+from bnnfree.train.checkpoint import save_checkpoint
+
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
@@ -150,7 +152,7 @@ def test_a_checkpoint_of_another_shape_names_what_does_not_fit(tool, tmp_path, r
     assert tool("train", recipe, "--out", out)[0] == 0
     state = torch.load(out / "best.pt", weights_only=True)
     state["recipe"]["model"]["width"] = 1.0
-    torch.save(state, out / "best.pt")
+    save_checkpoint(out / "best.pt", state)
     code, _, errors = tool("evaluate", out)
     assert code == 2 and "other shape" in errors and "stem" in errors
 

@@ -146,7 +146,8 @@ def look(source: Path, overrides: list[str], count: int) -> Look:
     agc = None if recipe.agc.clip is None else (recipe.agc.clip, recipe.agc.eps)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        initial = build_model(recipe, MODELS, network.data, network.binarize)
+        design = network.state["design"] if network.trained else None
+        initial = build_model(recipe, MODELS, network.data, network.binarize, design)
         calibrate(initial, images, recipe.model.start == "balanced" and len(recipe.stages) == 1)
         initial.train()
         signals = trace_signals(network.model, images, batch=64) if network.trained else trace_signals(initial, images)

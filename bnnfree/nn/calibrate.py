@@ -5,12 +5,14 @@ Imports torch, bnnfree.errors and bnnfree.nn only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn.norms import GhostBatchNorm2d
@@ -18,7 +20,7 @@ from bnnfree.nn.standard import WeightLayer, sum_of_sample_means
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor, balance: bool = False) -> None:
+def calibrate(model: nn.Module, images: Tensor, balance: bool = False, keep: Collection[str] = ()) -> None:
     """Set every constant that comes from data, layer by layer, in one forward pass of `images`.
 
     Each layer sees inputs made by the layers before it with their constants already set: the input means
@@ -30,11 +32,14 @@ def calibrate(model: nn.Module, images: Tensor, balance: bool = False) -> None:
     enters it, RPReLU's output shift minus the mean of its activation. Batch norms then take the statistics of these
     images, as in training, and keep none.
 
+    keep: names of layers that stay as they are, such as those that started from weights.
+
     Shapes: images [N, C, H, W], normalised as in training; a few hundred samples suffice.
     Errors: BnnfreeError for `balance` in a model that has nothing to balance.
     """
-    parts = [module for module in model.modules() if hasattr(module, "calibrating")]
-    with _evaluating(model), _balancing(model, balance):
+    changing = [module for name, module in model.named_modules() if name not in keep]
+    parts = [module for module in changing if hasattr(module, "calibrating")]
+    with _evaluating(model), _balancing(model, changing if balance else []):
         try:
             for part in parts:
                 part.calibrating = True  # type: ignore[assignment]
@@ -55,13 +60,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _balancing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Within it a forward pass balances layer by layer, where that is wanted."""
-    if not wanted:
+def _balancing(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Within it a forward pass balances these modules of `model`, layer by layer."""
+    if not modules:
         yield
         return
-    layers = [module for module in model.modules() if callable(getattr(module, "balance", None))]
-    if not layers:
+    layers = [module for module in modules if callable(getattr(module, "balance", None))]
+    if not any(callable(getattr(module, "balance", None)) for module in model.modules()):
         raise BnnfreeError(
             f"balanced start: got a {type(model).__name__} without RSign and RPReLU, expected one that has them. "
             "Use start=plain."
@@ -82,10 +87,14 @@ def _balancing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def rescaled_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:
-    """Name and module of each layer whose constant deviation has a gain beside it, that can make up for another."""
+    """Name and module of each layer whose constant deviation has a gain beside it, that can make up for another.
+
+    Not those whose gain is frozen (requires no gradient).
+    """
     for name, module in model.named_modules():
         if isinstance(module, WeightLayer) and module.unit_output and module.gain is not None:
-            yield name, module
+            if module.gain.requires_grad:
+                yield name, module
 
 
 @torch.no_grad()
@@ -202,12 +211,22 @@ def update_input_means(
         mu <- mu + (1 - exp(-n / window)) (mean - mu)        over the n samples of the step
 
     `window` counts samples. `reduce` sums a tensor over processes in place (torch.distributed.all_reduce),
-    so that N processes with n/N samples each do what one does with n. Never called, the means stay at their
-    calibration: the tracking-free variant.
+    so that N processes with n/N samples each do what one does with n. For a DistributedDataParallel it is the sum over
+    its processes, if none is given; of any other module the caller knows whether there are others.
+    Never called, the means stay at their calibration: the tracking-free variant. So do those of layers of which no
+    parameter requires a gradient: they are frozen.
     """
-    layers = [module for _, module in centred_layers(model)]
+    layers = []
+    for _, module in centred_layers(model):
+        if any(param.requires_grad for param in module.parameters()):
+            layers.append(module)
+        else:
+            module.input_sum.zero_()
+            module.input_count.zero_()
     if not layers:
         return
+    if reduce is None and isinstance(model, DistributedDataParallel):
+        reduce = partial(distributed.all_reduce, group=model.process_group)
     if reduce is not None:
         packed = torch.cat([torch.cat([m.input_sum, m.input_count.view(1)]) for m in layers])
         reduce(packed)

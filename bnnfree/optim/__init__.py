@@ -7,6 +7,7 @@ from bnnfree.optim.groups import (
     describe_groups,
     find_head,
     make_optimizer,
+    matching,
     parameter_groups,
     rescale_moments,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "describe_groups",
     "find_head",
     "make_optimizer",
+    "matching",
     "parameter_groups",
     "rescale_moments",
 ]

@@ -6,14 +6,16 @@ to a list of torch optimisers, and its line in OPTIMIZERS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bnnfree.errors import BnnfreeError, pick
+from bnnfree.errors import BnnfreeError, nearest, pick
 from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
 from bnnfree.optim.bop import Bop
 
@@ -31,6 +33,7 @@ def parameter_groups(
     affine_lr_mult: float = 1.0,
     agc: bool = True,
     gain_decay: float = 0.0,
+    lr_mult: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters of `model`, each parameter in exactly one of them.
 
@@ -42,6 +45,8 @@ def parameter_groups(
     head    every parameter of `find_head(model)`                    lr                   no     no
 
     Without gain_decay gains are affine.
+    lr_mult: factors on lr by pattern of parameter names (see `matching`), of several that match the last; parameters of
+    one kind and several factors are several groups.
     Types include subclasses; names and numbers of dims decide nothing, so a rename changes nothing.
     A parameter shared by several modules appears once: head before latent before real before gain before affine.
     Returns: non-empty groups in this order, dicts of params, names (full dotted ones), kind, lr, weight_decay
@@ -49,15 +54,19 @@ def parameter_groups(
     Why affine has no AGC: a vector is one unit; biases that start at zero would be held to a gradient norm of
     clip * eps (2e-5 for a clip of 0.02), which freezes them under SGD. Why the head has none: Brock et al.
     2021 find it better not to clip the last linear layer.
-    Errors: BnnfreeError for a negative number, a model with nothing to train, a lazy layer not yet run.
+    Errors: BnnfreeError for a negative number, a pattern without a match, a model with nothing to train, a lazy layer
+    not yet run.
     """
     numbers = {"lr": lr, "weight_decay": weight_decay, "affine_lr_mult": affine_lr_mult, "gain_decay": gain_decay}
+    numbers |= {f"lr_mult of {pattern!r}": factor for pattern, factor in lr_mult.items()}
     for option, value in numbers.items():
         if not value >= 0:
             raise BnnfreeError(f"parameter_groups: got {option} {value!r}, expected a number of at least 0.")
     kinds = _kinds(model, gains=gain_decay != 0)
     decays = {"latent": weight_decay, "real": weight_decay, "gain": gain_decay}
-    members: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
+    names = [name for name, _ in model.named_parameters()]
+    factors = {name: mult for pattern, mult in lr_mult.items() for name in matching(names, pattern, "lr_mult")}
+    members: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {(kind, 1.0): [] for kind in KINDS}
     for name, param in model.named_parameters():
         if isinstance(param, UninitializedParameter):
             raise BnnfreeError(
@@ -65,17 +74,17 @@ def parameter_groups(
                 "Run one batch through the model first."
             )
         if param.requires_grad:
-            members[kinds.get(param, "affine")].append((name, param))
+            members.setdefault((kinds.get(param, "affine"), factors.get(name, 1.0)), []).append((name, param))
     groups = [
         {
             "params": [param for _, param in named],
             "names": [name for name, _ in named],
             "kind": kind,
-            "lr": lr * affine_lr_mult if kind in ("affine", "gain") else lr,
+            "lr": lr * factor * (affine_lr_mult if kind in ("affine", "gain") else 1.0),
             "weight_decay": decays.get(kind, 0.0),
             "agc": agc and kind in ("latent", "real"),
         }
-        for kind, named in members.items()
+        for (kind, factor), named in sorted(members.items(), key=lambda item: KINDS.index(item[0][0]))
         if named
     ]
     if not groups:
@@ -84,6 +93,16 @@ def parameter_groups(
             "expected at least one that does."
         )
     return groups
+
+
+def matching(names: Iterable[str], pattern: str, where: str) -> list[str]:
+    """The names that a shell's pattern (*, ?, [...]) matches. Errors: BnnfreeError if none, with the nearest."""
+    names = list(names)
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        hint = nearest(pattern, names) or f" Names are {', '.join(names[:3])}, ..."
+        raise BnnfreeError(f"{where}: got {pattern!r}, which matches no parameter.{hint}")
+    return found
 
 
 def find_head(model: nn.Module) -> nn.Module | None:

@@ -1,11 +1,10 @@
-"""Checkpoints: plain tensors and plain containers, opened with torch.load(weights_only=True).
+"""Checkpoints: plain tensors and plain containers, sealed by a checksum (bnnfree.train.sealed).
 
-Imports torch, bnnfree.errors, bnnfree.files and the recipe; the model builders are passed in.
+Imports torch, bnnfree.errors, the recipe and its own room; the model builders are passed in.
 """
 
 from __future__ import annotations
 
-import pickle
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -17,12 +16,12 @@ from torch import nn
 
 import bnnfree
 from bnnfree.errors import CheckpointError
-from bnnfree.files import replacing
+from bnnfree.train.meaning import VERSION, check_state, design_of, upgrade
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import parse_recipe
+from bnnfree.train.sealed import ForeignCheckpoint, read_state, write_state
 
 KIND = "bnnfree checkpoint"
-VERSION = 1
 Builders = Mapping[str, Callable[..., nn.Module]]
 
 
@@ -46,9 +45,8 @@ def origin() -> dict[str, str]:
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists, dictionaries) in one step: whole or not at all."""
-    with replacing(path) as temporary:
-        torch.save({"kind": KIND, "version": VERSION, **state}, temporary)
+    """Write `state` (tensors, numbers, strings, lists, dictionaries) in one step, with a checksum over all of it."""
+    write_state(path, {"kind": KIND, **state, "version": VERSION})
 
 
 def find_checkpoint(path: str | Path, prefer: str = "best.pt") -> Path:
@@ -68,24 +66,45 @@ def find_checkpoint(path: str | Path, prefer: str = "best.pt") -> Path:
 
 
 def load_checkpoint(path: str | Path, prefer: str = "best.pt") -> dict[str, Any]:
-    """What `save_checkpoint` wrote. Errors: CheckpointError when it is missing, torn, foreign or too new."""
+    """What `save_checkpoint` wrote. Errors: CheckpointError when it is missing, damaged, foreign or too new."""
     path = find_checkpoint(path, prefer)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        refused = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds more than tensors and plain values" if refused else str(error).strip().split("\n")[0][:120]
-        raise CheckpointError(f"checkpoint {path}: not a checkpoint, or torn ({reason}).") from None
+    state, sealed = read_state(path)
     if not isinstance(state, dict) or state.get("kind") != KIND:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"checkpoint {path}: not written by bnnfree (it holds {found}).")
-    if state["version"] > VERSION:
-        raise CheckpointError(f"checkpoint {path}: version {state['version']}, this bnnfree reads up to {VERSION}.")
+        raise ForeignCheckpoint(f"checkpoint {path}: not written by bnnfree (it holds {str(found)[:120]}).")
+    version = state.get("version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"checkpoint {path}: version: got {str(version)[:40]!r}, expected a number from 1.")
+    if version > VERSION:
+        raise CheckpointError(f"checkpoint {path}: version {version}, this bnnfree reads up to {VERSION}.")
+    if version > 1 and not sealed:
+        raise CheckpointError(
+            f"checkpoint {path}: damaged: its checksum is missing. Copy or download the file again; after a change of "
+            "yours, write it with bnnfree.train.checkpoint.save_checkpoint."
+        )
     return state
+
+
+def open_checkpoint(path: str | Path, prefer: str = "best.pt", resume: bool = False) -> dict[str, Any]:
+    """A checkpoint whose structure is checked, in the form of today: older versions are upgraded, their meaning kept.
+
+    resume: also what a training goes on from. Errors: as `load_checkpoint`, and for a key that is missing or odd.
+    """
+    file = find_checkpoint(path, prefer)
+    where = f"checkpoint {file}"
+    state = load_checkpoint(file)
+    check_state(state, where, resume)
+    return upgrade(state, where) if state["version"] == 1 else state
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
     """Put `weights` into `model`; any missing, unexpected or misshapen key is an error that names it."""
+    check_fit(model, weights, where)
+    model.load_state_dict(weights, strict=True)
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Errors: CheckpointError for keys that are missing, unexpected or of another shape."""
     own = model.state_dict()
     missing = [k for k in own if k not in weights]
     unexpected = [k for k in weights if k not in own]
@@ -98,26 +117,48 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: s
     found = [f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
     if found:
         raise CheckpointError(f"{where}: the weights do not fit the network: {'; '.join(found)}.")
-    model.load_state_dict(weights, strict=True)
 
 
-def build_model(recipe: Recipe, builders: Builders, data: Mapping[str, Any], binarize: str | None = None) -> nn.Module:
+def build_model(
+    recipe: Recipe,
+    builders: Builders,
+    data: Mapping[str, Any],
+    binarize: str | None = None,
+    design: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """The network of `recipe`, freshly initialised.
 
     `data`: classes (list of names), channels, image_size (H, W), as a checkpoint carries them.
+    `design`: values of keys that the recipe leaves to the normaliser, as a checkpoint carries them; None: today's.
     """
     options = recipe.model.model_dump(exclude={"name", "start"})  # start: how training begins, not what is built
-    if options["stem"] == "auto":
-        options["stem"] = "imagenet" if min(data["image_size"]) > 64 else "cifar"
+    options |= design_of(recipe.model, data) if design is None else design
     options["binarize"] = binarize or options["binarize"]
     return builders[recipe.model.name](len(data["classes"]), data["channels"], **options)
 
 
+def check_network(state: Mapping[str, Any], builders: Builders, where: str) -> Recipe:
+    """The recipe of a state of `open_checkpoint`, whose network can be built and takes its weights.
+
+    Built without memory, of which a file of some bytes could claim any amount. Errors: CheckpointError, RecipeError.
+    """
+    recipe = parse_recipe(state["recipe"], where, builders)
+    try:
+        with torch.device("meta"):
+            model = build_model(recipe, builders, state["data"], state["binarize"], state["design"])
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise CheckpointError(f"{where}: its network cannot be built ({reason}).") from None
+    for weights in (state["model"], state["ema"] or state["model"]):
+        check_fit(model, weights, where)
+    return recipe
+
+
 def load_model(path: str | Path, builders: Builders) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network of a checkpoint or run folder (its best), in eval mode, and the checkpoint itself."""
-    state = load_checkpoint(path)
+    state = open_checkpoint(path)
     where = f"checkpoint {path}"
-    recipe = parse_recipe(state["recipe"], where, builders)
-    model = build_model(recipe, builders, state["data"], state["binarize"])
+    recipe = check_network(state, builders, where)
+    model = build_model(recipe, builders, state["data"], state["binarize"], state["design"])
     load_weights(model, state["ema"] or state["model"], where)
     return model.eval(), state

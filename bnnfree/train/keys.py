@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bnnfree.train.recipe import Recipe, section_of
+from bnnfree.train.recipe import Recipe
+from bnnfree.train.recipes import section_of
 
 
 def key_table() -> str:

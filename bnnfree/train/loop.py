@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnnfree.analysis.probe import Prober
-from bnnfree.errors import BnnfreeError
+from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import (
     BinaryConv2d,
     BinaryLinear,
@@ -40,12 +40,15 @@ from bnnfree.optim import (
     parameter_groups,
     rescale_moments,
 )
+from bnnfree.train.checkpoint import load_weights
 from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist, data_parallel
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
+from bnnfree.train.start import freeze
 
+OPTIMIZER_OPTIONS = ("betas", "eps", "momentum", "nesterov", "bop_gamma", "bop_threshold")
 RESCALING_IMAGES = 128  # a deviation that is some percent off is as good a unit for a gain
 
 
@@ -64,8 +67,9 @@ class Stage:
     weights' average.
     """
 
-    def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None):
+    def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None, kept=()):
         self.recipe, self.index, self.data, self.dist, self.teacher = recipe, index, data, dist, teacher
+        self.kept = kept  # names of layers whose constants hold from before: calibration leaves them
         if recipe.free.gather and dist.world > 1:
             raise TrainingError(f"free.gather: got true for {dist.world} processes, expected false: it is for one.")
         self.epoch, self.step = 0, 0
@@ -74,6 +78,7 @@ class Stage:
         passes = data.train.train_steps(recipe.data.batch_size, dist.world)
         self.steps = math.ceil(passes / recipe.accumulate)
         self.model = model.to(dist.device).to(memory_format=torch.channels_last)
+        self.frozen = freeze(self.model, recipe.freeze)
         self.average = copy.deepcopy(self.model).eval() if recipe.ema.decay else None
         self.optimizers = self._make_optimizers()
         self.net: nn.Module = self.model
@@ -104,9 +109,9 @@ class Stage:
             affine_lr_mult=options.affine_lr_mult,
             agc=self.recipe.agc.clip is not None,
             gain_decay=options.gain_decay,
+            lr_mult=options.lr_mult,
         )
-        others = {"name", "lr", "affine_lr_mult", "weight_decay", "gain_decay", "precondition", "bnp_rho", "bnp_floor"}
-        return make_optimizer(groups, options.name, **options.model_dump(exclude=others))
+        return make_optimizer(groups, options.name, **options.model_dump(include=set(OPTIMIZER_OPTIONS)))
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -124,7 +129,8 @@ class Stage:
         In the first stage thresholds and shifts too, for a balanced start; later ones keep what was learned.
         """
         balance = self.index == 0 and self.recipe.model.start == "balanced"
-        calibrate(self.model, self._first_images(self.recipe.free.calibration, self.first_epoch)[0], balance)
+        images = self._first_images(self.recipe.free.calibration, self.first_epoch)[0]
+        calibrate(self.model, images, balance, self.kept)
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
 
@@ -181,6 +187,8 @@ class Stage:
     def train_epoch(self, after_step: Callable[[], None]) -> dict[str, Any]:
         """Train what is left of the epoch; `after_step` is called after each optimiser step. Returns its metrics."""
         self.model.train()
+        for module in self.frozen:
+            module.eval()  # statistics of a frozen batch norm are its own
         recipe = self.recipe
         batches = self.data.train.train_batches(
             recipe.data.batch_size,
@@ -249,7 +257,12 @@ class Stage:
         if self.average is not None:
             self._move_average()
         self.part_done("optimizer")
-        return factor * recipe.optimizer.lr if recipe.stages[self.index].lr is None else self.groups[0]["lr"]
+        return factor * (recipe.stages[self.index].lr or recipe.optimizer.lr)
+
+    def next_lr(self) -> float:
+        """The learning rate of the step to come, of parameters without a factor on it."""
+        peak = self.recipe.stages[self.index].lr or self.recipe.optimizer.lr
+        return peak * lr_factor(step=self.epoch * self.steps + self.step, **self._course())
 
     def _course(self) -> dict[str, Any]:
         """What `lr_factor` needs to know beside the step: the schedule, and the steps that it spans."""
@@ -364,9 +377,12 @@ class Stage:
     def load(self, state: dict[str, Any]) -> None:
         """Go back to where `state` was taken."""
         self.epoch, self.step = state["epoch"], state["step"]
-        self.model.load_state_dict(state["model"])
+        if self.epoch > self.epochs or self.step >= self.steps:
+            at, allowed = f"epoch {self.epoch}, step {self.step}", f"at most {self.epochs}, below {self.steps}"
+            raise CheckpointError(f"the checkpoint: got {at}, expected {allowed}. Have images been removed since?")
+        load_weights(self.model, state["model"], "the checkpoint's model")
         if self.average is not None:
-            self.average.load_state_dict(state["ema"])
+            load_weights(self.average, state["ema"], "the checkpoint's average")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if self.precondition is not None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from bnnfree.errors import BnnfreeError
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import load_recipe
-from bnnfree.train.run import MAY_CHANGE
+from bnnfree.train.resume import MAY_CHANGE
 
 FAILURE = "failure.json"
 SWEEP = "sweep.json"

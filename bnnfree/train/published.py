@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from bnnfree.errors import CheckpointError, pick
 from bnnfree.train.checkpoint import Builders, build_model, load_weights, origin
 from bnnfree.train.data import CIFAR10, CIFAR100, IMAGENET, KNOWN
+from bnnfree.train.meaning import design_of
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import parse_recipe
 
@@ -338,6 +339,7 @@ def convert_published(
         "optimizers": [],
         "signs": {},
         "recipe": recipe.model_dump(),
+        "design": design_of(recipe.model, data),
         "binarize": recipe.model.binarize,
         "data": data,
         "origin": origin(),

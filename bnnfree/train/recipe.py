@@ -5,7 +5,7 @@ Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -191,6 +191,8 @@ class OptimizerRecipe(_Part):
     """peak learning rate"""
     affine_lr_mult: float = Field(default=1.0, gt=0)
     """factor on lr for gains, biases, thresholds and slopes"""
+    lr_mult: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """more factors on lr by pattern of parameter names, of several the last: {"stem.*": 0.1, "blocks.1?.*": 0.5}"""
     weight_decay: float = Field(default=0.0, ge=0)
     """of convolution weights, and of nothing else"""
     gain_decay: float = Field(default=0.0, ge=0)
@@ -298,6 +300,10 @@ class Recipe(_Part):
     ema: EmaRecipe = EmaRecipe()
     free: FreeRecipe = FreeRecipe()
     probe: ProbeRecipe = ProbeRecipe()
+    init: str | None = None
+    """weights to start from: a checkpoint, run folder, published file, or a name in models/pretrained; null: none"""
+    freeze: list[str] = []
+    """patterns of parameter names that stay as they are, their layers' running means too: ["stem.*", "blocks.0.*"]"""
     settle: int = Field(default=0, ge=0)
     """images to measure statistics (bn) or input means (free) on for each evaluation; 0: none; other norms: nothing"""
     accumulate: int = Field(default=1, ge=1)
@@ -389,12 +395,3 @@ class Recipe(_Part):
         if self.agc.clip == "auto":
             self.agc.clip = rule.agc
         return self
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The part of the schema in an annotation such as AgcRecipe or list[StageRecipe]."""
-    for candidate in (annotation, *get_args(annotation)):
-        # Why get_origin: on Python 3.10 list[X] passes for a type
-        if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -10,14 +10,14 @@ import re
 import reprlib
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bnnfree import errors
 from bnnfree.files import replacing
-from bnnfree.train.recipe import Recipe, section_of
+from bnnfree.train.recipe import Recipe
 
 
 class RecipeError(errors.BnnfreeError):
@@ -262,3 +262,12 @@ def _shown(value: Any) -> str:
     short.maxstring = short.maxother = 80
     short.maxlevel = 3
     return " ".join(short.repr(value).split())
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The part of the schema in an annotation such as AgcRecipe or list[StageRecipe]."""
+    for candidate in (annotation, *get_args(annotation)):
+        # Why get_origin: on Python 3.10 list[X] passes for a type
+        if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -10,10 +10,12 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bnnfree.errors import BnnfreeWarning
 from bnnfree.files import replacing
 
 DRAW_SECONDS = 60  # between two drawings of curves.png; the last epoch is always drawn
@@ -73,7 +75,7 @@ class Report:
         self.history.append(metrics)
         self._write_history()
         if self.curves and time.monotonic() - self._drawn > DRAW_SECONDS:
-            self.draw()
+            self._try_to_draw()
         if self.board is not None:
             for key in SCALARS:
                 if metrics.get(key) is not None:
@@ -86,7 +88,7 @@ class Report:
     def close(self) -> None:
         """No more epochs: draw the curves a last time."""
         if self.curves and self.history:
-            self.draw()
+            self._try_to_draw()
         if self.board is not None:
             self.board.close()
 
@@ -94,6 +96,14 @@ class Report:
         with replacing(self.folder / "metrics.jsonl") as temporary:
             text = "".join(json.dumps(line) + "\n" for line in self.history)
             temporary.write_text(text, encoding="utf-8")
+
+    def _try_to_draw(self) -> None:
+        """`draw`; what goes wrong there, in a library or on the disk, is a warning: no picture is worth a training."""
+        try:
+            self.draw()
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            warnings.warn(f"{self.folder / 'curves.png'}: cannot be drawn ({reason}).", BnnfreeWarning, stacklevel=2)
 
     def draw(self) -> None:
         """curves.png: loss, accuracy, learning rate and flips over epochs, stages marked; probe.png (draw_probes)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ from torch import nn
 from tqdm import tqdm
 
 from bnnfree.errors import BnnfreeError, CheckpointError
-from bnnfree.files import replacing
 from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import (
     Builders,
     build_model,
-    load_checkpoint,
     load_model,
     load_weights,
+    open_checkpoint,
     origin,
     save_checkpoint,
 )
@@ -34,24 +34,31 @@ from bnnfree.train.data import Data, load_data
 from bnnfree.train.dist import Dist
 from bnnfree.train.evaluation import evaluate
 from bnnfree.train.loop import Stage
+from bnnfree.train.meaning import design_of
 from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import parse_recipe, save_recipe
+from bnnfree.train.recipes import save_recipe
 from bnnfree.train.report import Report, machine, write_json
+from bnnfree.train.resume import MAY_CHANGE, check_resumable, other_bits
+from bnnfree.train.run_folder import open_folder, taken, writing
 from bnnfree.train.settings import settings
+from bnnfree.train.start import find_weights, freeze, open_weights, take_weights
 
-ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json")
-
-JOB = "job.txt"  # the torchrun that a run belongs to: what it restarts goes on, what another starts is refused
-
-PLACES = ("root", "test_root", "val_root", "cache", "cache_gb", "workers", "download")
-MAY_CHANGE = (*(f"data.{key}" for key in PLACES), "device", "speed", "checkpoint_minutes")
-"""Keys that a resumed run may be given anew: they say where, or how fast, and not what."""
+__all__ = ["MAY_CHANGE", "Run", "fit", "load_teacher"]
 
 
 class Run:
     """A recipe on its way to a result in `folder`."""
 
-    def __init__(self, recipe: Recipe, builders: Builders, folder: Path, data: Data, dist: Dist):
+    def __init__(
+        self,
+        recipe: Recipe,
+        builders: Builders,
+        folder: Path,
+        data: Data,
+        dist: Dist,
+        resumed: dict[str, Any] | None = None,
+    ):
+        """`resumed`: what last.pt of the run holds, None at its start."""
         self.recipe, self.builders, self.folder, self.data, self.dist = recipe, builders, folder, data, dist
         self.data_info: dict[str, Any] = {
             "classes": list(data.classes),
@@ -63,16 +70,37 @@ class Run:
         self.origin = origin()
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
         self.seconds = 0.0
+        self.resumed = resumed
+        self.design, self.init = design_of(recipe.model, self.data_info), None
+        self.grown = False  # the last stage has more epochs than the run that is resumed
+        self.lines: list[str] = []  # to be printed before training
+        if resumed is not None:
+            self.grown = check_resumable(resumed, recipe, builders, self.data_info, folder)
+            self.design, self.init = resumed["design"], resumed.get("init")
+            self.lines += other_bits(resumed)
         self.stage = self._start_stage(0, None)
+
+    def _binarize(self, index: int) -> str:
+        """The parts that are 1 bit in a stage."""
+        return self.recipe.stages[index].binarize or self.recipe.model.binarize
 
     def _start_stage(self, index: int, weights) -> Stage:
         torch.manual_seed(self.recipe.seed + index)
-        binarize = self.recipe.stages[index].binarize
-        model = build_model(self.recipe, self.builders, self.data_info, binarize)
+        model = build_model(self.recipe, self.builders, self.data_info, self._binarize(index), self.design)
+        kept: frozenset[str] = frozenset()
         if weights is not None:
             load_weights(model, weights, f"stage {index} taking over from stage {index - 1}")
+            if self._binarize(index) == self._binarize(index - 1):
+                frozen = set(freeze(model, self.recipe.freeze))
+                kept = frozenset(name for name, module in model.named_modules() if module in frozen)
+        elif self.recipe.init is not None and self.resumed is None:
+            source = self.recipe.init
+            state = self.dist.together(lambda: open_weights(source, self.builders))
+            taken = take_weights(model, state, source, self._binarize(index))
+            self.init, kept = {**taken.record(), "origin": state["origin"]}, taken.whole
+            self.lines.append(taken.describe())
         data = self.data.resized(self.recipe.stages[index].image_size)
-        stage = Stage(self.recipe, index, model, data, self.dist, self._teacher())
+        stage = Stage(self.recipe, index, model, data, self.dist, self._teacher(), kept)
         self.renorm = any(isinstance(module, BatchRenorm2d) for module in model.modules())
         return stage
 
@@ -88,7 +116,10 @@ class Run:
         return {
             **self.stage.state(),
             "recipe": recipe.model_dump(),
-            "binarize": recipe.stages[self.stage.index].binarize or recipe.model.binarize,
+            "design": self.design,
+            "init": self.init,
+            "threads": torch.get_num_threads(),
+            "binarize": self._binarize(self.stage.index),
             "data": self.data_info,
             "origin": self.origin,
             "history": self.report.history,
@@ -100,21 +131,16 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """Go back to where last.pt was written; returns the metrics up to there."""
-        # Why parsed: keys that there were not when it was written have their defaults
-        recipe = parse_recipe(state["recipe"], f"run folder {self.folder}", self.builders)
-        changed = [
-            f"{key} ({was!r} -> {now!r})"
-            for key, was, now in _differences(recipe.model_dump(), self.recipe.model_dump())
-            if key not in MAY_CHANGE
-        ]
-        if changed:
+        """Go back to where last.pt was written; returns the metrics up to there. Errors: CheckpointError."""
+        try:
+            return self._load(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0][:120]
             raise CheckpointError(
-                f"run folder {self.folder}: was trained by another recipe; what differs: {'; '.join(changed)}. "
-                "Resume with the same recipe and overrides, or train into another --out."
-            )
-        if state["data"] != self.data_info:
-            raise CheckpointError(f"run folder {self.folder}: was trained on other data (classes, size or statistics).")
+                f"checkpoint {self.folder / 'last.pt'}: does not fit the training of its recipe ({reason})."
+            ) from None
+
+    def _load(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         sums = state.get("process_sums", state["sums"][None])
         if len(sums) != self.dist.world:
             self._check_world(len(sums))
@@ -126,6 +152,15 @@ class Run:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.dist.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"][0], self.dist.device)
+        if self.grown:
+            if self.dist.main:
+                (self.folder / "result.json").unlink(missing_ok=True)  # it is not over
+            self.lines.append(
+                f"stage {self.stage.index} goes on to {self.stage.epochs} epochs: the learning rate is what it would "
+                f"be there in a stage of as many: {state['history'][-1]['lr']:.3g} -> {self.stage.next_lr():.3g}"
+                if state["history"]
+                else f"stage {self.stage.index} goes on to {self.stage.epochs} epochs"
+            )
         return state["history"]
 
     def _check_world(self, was: int) -> None:
@@ -143,14 +178,16 @@ class Run:
             f"Start with torchrun --nproc_per_node {was}, or train into another --out."
         )
 
-    def train(self, resumed: dict[str, Any] | None, quiet: bool = False, curves: bool = True) -> dict[str, Any]:
+    def train(self, quiet: bool = False, curves: bool = True) -> dict[str, Any]:
         """Run every stage that is left, choose the best epoch, test it. Returns what result.json holds."""
-        history = self.load(resumed) if resumed is not None else []
+        history = [] if self.resumed is None else self.load(self.resumed)
         self.started = time.monotonic()
         self.report = Report(self.folder, history, curves) if self.dist.main else _Silent(history)
         try:
             with self._bar(quiet) as self.bar:
-                if resumed is None:
+                for line in () if self.bar.disable else self.lines:
+                    tqdm.write(line)
+                if self.resumed is None:
                     self.stage.calibrate()
                 self._describe()
                 while True:
@@ -176,7 +213,7 @@ class Run:
     def _describe(self) -> None:
         stage = self.recipe.stages[self.stage.index]
         if not self.bar.disable:
-            signs = stage.binarize or self.recipe.model.binarize
+            signs = self._binarize(self.stage.index)
             tqdm.write(f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}")
             tqdm.write(f"speed: {self.stage.speed}")
             tqdm.write(describe_groups(self.stage.groups))
@@ -241,8 +278,20 @@ class Run:
         if self.renorm:  # trains with running statistics, which differ
             self.dist.same_buffers(stage.model)
 
+    def _open_best(self) -> dict[str, Any]:
+        """The checkpoint to be tested: best.pt, or where that was deleted last.pt."""
+        try:
+            best = open_checkpoint(self.folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} Delete it, then --resume tests the weights of the last epoch, those of last.pt."
+            ) from None
+        if not (self.folder / "best.pt").is_file():
+            self.best = {"top1": self.report.history[-1].get("val_top1", -1.0), "epoch": len(self.report.history)}
+        return best
+
     def _finish(self) -> dict[str, Any]:
-        best = self.dist.tell(lambda: load_checkpoint(self.folder / "best.pt"))
+        best = self.dist.tell(self._open_best)
         model = self.stage.evaluated
         load_weights(model, best["ema"] or best["model"], f"checkpoint {self.folder / 'best.pt'}")
         test = evaluate(model, self.data.test, self.dist, precision=self.recipe.precision)
@@ -258,7 +307,8 @@ class Run:
             "skipped_images": self.data.skipped,
             "seconds": self.seconds + time.monotonic() - self.started,
             "seed": self.recipe.seed,
-            "model": self.recipe.model.model_dump(),
+            "model": self.recipe.model.model_dump() | self.design,
+            "init": self.init,
             "processes": self.dist.world,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if self.dist.device.type == "cuda" else "cpu",
@@ -268,18 +318,6 @@ class Run:
         if self.dist.main:
             write_json(self.folder / "result.json", result)
         return result
-
-
-def _differences(was: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two plain trees differ."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        names = [*was, *(name for name in now if name not in was)]
-        found = [_differences(was.get(n), now.get(n), f"{key}.{n}" if key else n) for n in names]
-        return [item for items in found for item in items]
-    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        found = [_differences(a, b, f"{key}.{i}") for i, (a, b) in enumerate(zip(was, now, strict=True))]
-        return [item for items in found for item in items]
-    return [] if was == now else [(key, was, now)]
 
 
 class _Silent:
@@ -316,34 +354,24 @@ def fit(
     """
     folder = Path(folder)
     try:
-        with settings(recipe.deterministic):
+        with settings(recipe.deterministic), ExitStack() as held:
+
+            def take() -> dict[str, Any] | None:
+                held.enter_context(taken(folder))
+                return open_folder(folder, resume)
+
             dist = processes.start(recipe.device)
-            state = dist.tell(lambda: _open(folder, resume))
+            state = dist.tell(take)
+            if recipe.init is not None and state is None:
+                find_weights(recipe.init)  # Why here: its error should not wait for the data
             data = dist.together(lambda: load_data(recipe.data, where=where))
-            run = Run(recipe, builders, folder, data, dist)
-            if dist.main:
-                save_recipe(recipe, folder / "recipe.yaml")
-            return run.train(state, quiet, curves)
+            run = Run(recipe, builders, folder, data, dist, state)
+            with writing(folder):
+                if dist.main:
+                    save_recipe(recipe, folder / "recipe.yaml")
+                return run.train(quiet, curves)
     finally:
         processes.stop()
-
-
-def _open(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """Take `folder` for this run: what its last.pt holds, None for a run at its start. Errors: it holds another's."""
-    job, mark = processes.job(), folder / JOB
-    restarted = job is not None and mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == job
-    if not (resume or restarted) and any((folder / name).exists() for name in ARTEFACTS):
-        raise BnnfreeError(
-            f"run folder {folder}: holds a run already. Go on with --resume, or choose another with --out."
-        )
-    for name in (*ARTEFACTS, "probe.png"):
-        for torn in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
-            torn.unlink(missing_ok=True)
-    if job is not None and not restarted:
-        with replacing(mark) as temporary:
-            temporary.write_text(job, encoding="utf-8")
-    last = folder / "last.pt"
-    return load_checkpoint(last) if last.exists() else None
 
 
 def load_teacher(name: str, builders: Builders, data: Data) -> nn.Module:

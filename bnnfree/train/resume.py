@@ -1,0 +1,79 @@
+"""Going on with a run: what of its recipe may have changed, and what the user should know. Imports its own room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnnfree.errors import CheckpointError
+from bnnfree.train.checkpoint import Builders, check_network
+from bnnfree.train.meaning import design_of
+from bnnfree.train.recipe import Recipe
+
+PLACES = ("root", "test_root", "val_root", "cache", "cache_gb", "workers", "download")
+MAY_CHANGE = (*(f"data.{key}" for key in PLACES), "device", "speed", "checkpoint_minutes")
+"""Keys that a resumed run may be given anew: they say where, or how fast, and not what."""
+
+
+def check_resumable(
+    state: Mapping[str, Any], recipe: Recipe, builders: Builders, data: Mapping[str, Any], folder: Path
+) -> bool:
+    """True if the last stage of `recipe` has more epochs than the run of `state` had; else it is the same recipe.
+
+    Errors: CheckpointError, with what differs, for another recipe or other data.
+    """
+    where = f"run folder {folder}"
+    before = check_network(state, builders, where)  # keys that there were not when it was written have their defaults
+    meant = state["design"], design_of(recipe.model, data)
+    changed = [
+        each
+        for each in _differences(before.model_dump(), recipe.model_dump())
+        if each[0] not in MAY_CHANGE and not _means_the_same(*each, *meant)
+    ]
+    last = len(recipe.stages) - 1
+    grown = [each for each in changed if each[0] == f"stages.{last}.epochs" and each[2] > each[1]]
+    if others := [each for each in changed if each not in grown]:
+        shown = "; ".join(f"{key} ({was!r} -> {now!r})" for key, was, now in others)
+        raise CheckpointError(
+            f"{where}: was trained by another recipe; what differs: {shown}. "
+            "Resume with the same recipe and overrides, or train into another --out."
+        )
+    if state["data"] != data:
+        raise CheckpointError(f"{where}: was trained on other data (classes, size or statistics).")
+    if state["stage"] > last:
+        raise CheckpointError(f"{where}: got stage {state['stage']} in last.pt, expected 0 to {last}.")
+    return bool(grown)
+
+
+def _means_the_same(key: str, was: Any, now: Any, before: Mapping[str, Any], today: Mapping[str, Any]) -> bool:
+    """True for a key of the model that is null on one side, where null means what the other side says."""
+    name = key.removeprefix("model.")
+    if name == key or name not in before or name not in today:
+        return False
+    return (before[name] if was is None else was) == (today[name] if now is None else now)
+
+
+def other_bits(state: Mapping[str, Any]) -> list[str]:
+    """Lines on what runs otherwise than before, by which a resumed run may not end in the bits of an unbroken one."""
+    now = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    before = {"threads": state.get("threads", now["threads"]), "torch": state["origin"].get("torch", now["torch"])}
+    return [
+        f"{key}: {before[key]} -> {now[key]}: sums may be in another order, and bits differ from an unbroken run's"
+        for key in now
+        if now[key] != before[key]
+    ]
+
+
+def _differences(was: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two plain trees differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = [*was, *(name for name in now if name not in was)]
+        found = [_differences(was.get(n), now.get(n), f"{key}.{n}" if key else n) for n in names]
+        return [item for items in found for item in items]
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        found = [_differences(a, b, f"{key}.{i}") for i, (a, b) in enumerate(zip(was, now, strict=True))]
+        return [item for items in found for item in items]
+    return [] if was == now else [(key, was, now)]

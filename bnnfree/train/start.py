@@ -1,0 +1,161 @@
+"""Starting from weights: what `init` names, what a network takes of it, and what `freeze` keeps as it is.
+
+Imports torch, bnnfree.errors, bnnfree.nn, bnnfree.optim and its own room; the model builders are passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bnnfree
+from bnnfree.errors import CheckpointError, nearest
+from bnnfree.nn import BinaryBlock
+from bnnfree.optim import matching
+from bnnfree.train.checkpoint import Builders, open_checkpoint
+from bnnfree.train.published import convert_published
+from bnnfree.train.sealed import ForeignCheckpoint
+
+PRETRAINED = Path(bnnfree.__file__).parent.parent / "models" / "pretrained"
+SHOWN = 4  # names of layers in a message
+WEIGHTS_ONLY = ("kind", "recipe", "design", "binarize", "data", "origin", "best", "published")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a network took of a checkpoint's weights.
+
+    tensors  names of what was taken
+    new      layer -> reason why it starts anew
+    unused   names that the network has no place for
+    whole    layers of which nothing is missing, or empty where other parts of the network are 1 bit now: their
+             constants, which come from data, hold
+    """
+
+    source: str
+    tensors: list[str]
+    new: dict[str, str]
+    unused: list[str]
+    whole: frozenset[str]
+
+    def describe(self) -> str:
+        """One line for each kind: taken, new, unused."""
+        lines = [f"init {self.source}: took {len(self.tensors)} tensors"]
+        if self.new:
+            shown = [f"{layer} ({reason})" for layer, reason in self.new.items()]
+            lines.append(f"  new: {_some(shown)}")
+        if self.unused:
+            lines.append(f"  not used: {_some(self.unused)}")
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint and result.json keep."""
+        return {"source": self.source, "taken": self.tensors, "new": self.new, "unused": self.unused}
+
+
+def find_weights(init: str) -> Path:
+    """The file or run folder of `init`: a path, or a name in models/pretrained. Errors: CheckpointError, with names."""
+    path, known = Path(init), sorted(PRETRAINED.glob("*.pt"))
+    if path.exists():
+        return path
+    for each in known:
+        if init == each.stem:
+            return each
+    names = [each.stem for each in known]
+    raise CheckpointError(
+        f"init: got {init!r}, expected a checkpoint, a run folder, a published checkpoint or the name of a pretrained "
+        f"one ({', '.join(names) or 'none is here'}).{nearest(init, names)}"
+    )
+
+
+def open_weights(init: str, builders: Builders, **options: Any) -> dict[str, Any]:
+    """The checkpoint that `init` names; of another program's file what `convert_published` makes of it, with `options`.
+
+    Errors: CheckpointError.
+    """
+    path = find_weights(init)
+    try:
+        return open_checkpoint(path)
+    except ForeignCheckpoint:
+        return convert_published(path, builders, **options)
+
+
+def take_weights(model: nn.Module, state: Mapping[str, Any], source: str, binarize: str) -> Taken:
+    """Copy into `model` every tensor of the checkpoint `state` that fits by name and shape.
+
+    A layer of which one tensor has another shape is new as a whole, as the head for other classes. What its design
+    fixes (alpha, beta of blocks) stays. binarize: what is 1 bit in `model`.
+    Errors: CheckpointError if no parameter fits.
+    """
+    weights: Mapping[str, Tensor] = state["ema"] or state["model"]
+    own, fixed = model.state_dict(), _fixed(model)
+    layers: dict[str, list[str]] = {}
+    for name in own:
+        if name not in fixed:
+            layers.setdefault(name.rpartition(".")[0], []).append(name)
+    tensors, new, whole = [], {}, set()
+    for layer, names in layers.items():
+        other = [name for name in names if name in weights and weights[name].shape != own[name].shape]
+        found = [] if other else [name for name in names if name in weights]
+        if other:
+            new[layer] = f"{list(weights[other[0]].shape)} there, {list(own[other[0]].shape)} here"
+        elif not found:
+            new[layer] = "not there"
+        elif len(found) == len(names):
+            whole.add(layer)
+        tensors += found
+    unused = [name for name in weights if name not in own and name.rpartition(".")[0] not in new]
+    parameters = {name for name, _ in model.named_parameters()}
+    if not parameters.intersection(tensors):
+        raise CheckpointError(
+            f"init: {source}: no layer fits the network (its layers: {_some(list(new))}). "
+            "Set model.name, model.width and model.stem as they are in the checkpoint (tools/summary.py shows them)."
+        )
+    with torch.no_grad():
+        for name in tensors:
+            own[name].copy_(weights[name])
+    return Taken(source, tensors, new, unused, frozenset(whole if state["binarize"] == binarize else ()))
+
+
+def _fixed(model: nn.Module) -> set[str]:
+    """Names of buffers that the design of `model` gives, and no data."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BinaryBlock):
+            found |= {f"{name}.alpha"} | (set() if module.measured else {f"{name}.beta"})
+    return found
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
+    """Leave the parameters that a pattern matches as they are, without gradient; the layers that are so as a whole.
+
+    Patterns are those of a shell over full names: `stem.*`, `blocks.0.*`. Errors: BnnfreeError for one without a match.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        for name in matching(parameters, pattern, "freeze"):
+            parameters[name].requires_grad_(False)
+    layers = [(module, list(module.parameters(recurse=False))) for module in model.modules()]
+    return [module for module, own in layers if own and not any(each.requires_grad for each in own)]
+
+
+def weights_only(state: Mapping[str, Any], half: bool = False) -> dict[str, Any]:
+    """The weights of a checkpoint and what they mean, without what a training goes on from.
+
+    half: tensors of two or more dimensions in bfloat16, which keeps every sign. Others are few, and stay as they are.
+    """
+
+    def smaller(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.bfloat16) if half and tensor.dim() > 1 and tensor.is_floating_point() else tensor
+
+    weights = {name: smaller(tensor) for name, tensor in (state["ema"] or state["model"]).items()}
+    return {**{key: state[key] for key in WEIGHTS_ONLY if key in state}, "model": weights, "ema": None}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
