@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -13,6 +14,12 @@ from bnnfree.errors import BnnfreeError
 
 class OutputError(BnnfreeError):
     """A file that cannot be written: a full disk, a folder that is read-only or no folder."""
+
+
+def said(error: OSError | ValueError) -> str:
+    """Words of the system for `error`; a full disk in ours."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return "disk full" if full else str(getattr(error, "strerror", None) or error)
 
 
 @contextmanager
@@ -27,16 +34,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
-        os.close(os.open(temporary, flags, 0o666))
+        name = path.with_name(f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
+        temporary = name
         yield temporary
         os.replace(temporary, path)
     except (OSError, ValueError) as error:  # ValueError: a zero in the name
         if isinstance(error, ValueError) and "null" not in str(error):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{path}: cannot be written ({reason}). What was there before is unchanged.") from None
+        raise OutputError(f"{path}: cannot be written: {said(error)}. What was there before is unchanged.") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

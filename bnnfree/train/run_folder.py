@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.files import replacing
+from bnnfree.files import replacing, said
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import open_checkpoint
-from bnnfree.train.sealed import said
 
 ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json")
 JOB = "job.txt"  # the torchrun that a run belongs to: what it restarts goes on, what another starts is refused

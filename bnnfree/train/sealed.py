@@ -5,7 +5,6 @@ The seal is the archive's comment: the SHA-256 of all bytes before its length. S
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import pickle
 import struct
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from bnnfree.errors import CheckpointError
-from bnnfree.files import replacing
+from bnnfree.files import OutputError, replacing, said
 
 
 class ForeignCheckpoint(CheckpointError):
@@ -52,15 +51,12 @@ def write_state(path: str | Path, state: Any) -> None:
             with temporary.open("wb") as file:  # Why not by name: torch then hides what the system says
                 torch.save(state, file)
             _seal(temporary)
-    except (OSError, RuntimeError) as error:
+    except OutputError as error:
+        raise CheckpointError(f"checkpoint {error}") from None
+    except RuntimeError as error:
         if (refusal := _refusal(error)) is None:
             raise
         raise CheckpointError(f"checkpoint {path}: cannot be written: {said(refusal)}.") from None
-
-
-def said(error: OSError) -> str:
-    """Words of the system for `error`; a full disk in ours."""
-    return "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
