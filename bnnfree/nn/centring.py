@@ -163,7 +163,8 @@ def plan_step(
     between = {int(groups[end]) for end in ends[:-1]} & {int(groups[start]) for start in starts[1:]}
     spans = sorted(between)
     within = torch.tensor([float(g not in between) for g in range(len(weights))], dtype=torch.float64)
-    mine, parts = [], []
+    mine: list[Tensor] = []
+    parts: list[Part | None] = []
     for start, end, count in zip(starts, ends, own, strict=True):
         # the end bounds those of a process of which more images could be read than of others
         index = groups[(start + rank + world * torch.arange(count)).clamp(max=end)]
