@@ -85,7 +85,7 @@ class ModelRecipe(_Part):
     centre: bool | None = None
     """takes the expected mean out of each convolution's output; null: the normaliser's own"""
     centre_gradient: bool | None = None
-    """takes what is common to the images out of the gradient of centred layers' inputs; null: the normaliser's own"""
+    """takes what groups of images share out of the gradient of centred layers' inputs; null: the normaliser's own"""
     centre_head: bool | None = None
     """takes the mean out of the classifier's inputs and of their gradient; null: the normaliser's own"""
     scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
