@@ -46,14 +46,18 @@ def test_a_training_goes_all_the_way_to_a_prediction(tool, run, packed, tmp_path
 
 def test_a_packed_file_is_as_good_as_the_run_it_came_from(tool, run, packed, tmp_path):  # noqa: F811
     """On the same test images, counted by the same command; int8 ends may move an image or two of 20."""
+    exact = tmp_path / "float.bnnf"
+    assert tool("export", run, "-o", exact, "--stem", "float", "--head", "float")[0] == 0
     figures = []
-    for source in (run, packed):
+    for source in (run, packed, exact):
         code, _, errors = tool("evaluate", source, "--json", tmp_path / "f.json")
         assert code == 0, errors
         figures.append(json.loads((tmp_path / "f.json").read_text()))
-    assert figures[0]["images"] == figures[1]["images"] == 20
+    assert [each["images"] for each in figures] == [20] * 3
     assert abs(figures[0]["top1"] - figures[1]["top1"]) <= 10
-    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=0.1)
+    assert figures[0]["top1"] == figures[2]["top1"] and figures[0]["loss"] == pytest.approx(
+        figures[2]["loss"], rel=1e-4
+    )
 
 
 def test_the_summary_predicts_the_file_to_the_byte(tool, run, packed, tmp_path):  # noqa: F811

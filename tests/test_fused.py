@@ -460,15 +460,15 @@ def test_gradients_in_bf16_are_near(passes):
 def test_a_half_precision_trunk_trains(passes):
     model, images, labels = double("reactnet20", "free", torch.float32, batch=12)
     model.fusion = Fusion(passes, BF16, BF16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(80):
         loss = cross_entropy(model(images), labels)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.9 * losses[0]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 @pytest.mark.parametrize(("trunk", "size"), [(None, 4), (BF16, 2)])

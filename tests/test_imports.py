@@ -29,11 +29,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.nn": (TORCH, {"bnnfree.errors", "bnnfree.library"}),
     "bnnfree.export": (
         {"torch", "numpy"},
-        {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format", "bnnfree.nn"},
-    ),
-    "bnnfree.export.verify": (
-        {"torch", "numpy"},
-        {"bnnfree.errors", "bnnfree.ops", "bnnfree.format", "bnnfree.nn", "bnnfree.export", "bnnfree.engine"},
+        {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format", "bnnfree.nn"}
+        | {"bnnfree.engine"},
     ),
     "bnnfree.export.onnx": (
         {"numpy", "onnx"},
@@ -56,7 +53,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
         | {"bnnfree.preprocess", "bnnfree.train", "models", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
-        | {"bnnfree.export", "bnnfree.export.verify", "bnnfree.export.onnx", "bnnfree.bench"},
+        | {"bnnfree.export", "bnnfree.export.onnx", "bnnfree.bench"},
     ),
 }
 

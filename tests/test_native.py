@@ -168,6 +168,23 @@ def test_convolutions_of_floats_poolings_and_pointwise(geometry, channels, outpu
     same(net.model(), images(net, 2), threads=(1, 3))
 
 
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [(64, 64, 64), (17, 34, 17), (32, 32, 4), (24, 48, 8),
+                                                             (6, 40, 2), (66, 22, 11), (3, 3, 3)])  # fmt: skip
+@pytest.mark.parametrize("numbers", ["tame", "wild"])
+@pytest.mark.parametrize("geometry", WIDE[::2])
+def test_convolutions_of_floats_in_groups(geometry, numbers, channels, outputs, groups):
+    """Depthwise ones with several outputs a channel among them; groups across vectors, padding of any kind."""
+    height, width, *window = geometry
+    net = Net(height, width, 3, channels, numbers)
+    real = net.real(channels)
+    options = {"outputs": outputs, "groups": groups, **fields_of(*window)}
+    first = net.add("conv2d", real, **options)
+    net.add("conv2d", real, weights="i8", pad_value=1, parts=PARTS, other=first, writes="both", threshold="f32",
+            flip=True, **options)  # fmt: skip
+    net.add("conv2d", real, weights="bits", pad_value=-1, writes="bits", **options)
+    same(net.model(), images(net, 2), threads=(1, 3))
+
+
 @pytest.mark.parametrize("numbers", ["tame", "wild"])
 @pytest.mark.parametrize("shape", NORMED)
 def test_norms(shape, numbers):

@@ -55,9 +55,12 @@ def main() -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), summary.table(), sep="\n\n")
     try:
-        packed = packed_bytes(pack_network(replace(network, data=network.data | {"image_size": image_size})).model)
+        found = pack_network(replace(network, data=network.data | {"image_size": image_size}))
+        packed = packed_bytes(found.model)
         parts = ", ".join(f"{name} {size:,}" for name, size in packed.items() if name != "total")
         print(f"\npacked file  {packed['total']:,} bytes as tools/export.py writes it: {parts}")
+        for line in found.slow:
+            print(f"slow         {line}")
     except ExportError as error:
         packed = None
         print(f"\npacked file  none: {error}")

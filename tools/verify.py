@@ -4,11 +4,14 @@ examples:
   python tools/verify.py runs/reactnet_nobn model.bnnf --samples 256
   python tools/verify.py runs/c10 model.bnnf --images FOLDER
   python tools/verify.py recipes/cifar10_reactnet20.yaml random.bnnf --samples 64 --json verify.json
+  python tools/verify.py net.py:build own.bnnf --samples 64
 
-SOURCE is what tools/export.py was given, with the same key=value. Layer by layer it counts bits that differ and
-measures floats in ulp; then it compares the classes of all images. A tie is a bit so near its threshold that
-rounding decides. Exit code 0: equal in this sense, which bnnfree/export/verify.py states: every backend to the bit,
-every sum of signs and bit the same but for ties, and the same class for --agreement of the images. 1: not equal.
+SOURCE is what tools/export.py was given, with the same key=value: FILE.py:NAME for a network of your own, which must
+come with the weights it had then. Layer by layer it counts bits that differ and measures floats in ulp; then it
+compares the classes of all images. A tie is a bit so near its threshold that rounding decides; an untrained network has
+many, for its biases are 0 and so are many sums. Exit code 0: equal in this sense, which bnnfree/export/verify.py
+states: every backend to the bit, every sum of signs and bit the same but for ties, and the same class for --agreement
+of the images. 1: not equal.
 --images takes all image files in a folder and below it; --samples makes random images with structure.
 """
 
@@ -20,7 +23,7 @@ import _cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint or a recipe")
+    parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint, a recipe or FILE.py:NAME")
     parser.add_argument("model", metavar="MODEL", help="the packed file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to a recipe, dotted keys")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -36,7 +39,8 @@ def main() -> None:
     from tqdm import tqdm
 
     from bnnfree.errors import BnnfreeError
-    from bnnfree.export import pack_network
+    from bnnfree.export import pack, pack_network
+    from bnnfree.export.own import is_own, load_own
     from bnnfree.export.verify import check_same_activations, sample_images, verify
     from bnnfree.files import replacing
     from bnnfree.format import read
@@ -51,9 +55,13 @@ def main() -> None:
     if not 0 <= args.agreement <= 1:
         raise BnnfreeError(f"--agreement: got {args.agreement}, expected a share from 0 to 1.")
     model = read(args.model)
-    network = open_source(args.source, MODELS, args.overrides)
     ends = {name: model.metadata.get(name, "int8") for name in ("stem", "head")}
-    packed = pack_network(network, **ends)
+    if is_own(args.source):
+        rows, columns, depth = model.image_shape
+        known = {key: model.metadata[key] for key in ("mean", "std")}
+        packed = pack(load_own(args.source), image_size=(rows, columns), channels=depth, **known, **ends)
+    else:
+        packed = pack_network(open_source(args.source, MODELS, args.overrides), **ends)
     check_same_activations(packed, model)
     height, width, channels = model.image_shape
     if args.images:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +161,7 @@ class PlainConv(nn.Module):
         self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
         self.dilation, self.groups, self.pad_value = layer.dilation, layer.groups, layer.pad_value
         self.standardize, self.centre, self.unit_output = layer.standardize, layer.centre, layer.unit_output
-        self.fan_in, self.exact = layer.fan_in, layer.exact
+        self.fan_in, self.exact = layer.fan_in, layer in SUMMED
         self.binary = isinstance(layer, BinaryConv2d) and layer.binary
         self.scale_rule = layer.scale_rule if isinstance(layer, BinaryConv2d) else "none"
         self.centre_gradient = layer.gradient_centre is not None
@@ -269,6 +270,8 @@ class PlainBlock(nn.Module):
         super().__init__()
         _take_over(self, block)
         self.stride, self.duplicate = block.stride, block.duplicate
+        layers = [layer for layer in block.branch if not isinstance(layer, nn.Identity)]
+        SUMMED.update(layer for layer, after in zip(layers, layers[1:], strict=False) if isinstance(after, Sign))
         self.branch, self.shortcut, self.act = block.branch, block.shortcut, block.act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,6 +287,7 @@ class PlainBlock(nn.Module):
         return self.act(h * self.alpha + identity)
 
 
+SUMMED: WeakSet[nn.Module] = WeakSet()  # layers whose sums a sign reads, so that they must be exact there too
 PLAIN: dict[type, type] = {
     Sign: PlainSign,
     RSign: PlainSign,

@@ -34,11 +34,13 @@ class Shape:
     padding: int = 0
     weights: str = "bits"
     epilogue: str = ""
+    groups: int = 1
 
     @property
     def text(self) -> str:
         window = f"{self.kernel}x{self.kernel}" + (f"/{self.stride}" if self.stride > 1 else "")
-        return f"{window} {self.channels}->{self.outputs}@{self.side} {self.epilogue}".rstrip()
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"{window} {self.channels}->{self.outputs}@{self.side}{groups} {self.epilogue}".rstrip()
 
 
 STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a ResNet-18
@@ -56,6 +58,9 @@ SHAPES = [
     Shape("conv2d", 28, 64, 128),
     Shape("conv2d", 7, 256, 512),
     Shape("conv2d", 1, 512, 1000, weights="i8"),
+    Shape("conv2d", 55, 64, 64, 3, 2, 1, "f32", groups=64),
+    Shape("conv2d", 14, 512, 512, 3, 1, 1, "f32", groups=512),
+    Shape("conv2d", 112, 32, 32, 3, 1, 1, "f32", groups=4),
     Shape("max_pool2d", 112, 64, 64, 3, 2, 1),
     Shape("avg_pool2d", 56, 64, 64, 2, 2),
     Shape("avg_pool2d", 7, 512, 512, 7),
@@ -159,7 +164,7 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
     rows, columns = pool_output(window, *square[:2], False) if pooling else window.output(*square[:2])
     written = (rows, columns, shape.outputs)
     if shape.op.endswith("conv2d"):
-        fields["weights"] = _weights(make, shape)
+        fields |= {"weights": _weights(make, shape), "groups": shape.groups}
     if shape.op in NORMS:  # 16 channels a group; each of its own
         groups = shape.channels // (16 if shape.op == "group_norm" else 1)
         fields["weights"] = make.constant(np.full(groups, 1e-5, np.float32))
@@ -181,7 +186,9 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
 
 
 def _weights(make: _Maker, shape: Shape) -> int:
-    sizes = (shape.outputs, shape.kernel, shape.kernel, shape.channels)
+    sizes = (shape.outputs, shape.kernel, shape.kernel, shape.channels // shape.groups)
+    if shape.weights == "f32":
+        return make.floats(*sizes)
     if shape.weights == "bits":
         return make.constant(make.random.random(sizes) < 0.5)
     return make.constant(make.random.integers(-127, 128, sizes).astype(np.int8))

@@ -1,13 +1,12 @@
-"""The one bridge from torch to packed files: `export`. Imports torch, bnnfree.nn, ops and format; never train.
+"""The one bridge from torch to packed files: `export`. Imports torch, bnnfree.nn, ops, format, engine; never train.
 
-trace (torch.fx), quantize (int8 ends), build and lower (ops, with everything affine folded), verify (is it the
-same?), onnx (the same graph for other tools).
+trace (torch.fx), mutation (in-place changes taken out), quantize (int8 ends), build, lower and its rules (ops, with
+everything affine folded), verify and check (is it the same?), onnx (the same graph for other tools).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,31 +15,16 @@ from torch import nn
 
 import bnnfree
 from bnnfree.errors import BnnfreeError
-from bnnfree.export.build import Value
+from bnnfree.export.check import check_packed
 from bnnfree.export.errors import ExportError
 from bnnfree.export.lower import Lowering
+from bnnfree.export.packed import Packed
 from bnnfree.export.quantize import quantize_ends
-from bnnfree.export.trace import Traced, trace
+from bnnfree.export.trace import trace
 from bnnfree.format import PackedModel, to_bytes, write
+from bnnfree.format.text import join_lines
 
-__all__ = ["ExportError", "Packed", "export", "pack", "pack_network", "packed_bytes"]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed model beside the torch network it came from.
-
-    module: a copy of the network in eval mode with the int8 ends put in: what `model` must equal.
-    meaning: name of an activation -> (node of module's graph, what the activation stands for: scale * it + shift).
-    """
-
-    model: PackedModel
-    traced: Traced
-    meaning: dict[str, tuple[Any, Value]]
-
-    @property
-    def module(self) -> nn.Module:
-        return self.traced.module
+__all__ = ["ExportError", "Packed", "check_packed", "export", "pack", "pack_network", "packed_bytes"]
 
 
 def pack(
@@ -50,7 +34,7 @@ def pack(
     channels: int = 3,
     mean: Sequence[float] | float = 0.0,
     std: Sequence[float] | float = 1.0,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
     stem: str = "int8",
     head: str = "int8",
     resize: str | None = None,
@@ -58,17 +42,22 @@ def pack(
 ) -> Packed:
     """The packed model of `module`, in memory; arguments as `export`."""
     height, width = _size(image_size)
+    if not isinstance(channels, int) or channels < 1:
+        raise BnnfreeError(f"export: channels: got {channels!r}, expected a whole number above 0.")
     means, deviations = _per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")
-    if (deviations <= 0).any():
-        raise BnnfreeError(f"export: std: got {deviations.tolist()}, expected numbers above 0.")
+    if (means < 0).any() or (means > 1).any():
+        raise BnnfreeError(f"export: mean: got {means.tolist()}, expected 0 to 1: {_OF_PIXELS}")
+    if (deviations <= 0).any() or (deviations > 1).any():
+        raise BnnfreeError(f"export: std: got {deviations.tolist()}, expected above 0 and at most 1: {_OF_PIXELS}")
+    names = _class_names(classes)
     traced = trace(module, (height, width), channels)
     quantize_ends(traced, deviations.tolist(), stem, head)
     lowering = Lowering(traced, means, deviations)
     model = lowering.model()
     outputs = model.tensors[model.output].shape[-1]
-    if classes and len(classes) != outputs:
-        raise BnnfreeError(f"export: classes: got {len(classes)} names for {outputs} outputs of the network.")
-    model.classes = [str(name) for name in classes]
+    if names and len(names) != outputs:
+        raise BnnfreeError(f"export: classes: got {len(names)} names for {outputs} outputs of the network.")
+    model.classes = names
     model.producer = f"bnnfree {bnnfree.__version__}"
     model.metadata = {"mean": means.tolist(), "std": deviations.tolist(), "stem": stem, "head": head}
     model.metadata |= {"resize": resize} if resize else {}
@@ -77,18 +66,18 @@ def pack(
     meaning = {
         model.tensors[number[old]].name: found for old, found in lowering.meaning.items() if old in number and old
     }
-    return Packed(model, traced, meaning)
+    return Packed(model, traced, meaning, lowering.slow)
 
 
 class Network(Protocol):
     """What `pack_network` takes: a network with its data, as bnnfree.train.open_source gives it."""
 
     model: nn.Module
-    recipe: Any  # has model_dump()
+    recipe: Any  # has model_dump(); None: a network of its own
     data: dict[str, Any]  # classes, channels, image_size, mean, std
 
     @property
-    def resize(self) -> str: ...
+    def resize(self) -> str | None: ...
 
 
 def pack_network(network: Network, *, stem: str = "int8", head: str = "int8") -> Packed:
@@ -105,11 +94,25 @@ def pack_network(network: Network, *, stem: str = "int8", head: str = "int8") ->
         stem=stem,
         head=head,
         resize=network.resize,
-        recipe=network.recipe.model_dump(),
+        recipe=None if network.recipe is None else network.recipe.model_dump(),
     )
 
 
-def export(module: nn.Module, path: str | Path, **options: Any) -> Packed:
+def export(
+    module: nn.Module,
+    path: str | Path,
+    *,
+    image_size: tuple[int, int],
+    channels: int = 3,
+    mean: Sequence[float] | float = 0.0,
+    std: Sequence[float] | float = 1.0,
+    classes: Sequence[str] | None = None,
+    stem: str = "int8",
+    head: str = "int8",
+    resize: str | None = None,
+    recipe: dict[str, Any] | None = None,
+    check: bool = True,
+) -> Packed:
     """Write `module` as a bit-packed file that bnnfree.engine runs without torch.
 
     module      made of bnnfree layers and the usual torch ones; it is copied, and exported as in eval mode
@@ -118,12 +121,27 @@ def export(module: nn.Module, path: str | Path, **options: Any) -> Packed:
     classes     their names
     stem, head  "int8" (default) or "float": weights of the first and of the last layer
     resize      how image files become that size: a name of bnnfree.preprocess.RESIZES; recipe: any JSON
+    check       run network and packed model on random images and write nothing where they differ
 
     Returns the packed model with what its activations stand for. Errors: ExportError names the layer that has no
-    engine op, the reason and the remedy; then nothing is written.
+    engine op, the reason and the remedy; then nothing is written. That the network computes what its traced graph
+    computes is tried in any case.
     Example: export(net, "net.bnnf", image_size=(32, 32), mean=0.5, std=0.25, classes=["cat", "dog"])
     """
-    packed = pack(module, **options)
+    packed = pack(
+        module,
+        image_size=image_size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        classes=classes,
+        stem=stem,
+        head=head,
+        resize=resize,
+        recipe=recipe,
+    )
+    if check:
+        check_packed(packed)
     write(packed.model, path)
     return packed
 
@@ -136,6 +154,20 @@ def packed_bytes(model: PackedModel) -> dict[str, int]:
             sizes[tensor.dtype] += tensor.bytes
     total = len(to_bytes(model))
     return {**sizes, "rest": total - sum(sizes.values()), "total": total}
+
+
+_OF_PIXELS = "they are of pixels scaled to 0..1. Divide those of pixels from 0 to 255 by 255."
+
+
+def _class_names(classes: Sequence[str] | None) -> list[str]:
+    """The names as texts that a file can hold."""
+    if classes is None:
+        return []
+    if isinstance(classes, str) or not isinstance(classes, Sequence | np.ndarray):
+        raise BnnfreeError(f"export: classes: got {classes!r}, expected a list of names, or None.")
+    names = [str(name) for name in classes]
+    join_lines(names, "class name")  # refuses what no file can hold
+    return names
 
 
 def _size(image_size: tuple[int, int]) -> tuple[int, int]:

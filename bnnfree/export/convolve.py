@@ -38,6 +38,7 @@ def lower_linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Va
         fields[f"{name}_h"], fields[f"{name}_w"] = getattr(geometry, name)
     fields |= {"groups": geometry.groups, "pad_value": geometry.pad_value if any(geometry.padding) else 0}
     shape = (rows, columns, channels)
+    low.slow += _slow(low, node, x, arrays)
     if arrays.kind == "binary" and x.kind == "bits" and x.scaled < 2 and not x.shifted:
         y = build.emit("binary_conv2d", x, shape, **fields)
         build.constant(y, "weights", w < 0, "bits")
@@ -45,6 +46,22 @@ def lower_linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Va
     if arrays.kind == "int8" and x.kind == "image" and fits_pixels(arrays):
         return _pixel_conv(low, x, arrays, w, shape, fields)
     return _real_conv(low, x, arrays, w, shape, fields)
+
+
+def _slow(low: Lowering, node: fx.Node, x: Value, arrays: LayerArrays) -> list[str]:
+    """A line, where 1-bit weights were meant to meet signs and do not, or meet them group by group."""
+    if arrays.kind != "binary":
+        return []
+    if x.kind == "bits" and x.scaled < 2 and not x.shifted:
+        if arrays.geometry.groups == 1:
+            return []
+        why = f"its {arrays.geometry.groups} groups have no vector kernel: portable C runs it, about 10 times slower"
+        return [f"{path_of(node)}: {why}. One group is faster, for all that it multiplies."]
+    between = low.traced.between_sign_and(node)
+    if between is None:
+        return []  # real inputs, as shortcuts have them
+    why = f"its input is not signs as they come ({between}): a float convolution runs it, about 25 times slower"
+    return [f"{path_of(node)}: {why}. Put the sign right before it, without scale or offset."]
 
 
 def _as_conv(arrays: LayerArrays, shape: tuple[int, int, int]) -> LayerArrays:

@@ -1,8 +1,7 @@
 """Weights as int8 with one scale per output channel, and layers as arrays. Imports torch, numpy, bnnfree.nn.
 
 The first and the last layer keep real weights when everything else is binary; stored in 8 bits they cost little.
-`quantize_ends` puts the rounded weights into the torch module itself, so that what is verified is what is shipped;
-and it has binary layers scale after their product, so that torch too sums signs to whole numbers.
+`quantize_ends` puts the rounded weights into the torch module itself, so that what is verified is what is shipped.
 """
 
 from __future__ import annotations
@@ -168,9 +167,6 @@ def quantize_ends(traced: Traced, std: Sequence[float], stem: str, head: str) ->
     """Replace the first and the last layer with real weights by Int8Layer, where asked to ("int8" or "float")."""
     pick(PRECISIONS, stem, "stem")
     pick(PRECISIONS, head, "head")
-    for module in traced.module.modules():
-        if isinstance(module, (BinaryConv2d, BinaryLinear)) and module.binary:
-            module.exact = True
     last = last_layer(traced)
     for node in first_layers(traced) if stem == "int8" else []:
         _replace(traced, node, 255 * np.asarray(std, np.float64))

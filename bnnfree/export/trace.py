@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,15 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.export.errors import ExportError
+from bnnfree.export.mutation import (
+    NOT_THE_USERS,
+    Proxy,
+    check_state,
+    described,
+    state_of,
+    state_versions,
+    without_mutation,
+)
 from bnnfree.export.norms import Affine, freeze_proxies
 from bnnfree.nn import (
     BatchRenorm2d,
@@ -33,6 +43,7 @@ from bnnfree.nn import (
 )
 from bnnfree.nn.block import Clip
 
+BATCH = 2  # images that a network is traced with
 PASSING = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")  # in eval mode: nothing
 
 
@@ -49,9 +60,14 @@ def is_ours(layer: nn.Module) -> bool:
 class _Tracer(fx.Tracer):
     """Our layers are leaves, like torch's own. `inside` are the modules being traced, for an error to name."""
 
+    record_stack_traces = True
+
     def __init__(self) -> None:
         super().__init__()
         self.inside: list[str] = []
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.inside.append(f"{self.path_of_module(m)} ({type(m).__name__})")
@@ -75,45 +91,146 @@ class Traced:
         """The layer that a node calls, if it calls one."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
+    def between_sign_and(self, node: fx.Node) -> str | None:
+        """What stands between the signs that `node` reads and `node`; None where no sign is that near.
+
+        Followed back through whatever has no weights.
+        """
+        source, passed = node.all_input_nodes[0], list[str]()
+        while source.op != "placeholder":
+            layer = self.layer(source)
+            if isinstance(layer, Sign):
+                return ", ".join(reversed(passed)) or "its scale or offset"
+            if any(True for _ in layer.parameters()) if layer is not None else not source.all_input_nodes:
+                return None
+            passed.append(path_of(source))
+            source = source.all_input_nodes[0]
+        return None
+
 
 def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Traced:
-    """The graph of a copy of `module` in eval mode and float32, for images [N, channels, *image_size]."""
+    """The graph of a copy of `module` in eval mode and float32, for images [N, channels, *image_size].
+
+    It gives what `module` gives in eval mode, which is tried on an image, and changes no value in place.
+    """
     name, tracer = type(module).__name__, _Tracer()
+    twin = _twin(module)
+    check_finite(twin)
+    before = state_versions(twin)
     try:
-        twin = freeze_proxies(copy.deepcopy(module).cpu().float().eval().requires_grad_(False))
         graph = tracer.trace(twin)
     except BnnfreeError:
         raise
     except Exception as error:  # Why: tracing runs the module's own code, which may raise anything
-        reason = " ".join(str(error).split())[:200]
         where = f", layer {tracer.inside[-1]}," if tracer.inside else ""
         raise ExportError(
-            f"export: {name}{where} cannot be traced ({reason}). Its forward must be a fixed sequence of layers: no "
-            "branches or loops that look at values."
-        ) from error
+            f"export: {name}{where} cannot be traced at {_users_line(error)} ({_reason(error)}). {_untraceable(error)}"
+        ) from None
+    check_state(name, twin, before)
     traced = fx.GraphModule(twin, graph, name)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
     graph = traced.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise ExportError(f"export: {name} takes {len(inputs)} inputs, expected one: the image.")
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            ShapeProp(traced).propagate(torch.zeros(2, channels, *image_size))
-    except Exception as error:  # as above
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        size = "x".join(map(str, (channels, *image_size)))
-        raise ExportError(f"export: {name} fails on an image of {size}: {reason}") from error
-    for node in graph.nodes:
-        meta = node.meta.get("tensor_meta")
-        node.meta["shape"] = tuple(meta.shape) if hasattr(meta, "shape") else None
     output = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(output, fx.Node):
         raise ExportError(f"export: {name} gives {type(output).__name__}, expected one tensor: the logits.")
     if output is inputs[0]:
         raise ExportError(f"export: {name} gives its image back; there is nothing to export.")
+    for node in graph.nodes:
+        if _drops_at_random(traced, node):
+            raise ExportError(
+                f"export: {described(node)} drops values at random in eval mode too. Pass training=self.training."
+            )
+    generator = torch.Generator().manual_seed(0)  # Why random: of an image of zeros wrong orders are not seen
+    image = torch.randn(BATCH, channels, *image_size, generator=generator)
+    try:
+        without_mutation(name, traced, image.clone())
+        graph.eliminate_dead_code()
+        traced.recompile()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            ShapeProp(traced).propagate(image)
+    except BnnfreeError:
+        raise
+    except Exception as error:  # as above
+        size = "x".join(map(str, (channels, *image_size)))
+        raise ExportError(f"export: {name} fails on an image of {size}: {_reason(error.__cause__ or error)}") from None
+    for node in graph.nodes:
+        meta = node.meta.get("tensor_meta")
+        node.meta["shape"] = tuple(meta.shape) if hasattr(meta, "shape") else None
+    output = next(node for node in graph.nodes if node.op == "output").args[0]
+    assert isinstance(output, fx.Node)
+    _check_same(name, module, traced, image)
     return Traced(traced, inputs[0], output)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy of `module` as it is exported, out of the wrappers for training that hold it."""
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        module = module.module if hasattr(module, "module") else module._orig_mod  # type: ignore[assignment]
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:  # Why: a copy runs the module's own code too, and tensors with a history have none
+        raise ExportError(f"export: {type(module).__name__} cannot be copied ({_reason(error)}).") from None
+    return freeze_proxies(twin.cpu().float().eval().requires_grad_(False))
+
+
+def check_finite(module: nn.Module) -> None:
+    """Errors: ExportError that names a parameter or buffer which holds NaN or an infinity."""
+    for path, tensor in state_of(module):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = tensor[~torch.isfinite(tensor)]
+            raise ExportError(
+                f"export: {path}: got {bad[0].item()} in {len(bad):,} of {tensor.numel():,} values, expected finite "
+                "numbers. Has the training diverged?"
+            )
+
+
+def _drops_at_random(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """True for a call of torch's dropout that is active although the network is in eval mode."""
+    called = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if "dropout" not in called:
+        return False
+    default = called in ("dropout", "dropout1d", "dropout2d", "dropout3d")
+    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
+    return bool(given.get("training", default)) and bool(given.get("p", 0.5) != 0)
+
+
+def _check_same(name: str, module: nn.Module, traced: fx.GraphModule, image: Tensor) -> None:
+    """Errors: ExportError where the graph does not give what the module itself gives in eval mode.
+
+    Where the two round differently (proxies that became constants), float64 decides.
+    """
+    for dtype, limit in ((torch.float32, 0.0), (torch.float64, 1e-9)):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            mine = copy.deepcopy(traced).to(dtype)(image.to(dtype))
+            expected = _twin(module).to(dtype)(image.to(dtype))
+        if mine.shape == expected.shape and (mine - expected).abs().max() <= limit * expected.abs().max():
+            return
+    raise ExportError(
+        f"export: {name} computes something else than the graph that was traced of it: its forward depends on what "
+        "tracing cannot see (a global, a counter, random numbers). Make it a fixed sequence of layers."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _users_line(error: BaseException) -> str:
+    """FILE:LINE of the innermost code that is neither torch's nor the exporter's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_USERS)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown line"
+
+
+def _untraceable(error: BaseException) -> str:
+    """The remedy for an error of tracing."""
+    text = str(error)
+    if "cannot be iterated" in text or "unpack" in text:
+        return "It loops over a tensor or unpacks one. The engine has no slices: give each part a layer of its own."
+    if "control flow" in text or "bool" in text:
+        return "It decides by a value of the image. Its forward must be a fixed sequence of layers."
+    return "Its forward must be a fixed sequence of layers: no branches or loops that look at values."
 
 
 def path_of(node: fx.Node) -> str:

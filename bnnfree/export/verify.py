@@ -28,7 +28,7 @@ from bnnfree.engine import Engine, backends
 from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import first_values
 from bnnfree.errors import BnnfreeError
-from bnnfree.export import Packed
+from bnnfree.export.packed import Packed
 from bnnfree.format import Op, PackedModel, window_of
 from bnnfree.format.schema import NORMS
 from bnnfree.nn import RSign, Sign
@@ -162,7 +162,10 @@ def verify(
     scale = error = 0.0
     for part in _batches(images, batch_size):
         with torch.no_grad():
-            logits = packed.module(normalised(packed, part)).flatten(1).numpy()
+            logits = packed.module(normalised(packed, part))
+        if logits.dim() == 4:  # a map: channels last, as the engine has it
+            logits = logits.permute(0, 2, 3, 1)
+        logits = logits.flatten(1).numpy()
         ours = engine.run(part).reshape(len(part), -1)
         same += int((logits.argmax(1) == ours.argmax(1)).sum())
         scale, error = max(scale, float(np.abs(logits).max())), max(error, float(np.abs(logits - ours).max()))

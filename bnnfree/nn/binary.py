@@ -29,11 +29,13 @@ class _BinaryWeight(WeightLayer):
 
     scale: nn.Parameter | None
     binary: bool
-    binary_input: bool
+    binary_input: bool | None
 
-    def _init_binary(self, scale: str, binary: bool, binary_input: bool, latent_std: float | None) -> None:
+    def _init_binary(self, scale: str, binary: bool, binary_input: bool | None, latent_std: float | None) -> None:
         pick(dict.fromkeys(SCALES), scale, "scale")
         self.scale_rule, self.binary, self.binary_input = scale, binary, binary_input
+        # Why: a sum of signs that is 0 must be +1 for a sign that reads it; scaled ones are rounded to either side of 0
+        self.exact = binary and binary_input is not False
         # without standardisation the latents' own size is the scale: start at mean|W| = 1/sqrt(fan_in)
         unit = math.sqrt(math.pi / 2 / self.fan_in)
         std = latent_std if latent_std is not None and self.standardize else unit
@@ -73,7 +75,7 @@ class _BinaryWeight(WeightLayer):
         The layer cannot see whether its input is signs; who builds it says so by `binary_input`. Real weights
         (binary=False) on signs are rounded to the dtype, as autocast does everywhere.
         """
-        return self.binary_input
+        return bool(self.binary_input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, binary={self.binary}, scale={self.scale_rule}"
@@ -90,7 +92,8 @@ class BinaryConv2d(_BinaryWeight, ConvLayer):
     standardize=True, gain=True, bias=False, centre=None, centre_gradient=False, unit_output=False as in WeightLayer.
     binary=False keeps What instead of its sign. latent_std: deviation of the initial latents, for
     standardised ones (None, and without standardisation: the value at which the output has unit variance).
-    binary_input: the input is signs, so autocast may use its exact low-precision product.
+    binary_input: the input is signs, so autocast may use its exact low-precision product; False: it is not; None: it
+    may be, so that sums of signs are exact in float32.
 
     Shapes: [N, I, H, W] -> [N, O, H', W']; weight [O, I/groups, kh, kw].
     Ref: Rastegari et al. 2016 (XNOR-Net, mean_abs); Chen et al. 2021 ("BNN - BN = ?", standardisation).
@@ -104,7 +107,7 @@ class BinaryConv2d(_BinaryWeight, ConvLayer):
         *,
         scale: str = "fan_in",
         binary: bool = True,
-        binary_input: bool = False,
+        binary_input: bool | None = None,
         latent_std: float | None = None,
         **options,
     ):
@@ -122,7 +125,7 @@ class BinaryLinear(_BinaryWeight, LinearLayer):
         *,
         scale: str = "fan_in",
         binary: bool = True,
-        binary_input: bool = False,
+        binary_input: bool | None = None,
         latent_std: float | None = None,
         **options,
     ):

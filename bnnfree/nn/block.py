@@ -184,9 +184,6 @@ class Design:
         if rule.before and (dropout := make_dropout(**{k: v for k, v in self.norm_options.items() if k == "drop"})):
             before.append(dropout)
         conv = self.make_conv(cin, cout, kernel, stride)
-        if isinstance(conv, BinaryConv2d):
-            # the next sign reads this output alone: a sum that is 0 must not be rounded to either side of it
-            conv.exact = not last and conv.binary and conv.binary_input
         # between convolutions of a branch a sign is the activation
         inside = self.acts_in_branch if last else self.real
         act = self.make_activation(cout) if inside else None

@@ -89,7 +89,7 @@ class WeightLayer(nn.Module):
         self.gradient_centre = GradientCentre() if centre_gradient and centre == "input" else None
         self.fan_in = weight[0].numel()
         self.calibrating = False
-        self.exact = False  # True: scale after the product, so that the sums of signs are whole numbers
+        self.exact = False  # True: the scale multiplies the product, so that the sums of signs are whole numbers
         self.preconditioner: Preconditioner | None = None
         if centre == "input":
             self.register_buffer("input_mean", torch.zeros(in_channels))
@@ -110,6 +110,10 @@ class WeightLayer(nn.Module):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The map itself: a convolution or a matrix product."""
+        raise NotImplementedError
+
+    def channel_shape(self, y: Tensor) -> tuple[int, ...]:
+        """The shape in which numbers per output channel meet the output y of `linear`."""
         raise NotImplementedError
 
     def expected_output(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -146,7 +150,7 @@ class WeightLayer(nn.Module):
             folded = weight if factor is None else weight * _per_row(factor, weight)
             return self.linear(x, folded, bias)
         y = self.linear(x.to(low), weight.to(low), None).to(x.dtype)
-        shape = (1, -1) + (1,) * (y.dim() - 2)
+        shape = self.channel_shape(y)
         y = y if factor is None else y * factor.view(shape)
         return y if bias is None else y + bias.view(shape)
 
@@ -276,6 +280,9 @@ class ConvLayer(WeightLayer):
             padding = (0, 0)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
+    def channel_shape(self, y: Tensor) -> tuple[int, ...]:
+        return (-1, 1, 1)
+
     def expected_input(self, size: Sequence[int]) -> Tensor:
         """[groups * I, kh, kw]: what each tap sees of `input_mean` on average over positions of a map of this size."""
         sides = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
@@ -303,6 +310,9 @@ class LinearLayer(WeightLayer):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def channel_shape(self, y: Tensor) -> tuple[int, ...]:
+        return (-1,)
 
     def expected_output(self, weight: Tensor, x: Tensor) -> Tensor:
         return weight @ self.input_mean.to(x.dtype)

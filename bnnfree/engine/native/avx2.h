@@ -40,21 +40,6 @@ static inline uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static inline uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
-/* Output rows and words of 64 outputs of one part: whichever of the two cuts more evenly is cut. */
-typedef struct range {
-    size_t row, row_end, word, word_end;
-} range;
-
-static inline range range_of(size_t rows, size_t words, const bnnf__io *io) {
-    range r = {0, rows, 0, words};
-    size_t parts = (size_t)io->parts;
-    if (ceil_div(rows, parts) * words <= ceil_div(words, parts) * rows)
-        bnnf__share(rows, io->part, io->parts, &r.row, &r.row_end);
-    else
-        bnnf__share(words, io->part, io->parts, &r.word, &r.word_end);
-    return r;
-}
-
 /* -- epilogue -- */
 
 INLINE __m256i first_lanes(uint32_t count) {

@@ -37,7 +37,7 @@ static size_t panels_of(const bnnf__op *op) { return (op->outputs + LANES - 1) /
 
 /* Pixels are shared as long as each part has `least`, so that no two parts read the same input; else the panels, 64
    outputs at a time, so that no two parts write the same word. */
-static share share_of(const bnnf__op *op, const bnnf__io *io, size_t least) {
+static inline share share_of(const bnnf__op *op, const bnnf__io *io, size_t least) {
     const size_t pixels = (size_t)op->out_height * op->out_width, panels = panels_of(op);
     const size_t groups = (panels + WORD_PANELS - 1) / WORD_PANELS, parts = (size_t)io->parts;
     share s = {0, pixels, 0, panels};
@@ -209,7 +209,7 @@ static int32_t class_sum(const bnnf__op *op, const bnnf__band *down, const bnnf_
 }
 
 /* class_sum of each class and output, in panels. */
-static void pack_class_sums(const bnnf__op *op, int32_t *sums) {
+static inline void pack_class_sums(const bnnf__op *op, int32_t *sums) {
     for (size_t class = 0; class < class_count(op); class++, sums += panels_of(op) * LANES)
         for (size_t o = 0; o < op->outputs; o++)
             sums[o] = class_sum(op, op->row_bands + class / op->column_band_count,

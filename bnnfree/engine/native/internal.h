@@ -120,6 +120,21 @@ static inline void bnnf__share(size_t count, int part, int parts, size_t *from, 
     *to = count * (size_t)(part + 1) / (size_t)parts;
 }
 
+/* Output rows and words of 64 outputs of one part: whichever of the two cuts more evenly is cut. */
+typedef struct bnnf__range {
+    size_t row, row_end, word, word_end;
+} bnnf__range;
+
+static inline bnnf__range bnnf__range_of(size_t rows, size_t words, const bnnf__io *io) {
+    bnnf__range r = {0, rows, 0, words};
+    const size_t parts = (size_t)io->parts;
+    if ((rows + parts - 1) / parts * words <= (words + parts - 1) / parts * rows)
+        bnnf__share(rows, io->part, io->parts, &r.row, &r.row_end);
+    else
+        bnnf__share(words, io->part, io->parts, &r.word, &r.word_end);
+    return r;
+}
+
 static inline size_t bnnf__align(size_t bytes) { return (bytes + BNNF__ALIGN - 1) / BNNF__ALIGN * BNNF__ALIGN; }
 
 #endif

@@ -153,7 +153,7 @@ AVX2 static void pixel_row(const bnnf__op *op, const bnnf__io *io, const window 
 AVX2 void bnnf_pixel_conv2d__avx2_4x16_run(const bnnf__op *op, const bnnf__io *io) {
     const pixel_plan *p = op->packed;
     const int16_t *packed = (const int16_t *)((const uint8_t *)op->packed + bnnf__align(sizeof *p));
-    const range part = range_of(op->out_height, op->out_words, io);
+    const bnnf__range part = bnnf__range_of(op->out_height, op->out_words, io);
     const uint32_t runs = runs_of_row(op);
     const uint64_t row_weights = runs * p->run_pairs * 32, to = least(op->outputs, 64 * part.word_end);
     uint16_t *pixels = io->scratch;
@@ -314,7 +314,7 @@ AVX2 static void conv_row(const bnnf__op *op, const bnnf__io *io, const window *
 AVX2 void bnnf_conv2d__avx2_4x16_run(const bnnf__op *op, const bnnf__io *io) {
     const conv_plan *p = op->packed;
     const uint8_t *packed = (const uint8_t *)op->packed + bnnf__align(sizeof *p);
-    const range part = range_of(op->out_height, op->out_words, io);
+    const bnnf__range part = bnnf__range_of(op->out_height, op->out_words, io);
     const uint64_t pitch = p->pitch ? p->pitch : (uint64_t)op->width * op->channels;
     const uint64_t to = least(op->outputs, 64 * part.word_end);
     const uint32_t lanes = op->out_height == 1 && op->out_width == 1 ? 64 : 16;
@@ -384,7 +384,7 @@ INLINE void points(const bnnf__op *op, const bnnf__io *io, size_t pixel, const u
 }
 
 INLINE void pointwise(const bnnf__op *op, const bnnf__io *io, const int dtype) {
-    const range part = range_of((size_t)op->height * op->width, op->out_words, io);
+    const bnnf__range part = bnnf__range_of((size_t)op->height * op->width, op->out_words, io);
     const uint32_t from = (uint32_t)(64 * part.word), to = (uint32_t)least(op->outputs, 64 * part.word_end);
     size_t pixel = part.row;
     for (; pixel + TILE <= part.row_end; pixel += TILE) points(op, io, pixel, TILE, from, to, dtype);

@@ -328,7 +328,7 @@ AVX2 static void lut_row(const bnnf__op *op, const bnnf__io *io, lut_job *job, s
 AVX2 void bnnf_binary_conv2d__avx2lut_4x64_run(const bnnf__op *op, const bnnf__io *io) {
     const lut_plan *p = op->packed;
     const uint8_t *packed = op->packed;
-    const range part = range_of(op->out_height, op->out_words, io);
+    const bnnf__range part = bnnf__range_of(op->out_height, op->out_words, io);
     _Alignas(32) uint16_t counts[TILE * 64] = {0};
     uint16_t *cells = io->scratch;
     lut_job job = {.tables = packed + bnnf__align(sizeof *p), .counts = counts, .run_blocks = p->run_blocks};

@@ -26,6 +26,7 @@
     K(BINARY_CONV2D, "avx512", binary_conv2d__avx512_7x16) \
     K(PIXEL_CONV2D, "avx512", pixel_conv2d__avx512vnni_6x32) \
     K(PIXEL_CONV2D, "avx512", pixel_conv2d__avx512_6x32) \
+    K(CONV2D, "avx512", conv2d__avx512_grouped_8x16) \
     K(CONV2D, "avx512", conv2d__avx512_6x32) \
     K(POINTWISE, "avx512", pointwise__avx512) \
     K(MAX_POOL2D, "avx512", max_pool2d__avx512) \
@@ -40,6 +41,7 @@
 #define BNNF__KERNELS_AVX2(K) \
     K(BINARY_CONV2D, "avx2", binary_conv2d__avx2lut_4x64) \
     K(PIXEL_CONV2D, "avx2", pixel_conv2d__avx2_4x16) \
+    K(CONV2D, "avx2", conv2d__avx2_grouped_8x8) \
     K(CONV2D, "avx2", conv2d__avx2_4x16) \
     K(POINTWISE, "avx2", pointwise__avx2) \
     K(MAX_POOL2D, "avx2", max_pool2d__avx2) \
