@@ -21,8 +21,8 @@ from bnnfree.nn import (
     ScaledStdConv2d,
     calibrate,
     centred_layers,
-    gather_gradients,
-    reference_pass,
+    plan_step,
+    set_part,
     standardize_weight,
     update_input_means,
 )
@@ -332,36 +332,38 @@ def test_what_centring_takes_is_the_same_on_average_for_any_batch_size(kind):
 
 
 @pytest.mark.parametrize("kind", CENTRED)
-def test_a_pass_of_all_images_after_gathering_takes_the_batch_mean(kind):
-    """However they were divided: parameters before the layer have the gradient of x less its batch mean's.
-
-    Of all images of that pass or the last ones, which answer for all. Those seen before have no gradient of their own.
-    """
-    layer, bare, x, upstream = centred_pair(kind)
-    shift = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+@pytest.mark.parametrize("size", [0, 2])
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 4), (3, 3)])
+def test_a_step_divided_into_passes_takes_what_one_pass_does(kind, sizes, size):
+    """Parameters before the layer have the same gradient, and inputs are counted once, of groups of 2 or of all."""
+    layer, _, x, upstream = centred_pair(kind)
+    x, upstream = x.repeat(2, *[1] * (x.dim() - 1))[:6], upstream.repeat(2, *[1] * (upstream.dim() - 1))[:6]
+    upstream = upstream * noise(6, seed=48).view(-1, *[1] * (upstream.dim() - 1))
     scale = noise(*x.shape, seed=47)  # the inputs' response to the shift differs from place to place
+    centres = [layer.gradient_centre]
+    centres[0].size = size
 
-    def run(layer, rows, grad):
-        layer(x[rows] + scale[rows] * shift.view(-1, *[1] * (x.dim() - 2))).backward(grad)
-
-    whole, every = input_gradient(bare, x, upstream), list(range(len(x)))
-    model, rest = nn.ModuleList([layer]), [d for d in range(x.dim()) if d != 1]
-    for parts, references in (([[0], [1, 2], every[3:]], len(x)), ([every], len(x)), ([every], 2)):
+    def shift_gradient(sizes):
+        shift = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
         layer.input_sum.zero_(), layer.input_count.zero_()
-        shift.grad = None
-        assert gather_gradients(model)
-        for rows in parts[:-1]:
-            run(layer, rows, upstream[rows])
-        own = len(parts[-1])
-        with reference_pass(model, references, counted=own):
-            seen = len(x) - own
-            run(layer, every, torch.cat([torch.zeros_like(upstream[:seen]), upstream[seen:]]))
-        share = whole.mean(rest, keepdim=True) * len(x) / references
-        answers = scale * torch.tensor([i >= len(x) - references for i in every]).view(-1, *[1] * (x.dim() - 1))
-        same(shift.grad, (whole * scale).sum(rest) - (share * answers).sum(rest), 1e-10)
-        assert layer.input_count == len(x) and layer.gradient_centre.total is None
-        positions = x.detach().flatten(2).mean(2) if x.dim() > 2 else x.detach()
-        same(layer.input_sum, positions.sum(0), 1e-10)
+
+        def run(rows, grad):
+            layer(x[rows] + scale[rows] * shift.view(-1, *[1] * (x.dim() - 2))).backward(grad)
+
+        parts, again = plan_step(sizes, size, sizes, x)
+        for i, part in enumerate(parts):
+            set_part(centres, part, first=i == 0)
+            run(rows := list(range(sum(sizes[:i]), sum(sizes[: i + 1]))), upstream[rows])
+        for pairs, part in again:
+            set_part(centres, part)
+            run(rows := [sum(sizes[:i]) + n for i, n in pairs], torch.zeros_like(upstream[rows]))
+        set_part(centres, None)
+        assert layer.input_count == len(x)
+        return shift.grad
+
+    whole = shift_gradient((6,))
+    same(shift_gradient(sizes), whole, 1e-10)
+    assert whole.abs().max() > 0
 
 
 def test_a_centred_gradient_is_that_of_batch_centring_but_for_the_own_share():

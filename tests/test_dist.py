@@ -28,11 +28,13 @@ from models import MODELS
 CPU = Dist(0, 1, torch.device("cpu"))
 ODD = ("data.batch_size=14", "agc.clip=0.02")  # of 72 images: 7 and 7 of a batch, 1 and 1 of the last
 
-FREE = ("model.norm=free", "model.centre_gradient=false")  # with it a process centres by its own images: not to the bit
+FREE = ("model.norm=free", "free.reference=0")  # with it steps of 2, as the last, centre by steps before in one process
 
 EXACT = {  # options under which two processes are one
     "free": FREE,
     "accumulate": (*FREE, "accumulate=3", "data.batch_size=13"),
+    "groups": (*FREE, "free.group=5", "accumulate=3", "data.batch_size=13"),
+    "uncentred": ("model.norm=free", "model.centre_gradient=false"),
     "bnp": (*FREE, "optimizer.precondition=bnp", "optimizer.name=sgd", "accumulate=2"),
 }
 SLOW = {  # python -m pytest -m slow tests/test_dist.py

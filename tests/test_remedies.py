@@ -30,7 +30,8 @@ from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import build_model, save_checkpoint
 from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
-from bnnfree.train.loop import Stage, TrainingError
+from bnnfree.train.loop import Stage
+from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import RecipeError
 from models import MODELS
 
@@ -126,10 +127,6 @@ def test_a_value_out_of_range_is_refused(override, said):
         (("free.freeze=0.5", "free.track=false"), "free.track is false"),
         (("free.freeze=0.5", "model.norm=bn"), "no layer is centred"),
         (("free.freeze=0.5", "model.centre=false"), "no layer is centred"),
-        (("free.gather=true", "model.norm=bn"), "takes centred layers"),
-        (("free.gather=true", "free.reference=0"), "free.reference above 0"),
-        (("free.gather=true", "optimizer.precondition=bnp"), "no optimizer.precondition"),
-        (("free.gather=true", "model.norm=brn", "model.centre=true"), "without batch statistics, not 'brn'"),
         (("optimizer.gain_decay=0.1", "model.norm=gn"), "have no gain"),
         (("model.ste_parameter=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_last=0.5", "model.ste=ede"), "rule of its own"),
@@ -144,10 +141,13 @@ def test_what_would_do_nothing_is_a_contradiction(overrides, said):
     tiny(*overrides[1:])
 
 
-def test_gathering_is_for_one_process():
-    recipe = tiny("free.gather=true")
-    with pytest.raises(TrainingError, match="2 processes"):
-        Stage(recipe, 0, nn.Identity(), load_data(recipe.data), Dist(0, 2, torch.device("cpu")))
+@pytest.mark.parametrize(("gather", "group"), [(False, 0), (True, 32)])
+def test_recipes_of_before_groups_centre_as_they_did(gather, group):
+    """Those in checkpoints name every key, `gather` too: a pass was centred as a whole."""
+    values = tiny().model_dump()
+    assert values["free"].pop("group") == 32
+    values["free"]["gather"] = gather
+    assert Recipe.model_validate(values).free.group == group
 
 
 # -- freezing of input means

@@ -1,5 +1,6 @@
 """A run as a whole: it learns, it leaves what it should, it can be cut anywhere and goes on to the same bits."""
 
+import itertools
 import json
 
 import pytest
@@ -7,8 +8,7 @@ import torch
 from helpers import assert_same, cut_at, double_stage, metrics_of, tiny, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
-from bnnfree.nn import NORMS, WeightLayer
-from bnnfree.nn.centring import gradient_centres
+from bnnfree.nn import NORMS, WeightLayer, centred_layers, gradient_centres
 from bnnfree.train import evaluate, load_checkpoint, load_model
 from bnnfree.train.checkpoint import build_model, load_weights
 from bnnfree.train.data import describe, load_data
@@ -65,26 +65,63 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
 
 @pytest.mark.parametrize("norm", ["free", "free uncentred", "free_paper", "none", "frn", "gn_pn"])
 def test_four_batches_accumulated_are_one_large_batch_without_bn(monkeypatch, norm):
-    """4 x 8 == 1 x 32 to 1e-9 in float64; the EMA of input means moves once per step, on all micro-batches.
-
-    With centred gradients: 8 x 4 == 4 x 8, for centring gathers where passes are smaller than the reference.
-    """
-    centred = norm == "free"
-    common = (f"model.norm={norm.split()[0]}", f"model.centre_gradient={str(centred).lower()}", "data.samples=120")
-    small = double_stage(monkeypatch, tiny(*common, "agc.clip=0.02", "data.batch_size=8", "accumulate=4"))
-    other = ("data.batch_size=4", "accumulate=8") if centred else ("data.batch_size=32",)
-    large = double_stage(monkeypatch, tiny(*common, "agc.clip=0.02", *other))
-    stages = [small, large]
-    if centred:  # and one pass that gathers
-        whole = tiny(*common, "agc.clip=0.02", "data.batch_size=32", "free.gather=true")
-        stages.append(double_stage(monkeypatch, whole))
-    assert all(stage.gathers == centred and stage.steps == small.steps for stage in stages)
-    for stage in stages:
+    """4 x 8 == 1 x 32 to 1e-9 in float64; the EMA of input means moves once per step, on all micro-batches."""
+    common = (f"model.norm={norm.split()[0]}", f"model.centre_gradient={str(norm == 'free').lower()}")
+    small = double_stage(monkeypatch, tiny(*common, "data.samples=120", "data.batch_size=8", "accumulate=4"))
+    large = double_stage(monkeypatch, tiny(*common, "data.samples=120", "data.batch_size=32"))
+    for stage in (small, large):
         stage.train_epoch(lambda: None)
-    found = small.model.state_dict()
-    for stage in stages[1:]:
-        for key, value in stage.model.state_dict().items():
-            torch.testing.assert_close(value, found[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+    assert small.steps == large.steps
+    found = large.model.state_dict()
+    for key, value in small.model.state_dict().items():
+        torch.testing.assert_close(value, found[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def step_gradients(monkeypatch, *options):
+    """Gradients of a step, before the optimiser, and what centred layers counted."""
+    stage, found = double_stage(monkeypatch, tiny("model.norm=free", *options)), {}
+
+    def part_done(part):
+        if part == "agc":
+            found.update({name: p.grad.clone() for name, p in stage.model.named_parameters()})
+            found.update({f"sum of {name}": layer.input_sum.clone() for name, layer in centred_layers(stage.model)})
+
+    monkeypatch.setattr(stage, "part_done", part_done)
+    batches = stage.data.train.train_batches(stage.recipe.data.batch_size, seed=0, epoch=0)
+    stage._take_step(list(itertools.islice(batches, stage.recipe.accumulate)))
+    return found
+
+
+def assert_equal_gradients(found, expected):
+    """Relative to the largest of each tensor, to 1e-9."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        near = 1e-9 * value.abs().max().item()
+        assert near > 0, name
+        torch.testing.assert_close(found[name], value, rtol=0, atol=near, msg=lambda m, k=name: f"{k}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("step", "passes"), [(128, (64, 32, 1)), (105, (35, 21, 15, 5)), (70, (14, 10)), (20, (10, 4))]
+)
+def test_gradients_do_not_depend_on_how_a_step_is_divided(monkeypatch, step, passes):
+    """128 = 2 x 64 = 4 x 32 = 128 x 1, also where passes cut through groups, with fused blocks; to 1e-9 in float64."""
+    samples = f"data.samples={step + step // 9 + 2}"
+    whole = step_gradients(monkeypatch, samples, f"data.batch_size={step}")
+    for size in passes:
+        divided = (samples, f"data.batch_size={size}", f"accumulate={step // size}")
+        assert_equal_gradients(step_gradients(monkeypatch, *divided), whole)
+
+
+def test_passes_of_whole_groups_are_shown_once(monkeypatch):
+    """4 x 32 costs as many passes as there are; 2 x 48 one more, of the group in the middle."""
+    for size, times, shown in ((32, 4, [32] * 4), (48, 2, [48, 48, 32]), (8, 4, [8] * 4 + [32])):
+        recipe = tiny("model.norm=free", "data.samples=150", f"data.batch_size={size}", f"accumulate={times}")
+        stage, seen = double_stage(monkeypatch, recipe), []
+        stage.model.register_forward_pre_hook(lambda net, args, seen=seen: seen.append(len(args[0])))
+        batches = stage.data.train.train_batches(size, seed=0, epoch=0)
+        stage._take_step(list(itertools.islice(batches, times)))
+        assert seen == shown
 
 
 @pytest.mark.parametrize("loss", [(), ("loss.name=distribution", "loss.teacher=another")], ids=["labels", "teacher"])
@@ -107,14 +144,13 @@ def test_steps_of_few_images_centre_by_the_last_ones_seen(monkeypatch, loss):
         stage.teacher = teach if loss else None
 
         def watch(net, args, centre=centre, seen=seen, asked=asked):
-            last = centre.mode == "reference"
-            seen.append(args[0][-centre.counted :] if last else args[0])
-            if last:
+            seen.append(args[0][-centre.part.counted :])
+            if centre.part.taken.any():
                 asked.append((args[0], torch.cat(seen)[-13:]))
 
         stage.model.register_forward_pre_hook(watch)
         stage.train_epoch(lambda: None)
-        assert stage.gathers and [len(images) for images, _ in asked[:4]] == [6, 12, 13, 13]
+        assert [len(images) for images, _ in asked[:4]] == [6, 12, 13, 13]
         assert len(asked) == stage.steps and all(torch.equal(*pair) for pair in asked)
         assert not loss or torch.equal(torch.cat(taught), torch.cat(seen))
         stages.append(stage)
@@ -123,18 +159,20 @@ def test_steps_of_few_images_centre_by_the_last_ones_seen(monkeypatch, loss):
         torch.testing.assert_close(value, found[key], rtol=1e-7, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize(("size", "accumulate", "gathers"), [(7, 1, True), (8, 1, False), (31, 2, True), (32, 2, 0)])
+@pytest.mark.parametrize(("size", "accumulate", "asks"), [(7, 1, True), (8, 1, False), (3, 2, True), (4, 2, False)])
 @pytest.mark.parametrize("norm", ["free", "bn"])  # bn: such a pass would normalise by other images, and move statistics
-def test_who_centres_by_a_pass_of_its_own(norm, size, accumulate, gathers):
+def test_who_centres_by_images_of_steps_before(norm, size, accumulate, asks):
     recipe = tiny(f"model.norm={norm}", "model.centre_head=true", f"data.batch_size={size}", f"accumulate={accumulate}")
     torch.manual_seed(0)
     model = build_model(recipe, MODELS, describe(recipe.data), recipe.stages[0].binarize)
-    assert Stage(recipe, 0, model, load_data(recipe.data), CPU).gathers == (gathers and norm == "free")
+    stage = Stage(recipe, 0, model, load_data(recipe.data), CPU)
+    assert stage.passes.asks_before(size * accumulate) == (asks and norm == "free")
 
 
-@pytest.mark.parametrize("norm", ["bn", "free"])  # free: its gradient is centred by a micro-batch
-def test_accumulation_is_not_exact_with_bn(monkeypatch, norm):
-    common = (f"model.norm={norm}", "data.samples=120")
+@pytest.mark.parametrize("norm", [("model.norm=bn",), ("model.norm=free", "optimizer.precondition=bnp")], ids=str)
+def test_accumulation_is_not_exact_with_bn_and_bnp(monkeypatch, norm):
+    """BNP: no image may be shown again, so passes of fewer than a group are centred by themselves."""
+    common = (*norm, "data.samples=120")
     small = double_stage(monkeypatch, tiny(*common, "data.batch_size=8", "accumulate=4"))
     large = double_stage(monkeypatch, tiny(*common, "data.batch_size=32"))
     for stage in (small, large):

@@ -29,7 +29,7 @@ from bnnfree.nn import (
     ScaledStdConv2d,
     Sign,
 )
-from bnnfree.nn.centring import weight_of_each
+from bnnfree.nn.centring import GROUP, taken_alone
 from bnnfree.nn.standard import EPS, tap_coverage
 
 KEPT = (nn.Linear, nn.ReLU, nn.Identity, nn.BatchNorm2d, GhostBatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, Clip)
@@ -236,7 +236,7 @@ def _counted(layer: PlainConv | PlainLinear, x: Tensor, own: Tensor) -> Tensor:
         layer.input_count += len(x)
     if not layer.centre_gradient or len(x) < 2:
         return x
-    others = (own.sum(0, keepdim=True) - own) * weight_of_each(len(x) - 1)
+    others = taken_alone(own, GROUP)
     return x - (others - others.detach())
 
 

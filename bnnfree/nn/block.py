@@ -51,7 +51,7 @@ class Design:
     standardize scaled weight standardisation of all convolutions
     centre      taking out the expected mean: of binary convolutions by their inputs' running mean, of real ones by
                 their outputs' at calibration (WeightLayer, centre "input" and "output")
-    centre_gradient  taking the other samples' mean out of the gradient of a centred binary convolution's inputs
+    centre_gradient  taking the mean of a group's other samples out of the gradient of a centred convolution's inputs
     centre_head  taking the running mean out of the classifier's inputs (and of their gradient, with centre_gradient)
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
     ste_parameter, ste_last  width or steepness of the estimator (None: its default), and what it is at the end of

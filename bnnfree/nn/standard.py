@@ -54,7 +54,7 @@ class WeightLayer(nn.Module):
 
     All of it folds into one weight and one bias per output channel: nothing remains at inference.
     centre_gradient: the gradient with respect to the inputs of a layer with centre "input" is centred too, in
-    training; see `bnnfree.nn.centring`.
+    training, over groups of samples; see `bnnfree.nn.centring`.
     mu follows the inputs only when `update_input_means` is called after an optimiser step (see
     `bnnfree.nn.calibrate`), so micro-batches and processes see one and the same mu within a step.
     `preconditioner` stands between the effective weight and the map in training (`bnnfree.optim.Precondition`).
@@ -158,8 +158,8 @@ class WeightLayer(nn.Module):
         """How many of so many, from the last, move the running mean of inputs: not images seen in an earlier pass."""
         if self.centre != "input":
             return 0
-        counted = None if self.gradient_centre is None else self.gradient_centre.counted
-        return samples if counted is None else counted
+        part = None if self.gradient_centre is None else self.gradient_centre.part
+        return samples if part is None else part.counted
 
     def low_precision(self) -> bool:
         """May autocast run the map in its dtype? Real layers are thin, and feed signs: they stay float32."""

@@ -23,9 +23,7 @@ from bnnfree.nn import (
     BinaryLinear,
     anneal,
     calibrate,
-    gather_gradients,
     measure_deviations,
-    reference_pass,
     rescale,
     rescaled_layers,
     settled,
@@ -44,6 +42,7 @@ from bnnfree.train.checkpoint import load_weights
 from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist, data_parallel
 from bnnfree.train.losses import LOSSES
+from bnnfree.train.passes import Passes
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
 from bnnfree.train.start import freeze
@@ -70,8 +69,6 @@ class Stage:
     def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None, kept=()):
         self.recipe, self.index, self.data, self.dist, self.teacher = recipe, index, data, dist, teacher
         self.kept = kept  # names of layers whose constants hold from before: calibration leaves them
-        if recipe.free.gather and dist.world > 1:
-            raise TrainingError(f"free.gather: got true for {dist.world} processes, expected false: it is for one.")
         self.epoch, self.step = 0, 0
         self.epochs = recipe.stages[index].epochs
         self.first_epoch = sum(stage.epochs for stage in recipe.stages[:index])
@@ -87,13 +84,10 @@ class Stage:
         self.precondition: Precondition | None = None
         if recipe.optimizer.precondition == "bnp":
             self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
-        self.gathers = recipe.gathers and dist.world == 1 and gather_gradients(self.model)
-        self.shared = Shared() if recipe.accumulate > 1 or self.gathers else None
+        self.passes = Passes(recipe, self.model, dist)
+        self.shared = Shared() if recipe.accumulate > 1 else None
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
         self.compiled = torch.compile(self.net, dynamic=False) if self.speed.compiled else self.net
-        share = len(range(dist.rank, recipe.data.batch_size, dist.world))
-        self.usual_sizes = {share, max(share, recipe.free.reference)} if self.gathers else {share}
-        self.recent: list[Tensor] = []  # images of the steps before, where steps have fewer than the reference
         self.clip_rate = ClipRate()
         self._constant_images: Tensor | None = None  # on which deviations are measured anew
         self.prober = None if recipe.probe.every is None else Prober()
@@ -233,13 +227,12 @@ class Stage:
         anneal(self.model, done / total_steps)
         if self._rescales_before(done):
             self._rescale()
-        samples = self.dist.sum_(torch.tensor(float(sum(len(y) for _, y in group)), device=self.dist.device))
-        for images, labels in group[:-1]:
-            with self._gradients_apart():
-                self._backward(images, labels, samples)
-        images, centring = self._last_pass(group)
-        with centring:
-            self._backward(images, group[-1][1], samples)
+        passes, samples = self.passes.of_step(group)
+        for i, each in enumerate(passes):
+            self.passes.begin(each, first=i == 0)
+            with nullcontext() if i == len(passes) - 1 else self._gradients_apart():
+                self._backward(each.images, each.labels, samples)
+        self.passes.begin(None)
         if self.precondition is not None:
             self.precondition.step(self.dist.sum_)
         if recipe.agc.clip is not None:
@@ -276,26 +269,19 @@ class Stage:
         """Processes sum their gradients in the last backward pass of a step only; the others are within this."""
         return self.net.no_sync() if isinstance(self.net, DistributedDataParallel) else nullcontext()
 
-    def _last_pass(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, AbstractContextManager]:
-        """Its images and what it runs within: where passes gather, its own come after reference images seen before."""
-        images, count = group[-1][0], self.recipe.free.reference
-        if not self.gathers:
-            return images, nullcontext()
-        seen = torch.cat([*self.recent, *(each for each, _ in group)])
-        self.recent = [seen[-count:]] if sum(len(each) for each, _ in group) < count else []
-        shown = seen[-max(count, len(images)) :]
-        return shown, reference_pass(self.model, min(count, len(shown)), len(images))
-
     def _backward(self, images: Tensor, labels: Tensor, samples: Tensor) -> None:
         """A pass and its gradients; images without a label, which come first, have no loss."""
         recipe, own = self.recipe, slice(len(images) - len(labels), None)
         # a pass of another size would be compiled anew: an epoch's last one runs as it is
-        net = self.compiled if len(images) in self.usual_sizes else self.net
+        net = self.compiled if len(images) in self.passes.usual_sizes() else self.net
         with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=recipe.precision != "fp32"):
             logits = net(images)[own]
             with torch.no_grad():
-                taught = None if self.teacher is None else self.teacher(images[own])
-        loss = LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing)
+                taught = self.teacher(images[own]) if self.teacher is not None and len(labels) else None
+        if len(labels):
+            loss = LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing)
+        else:  # of none, but a pass backwards
+            loss = logits.sum()
         self.part_done("forward")
         (loss * (self.dist.world / samples)).backward()
         with torch.no_grad():
@@ -370,7 +356,7 @@ class Stage:
             "sums": self.sums,
             "clip_rate": self.clip_rate.state_dict(),
             "signs": self.signs,
-            "recent": self.recent,
+            "recent": self.passes.recent,
             "probe": None if self.prober is None else self.prober.state_dict(),
         }
 
@@ -388,7 +374,7 @@ class Stage:
         if self.precondition is not None:
             self.precondition.load_state_dict(state["precondition"])
         self.sums = state["sums"].to(self.dist.device)
-        self.recent = [images.to(self.dist.device) for images in state.get("recent", [])]
+        self.passes.recent = [images.to(self.dist.device) for images in state.get("recent", [])]
         self.clip_rate.load_state_dict(state["clip_rate"])
         if self.prober is not None:
             self.prober.load_state_dict(state["probe"])

@@ -15,6 +15,7 @@ from bnnfree.nn import (
     ACTIVATIONS,
     BETA_MODES,
     BINARIZE,
+    GROUP,
     NORMS,
     SCALES,
     SHORTCUTS,
@@ -22,7 +23,6 @@ from bnnfree.nn import (
     STES,
     check_activation,
     check_norm,
-    of_batch,
 )
 from bnnfree.nn.fused import PRECISIONS, SPEEDS
 from bnnfree.nn.sign import check_ste
@@ -31,8 +31,6 @@ from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES
-
-FEW = 8  # images of a step of one pass: below, the others' mean is mostly noise, and a pass of images before pays
 
 
 def _one_of(table, kind: type = str):
@@ -87,7 +85,7 @@ class ModelRecipe(_Part):
     centre: bool | None = None
     """takes the expected mean out of each convolution's output; null: the normaliser's own"""
     centre_gradient: bool | None = None
-    """takes what is common to the images out of the gradient of centred layers' inputs; null: the normaliser's own"""
+    """takes what groups of images share out of the gradient of centred layers' inputs; null: the normaliser's own"""
     centre_head: bool | None = None
     """takes the mean out of the classifier's inputs and of their gradient; null: the normaliser's own"""
     scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
@@ -272,10 +270,19 @@ class FreeRecipe(_Part):
     """share of a stage's steps after which input means stay as they are"""
     recalibrate: int = Field(default=9000, ge=0)
     """training samples after which constant deviations are measured anew, and gains make up for it; 0: never"""
+    group: int = Field(default=GROUP, ge=0)
+    """images of a step whose gradients are centred together, however passes and processes divide it; 0: all"""
     reference: int = Field(default=32, ge=0)
-    """smaller passes leave centring gradients to one of the last so many images (a step of one: below 8); 0: never"""
-    gather: bool = False
-    """every pass leaves it to that one: a large batch learns what as many accumulated small ones do"""
+    """steps of fewer than 8 images centre gradients by the last so many, of steps before too (one process); 0: never"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before_groups(cls, values: Any) -> Any:
+        """Recipes of before have the key `gather`: without it a whole pass was centred together."""
+        if isinstance(values, dict) and isinstance(values.get("gather"), bool) and "group" not in values:
+            rest = {key: value for key, value in values.items() if key != "gather"}
+            return {**rest, "group": GROUP if values["gather"] else 0}
+        return values
 
 
 class ProbeRecipe(_Part):
@@ -321,16 +328,6 @@ class Recipe(_Part):
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     """time between checkpoints within an epoch; one is always written at its end"""
 
-    @property
-    def gathers(self) -> bool:
-        """Do a step's passes leave centring gradients to its last, which has reference images (`free.reference`)?
-
-        In one process. Not with batch statistics: these images would be in them, and move running ones.
-        """
-        few = self.free.reference if self.accumulate > 1 else min(self.free.reference, FEW)
-        wanted = self.free.gather or self.data.batch_size < few
-        return wanted and self.optimizer.precondition is None and not of_batch(self.model.norm)
-
     @model_validator(mode="after")
     def _layers_have_what_is_moved(self) -> Recipe:
         norm, layers = self.model.norm, NORMS[self.model.norm].binary
@@ -339,11 +336,6 @@ class Recipe(_Part):
         centred = bool(layers.get("centre")) if self.model.centre is None else self.model.centre
         if self.free.freeze < 1 and not centred:
             raise _contradiction(f"free.freeze is {self.free.freeze} but no layer is centred (model.norm {norm!r})")
-        if self.free.gather and not (centred and self.free.reference and self.gathers):
-            raise _contradiction(
-                "free.gather is true, which takes centred layers, free.reference above 0, no optimizer.precondition "
-                f"and a model.norm without batch statistics, not {norm!r}"
-            )
         if self.optimizer.gain_decay and not layers.get("gain"):
             raise _contradiction(f"optimizer.gain_decay: layers of model.norm {norm!r} have no gain")
         return self

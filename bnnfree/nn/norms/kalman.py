@@ -62,8 +62,8 @@ class KalmanNorm2d(nn.BatchNorm2d):
     """Batch normalisation by the moments of a mixture: a predicted prior and the batch (formulas above).
 
     prior   the prior's share p = 1 - gain. 0: batch normalisation to the bit. None: the prior counts as 16 samples,
-            p = 16 / (16 + N), which is 0.89 for statistics of 2 samples and 0.11 for 128, near the 0.9 and 0.05
-            that the authors set by hand
+            p = 16 / (16 + N), which is 0.89 for statistics of 2 samples and 0.11 for 128, where the authors
+            set 0.9 and 0.05 by hand; between these (0.33 at 32) it is a guess
     Running mean and variance follow the fused moments (`momentum` 0.1; the batch's part of the variance unbiased, as
     torch's); inference is batch normalisation with them. Where the prior's variance is more than 100 times the
     batch's on average over channels, or less than a hundredth of it (a 1x1 map has none), the batch decides alone.

@@ -27,6 +27,7 @@ class ProxyNorm(nn.Module):
     Closed forms for ReLU, PReLU, RPReLU, TLU, Sign and RSign, else 256 points (norms.gaussian). The deviation of
     gamma Y + beta is sqrt((gamma (1 + gt))^2 + 1e-6): a gamma of 0 divides nothing by 0. Gradients flow through
     mu and var; statistics are float32 at least. Put it after a norm without affine: y of mean 0 and deviation 1.
+    Trainings here do not decay bt and gt.
 
     Shapes: [N, C, ...] -> the same.
     Why eps is as large as 0.03: where phi is nearly dead (a far negative beta), it limits what is amplified.
