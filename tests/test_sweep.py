@@ -265,9 +265,9 @@ def test_a_table_of_what_is_there_can_be_made_at_any_time(sweep_file, tool, tmp_
     code, text, errors = tool("sweep", path, "--table", "--out", out)
     assert code == 0 and re.search(r"bn +\| 4 +\| +12\.50 .* 1 of 2 \|", text), text + errors
     assert text.splitlines()[-1] == str(out)
-    run = read_sweep(path, ["free.window=99"], MODELS).runs[0]
-    code, _, errors = tool("sweep", path, "free.window=99", "--table", "--out", out)
-    assert code == 2 and "another recipe: free.window (256.0, now 99.0)" in errors
+    run = read_sweep(path, ["optimizer.eps=1e-7"], MODELS).runs[0]
+    code, _, errors = tool("sweep", path, "optimizer.eps=1e-7", "--table", "--out", out)
+    assert code == 2 and "another recipe: optimizer.eps (1e-08, now 1e-07)" in errors
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_loss_that_is_not_finite_is_a_divergence_whatever_the_accuracy_says(tm
 def test_a_run_of_another_recipe_is_refused_but_it_may_have_moved(tmp_path):
     recipe = load_recipe_of(RECIPE)
     write_run(tmp_path / "run", recipe)
-    assert read_run(tmp_path / "run", load_recipe_of(RECIPE, "data.root=elsewhere", "device=cpu")).state == "done"
+    assert read_run(tmp_path / "run", load_recipe_of(RECIPE, "data.cache=elsewhere", "device=cpu")).state == "done"
     with pytest.raises(OutcomeError, match=r"stages\.0\.epochs \(1, now 2\)"):
         read_run(tmp_path / "run", load_recipe_of(RECIPE, "stages.0.epochs=2"))
     (tmp_path / "run" / "result.json").write_text("[")
@@ -416,9 +416,9 @@ def test_a_run_of_another_recipe_is_refused_but_it_may_have_moved(tmp_path):
 
 
 def test_differing_keys_are_those_that_are_not_the_same_in_all():
-    changes = ["optimizer.lr=1", "device=cpu", "stages.0.lr=2"]
+    changes = ["optimizer.eps=1", "device=cpu", "stages.0.lr=2"]
     one, two = (load_recipe_of(RECIPE, *overrides).model_dump() for overrides in ([], changes))
-    assert differing([one, two]) == {"stages.0.lr": [None, 2], "optimizer.lr": [4e-3, 1]}
+    assert differing([one, two]) == {"stages.0.lr": [None, 2], "optimizer.eps": [1e-8, 1]}
     assert differing([one, one]) == {}
 
 
