@@ -67,9 +67,8 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, jud
     tree: dict[str, Any] = {}
     pending: dict[str, Any] = {}
     for number, layer in enumerate(layers):
-        written, norm = leaves(layer), _norm_of(tree)
-        tree = merge(tree, layer) if tree else copy.deepcopy(layer)
-        _forget_options(tree, norm, written)
+        written = leaves(layer)
+        tree = merge(_without_options(tree, written), layer) if tree else copy.deepcopy(layer)
         if number < judged or _is_resolved(layer):
             continue
         pending |= written
@@ -79,27 +78,33 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, jud
             continue
         _judge(recipe, models, pending, where)
         pending = {}
-    norm = _norm_of(tree)
-    keys = [_apply(tree, override, where) for override in overrides]
+    before = leaves(tree)
+    keys = []
+    for override in sorted(overrides, key=_is_option):
+        keys.append(_apply(tree, override, where))
+        if keys[-1] == "model.norm":
+            tree = _without_options(tree, leaves(tree), before)
     written = {
         name: value
         for name, value in leaves(tree).items()
         if any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in keys)
     }
-    _forget_options(tree, norm, written)
     recipe = _validated(tree, where, models)
     _judge(recipe, models, pending | written, where)
     return recipe
 
 
-def _norm_of(tree: Any) -> Any:
-    return leaves(tree).get("model.norm")
+def _is_option(override: str) -> bool:
+    """Does it set an option of the norm? Why: those of another norm go with that, and these come after it."""
+    return override.strip().startswith("model.norm_options")
 
 
-def _forget_options(tree: Any, norm: Any, written: Mapping[str, Any]) -> None:
-    """Take the options of `norm` out, where another has its place and none are `written` for that."""
-    if norm is not None and norm != _norm_of(tree) and "model.norm_options" not in written:
-        tree["model"].pop("norm_options", None)
+def _without_options(tree: dict, now: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict:
+    """The tree without the options of its norm, where the norm is another `now` (leaves) than `before` (the tree's)."""
+    was = (leaves(tree) if before is None else before).get("model.norm", "free")
+    if now.get("model.norm", was) == was or not isinstance(tree.get("model"), dict):
+        return tree
+    return {**tree, "model": {key: value for key, value in tree["model"].items() if key != "norm_options"}}
 
 
 def _validated(tree: Any, where: str, models: list[str] | Mapping[str, Any] | None) -> Recipe:
