@@ -67,7 +67,7 @@ class Stage:
     def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None):
         self.recipe, self.index, self.data, self.dist, self.teacher = recipe, index, data, dist, teacher
         if recipe.free.gather and dist.world > 1:
-            raise TrainingError(f"free.gather: got true for {dist.world} processes, expected false: it is for one.")
+            raise BnnfreeError(f"free.gather: got true for {dist.world} processes, expected false: it is for one.")
         self.epoch, self.step = 0, 0
         self.epochs = recipe.stages[index].epochs
         self.first_epoch = sum(stage.epochs for stage in recipe.stages[:index])
@@ -249,7 +249,7 @@ class Stage:
         if self.average is not None:
             self._move_average()
         self.part_done("optimizer")
-        return factor * recipe.optimizer.lr if recipe.stages[self.index].lr is None else self.groups[0]["lr"]
+        return factor * (recipe.stages[self.index].lr or recipe.optimizer.lr)
 
     def _gradients_apart(self) -> AbstractContextManager:
         """Processes sum their gradients in the last backward pass of a step only; the others are within this."""

@@ -136,7 +136,7 @@ class _Line(threading.Thread):
                     return
                 assert self.process is not None
                 code = self.process.wait()
-                said = f"signal {-code}; too little memory?" if code < 0 else f"exit code {code}"
+                said = f"signal {-code}. Too little memory?" if code < 0 else f"exit code {code}."
                 fail(job.folder, f"its process ended by {said} See {self.log.name}.")
                 self.process = None
             self.over.put(job)

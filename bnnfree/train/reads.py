@@ -190,7 +190,9 @@ READ: dict[str, Reader] = {
     "model.shortcut": SHORTCUTS,
     "model.standardize": ALWAYS,
     "model.centre": ALWAYS,
-    "model.centre_gradient": CENTRED,
+    "model.centre_gradient": Reader(
+        CENTRED.name, lambda recipe, layers: not recipe.model.centre_gradient or CENTRED.reads(recipe, layers)
+    ),
     "model.centre_head": ALWAYS,
     "model.scale": SCALED,
     "model.alpha": ALWAYS,

@@ -25,19 +25,20 @@ from bnnfree.train.checkpoint import (
     Builders,
     build_model,
     load_checkpoint,
-    load_model,
     load_weights,
     origin,
     save_checkpoint,
 )
 from bnnfree.train.data import Data, load_data
 from bnnfree.train.dist import Dist
+from bnnfree.train.doubts import doubts
 from bnnfree.train.evaluation import evaluate
 from bnnfree.train.loop import Stage
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import parse_recipe, save_recipe
 from bnnfree.train.report import Report, machine, write_json
 from bnnfree.train.settings import settings
+from bnnfree.train.teacher import load_teacher
 
 ARTEFACTS = ("recipe.yaml", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "result.json")
 
@@ -61,7 +62,7 @@ class Run:
             "std": list(data.std),
         }
         self.origin = origin()
-        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.best: dict[str, Any] = {"top1": None, "epoch": 0}  # top1: of validation; None without
         self.seconds = 0.0
         self.stage = self._start_stage(0, None)
 
@@ -151,6 +152,7 @@ class Run:
             with self._bar(quiet) as self.bar:
                 if resumed is None:
                     self.stage.calibrate()
+                self._warn()
                 self._describe()
                 while True:
                     self._train_stage()
@@ -171,6 +173,12 @@ class Run:
         hidden = quiet or not self.dist.main
         pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
         return tqdm(total=steps, initial=done, unit="step", disable=hidden, smoothing=0.02, mininterval=pause)
+
+    def _warn(self) -> None:
+        """Say what the recipe will not do on these data; in a log too, where all else is quiet."""
+        validation = 0 if self.data.val is None else len(self.data.val)
+        for doubt in doubts(self.recipe, self.stage.steps, validation) if self.dist.main else ():
+            tqdm.write(f"warning: {doubt}.", file=sys.stderr)
 
     def _describe(self) -> None:
         stage = self.recipe.stages[self.stage.index]
@@ -207,9 +215,10 @@ class Run:
                 shown = {key: metrics[key] for key in ("stage", "epoch")}
                 shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
                 self.bar.set_postfix(shown, refresh=False)
+                top1, best = metrics.get("val_top1"), self.best["top1"]
                 # without validation images the last epoch is the best
-                if last_stage and metrics.get("val_top1", float(stage.epoch)) > self.best["top1"]:
-                    self.best = {"top1": metrics.get("val_top1", float(stage.epoch)), "epoch": metrics["epoch"]}
+                if last_stage and (top1 is None or best is None or top1 > best):
+                    self.best = {"top1": top1, "epoch": metrics["epoch"]}
                     self._save("best.pt", optimizers=[], signs={}, probe=None)
             self._save("last.pt")
 
@@ -249,7 +258,7 @@ class Run:
             "test_top1": test["top1"],
             "test_top5": test["top5"],
             "test_loss": test["loss"],
-            "val_top1": self.best["top1"] if self.data.val is not None else None,
+            "val_top1": self.best["top1"],
             "best_epoch": self.best["epoch"],
             "epochs": sum(stage.epochs for stage in self.recipe.stages),
             "train_images": len(self.data.train),
@@ -343,22 +352,3 @@ def _open(folder: Path, resume: bool) -> dict[str, Any] | None:
             temporary.write_text(job, encoding="utf-8")
     last = folder / "last.pt"
     return load_checkpoint(last) if last.exists() else None
-
-
-def load_teacher(name: str, builders: Builders, data: Data) -> nn.Module:
-    """A frozen network in eval mode: a checkpoint or run folder of ours, or torchvision:NAME with its weights."""
-    if name.startswith("torchvision:"):
-        from torchvision import models as zoo
-
-        short = name.removeprefix("torchvision:")
-        if short not in zoo.list_models():
-            raise BnnfreeError(f"loss.teacher: torchvision has no model {short!r}.")
-        try:
-            teacher = zoo.get_model(short, weights="DEFAULT")
-        except OSError as error:
-            raise BnnfreeError(f"loss.teacher: the weights of {short} could not be fetched ({error}).") from None
-    else:
-        teacher, state = load_model(name, builders)
-        if state["data"]["classes"] != list(data.classes):
-            raise BnnfreeError(f"loss.teacher: {name} was trained on other classes than this recipe's data.")
-    return teacher.eval().requires_grad_(False)
