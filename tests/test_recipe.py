@@ -16,6 +16,7 @@ from bnnfree.errors import BnnfreeError
 from bnnfree.nn import NORMS
 from bnnfree.train.recipe import Recipe, section_of
 from bnnfree.train.recipes import RecipeError, load_recipe, parse_recipe, save_recipe
+from bnnfree.train.tree import parse_yaml
 from models import MODELS
 
 SEED = 5
@@ -200,6 +201,53 @@ def test_an_unknown_name_lists_the_known_and_the_nearest(override, allowed, hint
 def test_models_may_be_an_iterator():
     with pytest.raises(RecipeError, match=r"expected one of a, b\."):
         parse_recipe(SMALL, "x", iter(["a", "b"]))
+
+
+def test_a_space_that_is_missing_is_named():
+    text = message("stages=[{epochs:2}]", lines=2)
+    assert "stages.0.'epochs:2': unknown key. Write a space after the colon: epochs: 2." in text
+
+
+# bounds
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.image_size=999999999", "model.width=1e300", "data.samples=99999999999", "stages.0.epochs=9e19"]
+    + ["stages.0.epochs=99999999999999999999", "data.batch_size=9223372036854775808", "data.classes=2147483648"]
+    + ["data.channels=99999999", "data.workers=99999", "accumulate=0xffffffffffffffffff", "settle=1e30"]
+    + ["schedule.warmup_steps=99999999999999999999", "free.calibration=99999999999", "probe.images=99999999999"]
+    + ["data.cache_gb=1e308", "data.train_limit=99999999999999", "seed=1:30", "optimizer.lr=1:30.5", "model.width=.inf"]
+    + ["model.width=900", "accumulate=0"],
+)
+def test_what_is_beyond_all_bounds_is_one_line(override):
+    assert message(override).startswith(f"recipes/x.yaml: {override.partition('=')[0]}: got ")
+
+
+def test_fake_images_that_no_memory_holds_are_one_line():
+    fake = ["data={name: fake, samples: 99999999}"]
+    assert message(*fake).startswith("recipes/x.yaml: data.samples: got 99999999, which with data.image_size")
+
+
+def test_long_numbers_to_base_60_take_no_time(tmp_path):
+    path = written(tmp_path, PLAIN + "seed: 1" + ":1" * 200_000 + "\n")
+    assert "seed: got '1:1" in complaint(path) and len(complaint(path)) < 400
+    assert parse_yaml("[1:30, 12:30:45, 1_000, 0x1f, 010, -3, .5, 1e3, 1.5e+3]") == [
+        "1:30", "12:30:45", 1000, 31, 8, -3, 0.5, 1000.0, 1500.0
+    ]  # fmt: skip
+
+
+def bomb(levels, form):
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {form.replace('*', f'*a{i - 1}')}" for i in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("form", ["{l: *, r: *}", "[*, *]", "{<<: [*, *]}"])
+def test_aliases_that_grow_without_end_are_one_line(tmp_path, form):
+    written(tmp_path, PLAIN + bomb(40, form), "base.yaml")
+    for text in ("extends: base.yaml\n" + bomb(40, form), PLAIN + bomb(40, form)):
+        assert "stands for more than 100,000 values" in complaint(written(tmp_path, text))
 
 
 # types and ranges

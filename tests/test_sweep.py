@@ -190,10 +190,21 @@ def test_formulas():
     assert type(compute("= a / 2", names, "x")) is int
     hostile = ["=", "= a +", "= d", "= t", "= yes", "= 1 / 0", "= 1e308 * 10", "= sqrt(-1)", "= sqrt()", "= a ** 9",
                "= __import__('os')", "= (lambda: 1)()", "= a if a else 1", "= 'x' * 9", "= max(a=1)", "= [1][0]",
-               "= " + "(" * 999 + "1", "= " + "9" * 400 + " * 1.0", "= a\0"]  # fmt: skip
+               "= " + "(" * 999 + "1", "= " + "9" * 400 + " * 1.0", "= a\0", "= round(1, -999999999999)",
+               "= round(a, 16)", "= round(a, 1.5)", "= " + "-" * 99999 + "1", "= " + "1 * " * 999 + "1",
+               "= " + " * ".join(["9" * 200] * 4)]  # fmt: skip
     for text in hostile:
         with pytest.raises(ExpressionError, match="^x: "):
             compute(text, names, "x")
+
+
+def test_formulas_that_name_each_other_are_computed_once_and_bounded(sweep_file):
+    chain = {f"k{i}": f"= k{i + 1} + k{i + 1}" for i in range(60)} | {"k60": 1}
+    with pytest.raises(RecipeError, match="k0: unknown key"):  # computed first: 2^60 sums would not end
+        read_sweep(sweep_file(set=chain), (), MODELS)
+    squares = {f"k{i}": f"= k{i + 1} * k{i + 1}" for i in range(60)} | {"k60": 9}
+    with pytest.raises(ExpressionError, match="it is not finite"):
+        read_sweep(sweep_file(set=squares), (), MODELS)
 
 
 # -- running one

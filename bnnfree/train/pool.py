@@ -72,7 +72,7 @@ def train_one(recipe: dict[str, Any], builders: Builders, folder: Path) -> None:
     torch.compiler.reset()  # Why: what was compiled for runs before counts towards a limit
     try:
         wanted = parse_recipe(recipe, f"run {folder.name}", builders)
-        fit(wanted, builders, folder, resume=True, quiet=True, curves=False)
+        fit(wanted, builders, folder, resume=(folder / "recipe.yaml").exists(), quiet=True, curves=False)
     except BnnfreeError as error:
         fail(folder, str(error), diverged=isinstance(error, TrainingError))
     except Exception as error:  # a sweep goes on whatever happens to one of its runs

@@ -146,6 +146,8 @@ class Run:
     def train(self, resumed: dict[str, Any] | None, quiet: bool = False, curves: bool = True) -> dict[str, Any]:
         """Run every stage that is left, choose the best epoch, test it. Returns what result.json holds."""
         history = self.load(resumed) if resumed is not None else []
+        if self.dist.main:  # Why after: a recipe that is refused must not take the place of the run's own
+            save_recipe(self.recipe, self.folder / "recipe.yaml")
         self.started = time.monotonic()
         self.report = Report(self.folder, history, curves) if self.dist.main else _Silent(history)
         try:
@@ -318,9 +320,9 @@ def fit(
     folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), where `curves` curves.png (and probe.png
     of a recipe that probes), last.pt (to resume from), best.pt (by validation accuracy in the last stage) and
     result.json (accuracy on the test split, looked at once, at the end). A folder with a run in it is refused unless
-    `resume`, which goes on from its last.pt and, deterministic, ends with the same bits as a run that was never
-    stopped. So does, by itself, what torchrun restarts. Under torchrun only process 0 needs the folder; each process
-    needs the data.
+    `resume`, and one without a run if `resume`. That goes on from last.pt and, deterministic, ends with the same bits
+    as a run that was never stopped. So does, by itself, what torchrun restarts. Under torchrun only process 0 needs the
+    folder; each process needs the data.
     """
     folder = Path(folder)
     try:
@@ -329,20 +331,27 @@ def fit(
             state = dist.tell(lambda: _open(folder, resume))
             data = dist.together(lambda: load_data(recipe.data, where=where))
             run = Run(recipe, builders, folder, data, dist)
-            if dist.main:
-                save_recipe(recipe, folder / "recipe.yaml")
             return run.train(state, quiet, curves)
     finally:
         processes.stop()
 
 
 def _open(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """Take `folder` for this run: what its last.pt holds, None for a run at its start. Errors: it holds another's."""
+    """Take `folder` for this run: what its last.pt holds, None for a run at its start.
+
+    Errors: it holds a run and is not to be resumed, or is to be and holds none.
+    """
     job, mark = processes.job(), folder / JOB
     restarted = job is not None and mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == job
-    if not (resume or restarted) and any((folder / name).exists() for name in ARTEFACTS):
+    begun = any((folder / name).exists() for name in ARTEFACTS)
+    if begun and not (resume or restarted):
         raise BnnfreeError(
             f"run folder {folder}: holds a run already. Go on with --resume, or choose another with --out."
+        )
+    if resume and not (begun or restarted):
+        raise BnnfreeError(
+            f"run folder {folder}: holds no run to go on with. Leave --resume out to begin one, or name the "
+            "run's folder with --out."
         )
     for name in (*ARTEFACTS, "probe.png"):
         for torn in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote

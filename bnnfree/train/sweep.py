@@ -284,7 +284,7 @@ class _Names(Mapping[str, Any]):
         self.changes = {key: value for key, value in changes.items()}
         self.constants = set(constants)
         self.busy: list[str] = []
-        self.values: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         changed = name in self.changes and name not in self.constants
@@ -298,12 +298,12 @@ class _Names(Mapping[str, Any]):
 
     def computed(self, key: str) -> Any:
         """The changed value of `key`, its formulas computed. Errors: SweepError of one that needs itself."""
-        if key in self.values:
-            return self.values[key]
+        if key in self.results:
+            return self.results[key]
         if key in self.busy:
             raise SweepError(f"{self.where}: {' needs '.join([*self.busy, key])}: expected formulas without a circle.")
         self.busy.append(key)
-        value = self.values[key] = self._value(self.changes[key], f"{self.where}: {key}")
+        value = self.results[key] = self._value(self.changes[key], f"{self.where}: {key}")
         self.busy.pop()
         return value
 
