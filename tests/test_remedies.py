@@ -123,14 +123,14 @@ def test_a_value_out_of_range_is_refused(override, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("free.freeze=0.5", "free.track=false"), "free.track is false"),
-        (("free.freeze=0.5", "model.norm=bn"), "no layer is centred"),
-        (("free.freeze=0.5", "model.centre=false"), "no layer is centred"),
-        (("free.gather=true", "model.norm=bn"), "takes centred layers"),
+        (("free.freeze=0.5", "free.track=false"), "free.freeze: got 0.5, which nothing reads here: .*free.track=true"),
+        (("free.freeze=0.5", "model.norm=bn"), "it is for layers centred by"),
+        (("free.freeze=0.5", "model.centre=false", "model.centre_head=false"), "it is for layers centred by"),
+        (("free.gather=true", "model.norm=bn"), "it is for layers with centred gradients"),
         (("free.gather=true", "free.reference=0"), "free.reference above 0"),
-        (("free.gather=true", "optimizer.precondition=bnp"), "no optimizer.precondition"),
-        (("free.gather=true", "model.norm=brn", "model.centre=true"), "without batch statistics, not 'brn'"),
-        (("optimizer.gain_decay=0.1", "model.norm=gn"), "have no gain"),
+        (("free.gather=true", "optimizer.precondition=bnp"), "without optimizer.precondition"),
+        (("free.gather=true", "model.norm=brn", "model.centre=true"), "without batch statistics"),
+        (("optimizer.gain_decay=0.1", "model.norm=gn"), "it is for layers with a gain"),
         (("model.ste_parameter=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_last=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_parameter=0.5", "model.ste=identity"), "has no parameter"),
@@ -146,8 +146,9 @@ def test_what_would_do_nothing_is_a_contradiction(overrides, said):
 
 def test_gathering_is_for_one_process():
     recipe = tiny("free.gather=true")
-    with pytest.raises(TrainingError, match="2 processes"):
+    with pytest.raises(BnnfreeError, match="2 processes") as caught:
         Stage(recipe, 0, nn.Identity(), load_data(recipe.data), Dist(0, 2, torch.device("cpu")))
+    assert not isinstance(caught.value, TrainingError), "a sweep would call it a divergence"
 
 
 # -- freezing of input means
@@ -304,9 +305,11 @@ def test_a_stage_without_signs_hands_on_thresholds_that_halve():
         assert (((rows >= 0).double().mean(1) - 0.5).abs() <= 1 / rows.shape[1]).all(), path
 
 
-def test_a_network_without_thresholds_cannot_start_balanced(tmp_path):
+def test_a_network_without_thresholds_cannot_start_balanced():
+    with pytest.raises(RecipeError, match="model.start: got 'balanced', .* networks with thresholds or RPReLU"):
+        tiny("model.start=balanced", "model.name=birealnet20")
     with pytest.raises(BnnfreeError, match="balanced start: got a Trunk without RSign and RPReLU"):
-        train(tmp_path / "r", "model.start=balanced", "model.name=birealnet20")
+        calibrate(make_model("birealnet20", "free"), noise(2, 3, 9, 9).float(), balance=True)
 
 
 # -- the estimator's width

@@ -146,7 +146,7 @@ GAINS = _with(
     "layers with a gain (model.norm=free or free_paper)", lambda m: isinstance(m, WeightLayer) and m.gain is not None
 )
 COMMON = Reader(
-    "layers with centred gradients (model.norm=free) and no optimizer.precondition",
+    "layers with centred gradients (model.norm=free), without batch statistics and without optimizer.precondition",
     lambda recipe, layers: (
         any(isinstance(m, WeightLayer) and m.gradient_centre is not None for m in layers)
         and recipe.optimizer.precondition is None
