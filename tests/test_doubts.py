@@ -78,3 +78,8 @@ def test_a_training_and_a_dry_run_say_it(tmp_path, capsys):
     line = "warning: schedule.warmup_steps: got 1000, but stage 0 (train) has 5 steps: "
     assert line in capsys.readouterr().err
     assert line in dry_run(tiny(*keys), MODELS)
+
+
+def test_a_dry_run_of_more_passes_than_an_epoch_has_takes_those_of_an_epoch():
+    text = dry_run(tiny("stages=[{epochs: 3}]", "model.width=0.25", "accumulate=1000000"), MODELS)
+    assert "3 epochs, 3 steps" in text and "warning: data.batch_size and accumulate: got 16 and 1000000" in text

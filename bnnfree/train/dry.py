@@ -5,6 +5,7 @@ Imports torch and its own room.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -40,7 +41,9 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     dist = processes.start(recipe.device)
     shape = describe(recipe.data, where)
     batch = min(recipe.data.batch_size, shape["samples"])
-    wanted = max(STEPS * recipe.accumulate * batch, len(shape["classes"]))
+    train_images = shape["samples"] * (1 - recipe.data.val_fraction)
+    asked, passes = recipe, min(recipe.accumulate, math.ceil(train_images / batch))  # an epoch's are a step's at most
+    wanted = max(STEPS * passes * batch, len(shape["classes"]))
     fake = recipe.data.model_copy(
         update={
             "name": "fake",
@@ -55,8 +58,8 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
         }
     )
     data = load_data(fake)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"batch_size": batch})})
-    train_images = shape["samples"] * (1 - recipe.data.val_fraction)
+    data_recipe = recipe.data.model_copy(update={"batch_size": batch})
+    recipe = recipe.model_copy(update={"data": data_recipe, "accumulate": passes})
     lines, hours = [], 0.0
     epoch = max(1, round(train_images / (batch * recipe.accumulate)))
     for index, stage_recipe in enumerate(recipe.stages):
@@ -73,7 +76,7 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
         f"images {h}x{w}x{shape['channels']}, {len(shape['classes'])} classes, {train_images:,.0f} to train on"
     )
     lines.append(f"estimate: {hours:.2f} h on {dist.device} with {torch.get_num_threads()} threads, {_memory(dist)}")
-    lines += [f"warning: {doubt}." for doubt in doubts(recipe, epoch, round(shape["samples"] - train_images))]
+    lines += [f"warning: {doubt}." for doubt in doubts(asked, epoch, round(shape["samples"] - train_images))]
     return "\n".join(lines)
 
 

@@ -181,7 +181,7 @@ def make_norm(name: str, channels: int, activation: nn.Module | None = None, /, 
 def check_norm(name: str, options: Mapping[str, Any]) -> None:
     """Does the normaliser `name` take these options, for some number of channels? Errors: as `make_norm`."""
     groups = options.get("groups")
-    channels = groups if type(groups) is int and groups > 0 else 16  # a number that the groups divide
+    channels = groups if type(groups) is int and 0 < groups < 2**31 else 16  # a number that the groups divide
     with torch.device("meta"):
         make_norm(name, channels, None, **options)
 
