@@ -115,10 +115,10 @@ def test_what_folds_is_batch_normalisation_to_the_keys(norm):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("gn", dict(grups=4), "norm_options of 'gn': got 'grups', expected one of groups, eps. Did you mean 'groups'?"),
-        ("gn", dict(groups=5), "norm_options of 'gn': groups: got 5 for 12 channels"),
-        ("gn", dict(groups=0), "norm_options of 'gn': groups: got 0 for 12 channels"),
-        ("gn", dict(groups=2.0), r"norm_options of 'gn': groups: got 2.0 \(float\), expected int or null"),
+        ("gn", dict(grups=4), "norm_options: got 'grups', expected one of groups, eps. Did you mean 'groups'?"),
+        ("gn", dict(groups=5), "norm_options.groups: got 5 for 12 channels"),
+        ("gn", dict(groups=0), "norm_options.groups: got 0 for 12 channels"),
+        ("gn", dict(groups=2.0), r"norm_options.groups: got 2.0 \(float\), expected int or null"),
         ("gn_pn", dict(activation=None), "got 'activation', expected one of groups, eps, proxy_eps"),
         ("ln", dict(groups=1), "got 'groups', expected one of eps"),
         ("in", dict(eps=0), "eps: got 0, expected a number from 1e-12 on"),
@@ -129,7 +129,7 @@ def test_what_folds_is_batch_normalisation_to_the_keys(norm):
         ("kn", dict(prior=float("nan")), "prior: got nan"),
         ("brn", dict(rmax=0.5), "rmax: got 0.5, expected a number from 1 on"),
         ("bn", dict(momentum=2), "momentum: got 2"),
-        ("free", dict(eps=1e-5), "got option 'eps', expected none: this norm has no options"),
+        ("free", dict(eps=1e-5), "got 'eps', expected none: this norm has no options"),
     ],
 )
 def test_an_option_that_is_unknown_or_out_of_range_is_named(name, options, message):

@@ -85,6 +85,9 @@ def test_it_exports_to_the_same_logits(old, tmp_path):
 def test_it_goes_on_as_what_it_was(old):
     commit, folder = old
     overrides = ["stages.0.epochs=2"]
+    with pytest.raises(CheckpointError, match=r"free\.group \(0 -> 32\)"):
+        resume(folder, *overrides)  # a pass was centred as a whole
+    overrides += ["free.group=0"]
     if not DESIGNS[commit][0] or not DESIGNS[commit][1]:  # before free.recalibrate, and for the first free.reference
         with pytest.raises(CheckpointError, match=r"free\.recalibrate \(0 -> 9000\)"):
             resume(folder, *overrides)

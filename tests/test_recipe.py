@@ -15,7 +15,9 @@ import yaml
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import NORMS
 from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError, load_recipe, parse_recipe, save_recipe, section_of
+from bnnfree.train.recipes import RecipeError, load_recipe, parse_recipe, save_recipe
+from bnnfree.train.sections import section_of
+from bnnfree.train.tree import parse_yaml
 from models import MODELS
 
 SEED = 5
@@ -109,21 +111,30 @@ def test_norm_options_reach_the_recipe_from_the_command_line_one_by_one():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("model.norm=gn", "model.norm_options.grups=4"), "'gn': got 'grups', expected one of groups, eps. Did you"),
-        (("model.norm=bn", "model.norm_options.groups=4"), "'bn': got 'groups', expected one of eps, momentum, ghost."),
-        (("model.norm_options.eps=1",), "'free': got option 'eps', expected none: this norm has no options."),
-        (("model.norm=gn", "model.norm_options.groups=-1"), "groups: got -1 for 16 channels"),
-        (("model.norm=gn", "model.norm_options.groups=true"), "groups: got True (bool), expected int or null."),
-        (("model.norm=kn", "model.norm_options.prior=2"), "prior: got 2, expected a number from 0 to 1."),
+        (("model.norm=gn", "model.norm_options.grups=4"), ": got 'grups', expected one of groups, eps. Did you mean"),
+        (("model.norm=bn", "model.norm_options.groups=4"), ": got 'groups', expected one of eps, momentum, ghost."),
+        (("model.norm_options.eps=1",), ": got 'eps', expected none: this norm has no options."),
+        (("model.norm=gn", "model.norm_options.groups=-1"), ".groups: got -1 for 16 channels"),
+        (("model.norm=gn", "model.norm_options.groups=99999999999999999999999"), ".groups: got 9999999999"),
+        (("model.norm=gn", "model.norm_options.groups=3"), ".groups: got 3 for 64 channels"),
+        (("model.norm=gn", "model.norm_options.groups=7", "model.width=0.125"), ".groups: got 7 for 8 channels"),
+        (("model.norm=gn", "model.norm_options.groups=64", "model.name=reactnet_a"), ".groups: got 64 for 32 channels"),
+        (("model.norm=gn", "model.norm_options.groups=true"), ".groups: got True (bool), expected int or null."),
+        (("model.norm=kn", "model.norm_options.prior=2"), ".prior: got 2, expected a number from 0 to 1."),
         (
             ("model.norm=ln_pn", "model.norm_options.activation=null"),
-            "got 'activation', expected one of eps, proxy_eps",
+            ": got 'activation', expected one of eps, proxy_eps",
         ),
     ],
 )
 def test_a_wrong_norm_option_is_one_line_that_says_what_is_right(overrides, expected):
-    text = message(*overrides)
-    assert "recipes/x.yaml: model.norm_options of" in text and expected in text
+    assert f"recipes/x.yaml: model.norm_options{expected}" in message(*overrides)
+
+
+def test_a_wrong_centre_is_one_line_that_says_what_is_right():
+    assert message("model.norm=kn", "model.centre=true").startswith(
+        "recipes/x.yaml: model.centre: got true with norm 'kn'"
+    )
 
 
 @pytest.mark.parametrize("value", ["3", "[1]", "{groups: four}", "{1: 2}"])
@@ -192,6 +203,53 @@ def test_an_unknown_name_lists_the_known_and_the_nearest(override, allowed, hint
 def test_models_may_be_an_iterator():
     with pytest.raises(RecipeError, match=r"expected one of a, b\."):
         parse_recipe(SMALL, "x", iter(["a", "b"]))
+
+
+def test_a_space_that_is_missing_is_named():
+    text = message("stages=[{epochs:2}]", lines=2)
+    assert "stages.0.'epochs:2': unknown key. Write a space after the colon: epochs: 2." in text
+
+
+# bounds
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.image_size=999999999", "model.width=1e300", "data.samples=99999999999", "stages.0.epochs=9e19"]
+    + ["stages.0.epochs=99999999999999999999", "data.batch_size=9223372036854775808", "data.classes=2147483648"]
+    + ["data.channels=99999999", "data.workers=99999", "accumulate=0xffffffffffffffffff", "settle=1e30"]
+    + ["schedule.warmup_steps=99999999999999999999", "free.calibration=99999999999", "probe.images=99999999999"]
+    + ["data.cache_gb=1e308", "data.train_limit=99999999999999", "seed=1:30", "optimizer.lr=1:30.5", "model.width=.inf"]
+    + ["model.width=900", "accumulate=0"],
+)
+def test_what_is_beyond_all_bounds_is_one_line(override):
+    assert message(override).startswith(f"recipes/x.yaml: {override.partition('=')[0]}: got ")
+
+
+def test_fake_images_that_no_memory_holds_are_one_line():
+    fake = ["data={name: fake, samples: 99999999}"]
+    assert message(*fake).startswith("recipes/x.yaml: data.samples: got 99999999, which with data.image_size")
+
+
+def test_long_numbers_to_base_60_take_no_time(tmp_path):
+    path = written(tmp_path, PLAIN + "seed: 1" + ":1" * 200_000 + "\n")
+    assert "seed: got '1:1" in complaint(path) and len(complaint(path)) < 400
+    assert parse_yaml("[1:30, 12:30:45, 1_000, 0x1f, 010, -3, .5, 1e3, 1.5e+3]") == [
+        "1:30", "12:30:45", 1000, 31, 8, -3, 0.5, 1000.0, 1500.0
+    ]  # fmt: skip
+
+
+def bomb(levels, form):
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {form.replace('*', f'*a{i - 1}')}" for i in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("form", ["{l: *, r: *}", "[*, *]", "{<<: [*, *]}"])
+def test_aliases_that_grow_without_end_are_one_line(tmp_path, form):
+    written(tmp_path, PLAIN + bomb(40, form), "base.yaml")
+    for text in ("extends: base.yaml\n" + bomb(40, form), PLAIN + bomb(40, form)):
+        assert "stands for more than 100,000 values" in complaint(written(tmp_path, text))
 
 
 # types and ranges
@@ -294,11 +352,14 @@ def test_a_recipe_that_is_no_mapping_is_an_error(tree):
     ("overrides", "words"),
     [
         (["loss.name=distribution"], "loss.name is 'distribution' but loss.teacher is not given"),
-        (["loss.teacher=runs/t"], "loss.teacher is given but loss.name is 'cross_entropy'"),
-        (["loss={name: distribution, teacher: t, label_smoothing: 0.1}"], "loss.label_smoothing belongs to"),
+        (
+            ["loss.teacher=runs/t"],
+            "loss.teacher: got 'runs/t', which nothing reads here: it is for loss.name=distribution",
+        ),
+        (["loss={name: distribution, teacher: t, label_smoothing: 0.1}"], "for loss.name=cross_entropy."),
         (["loss={name: distribution, teacher: 'torchvision:resnet34'}"], "data.name is 'cifar10'"),
         (["schedule.name=step"], "schedule.milestones is empty"),
-        (["schedule.milestones=[0.5]"], "schedule.name is 'linear'"),
+        (["schedule.milestones=[0.5]"], "schedule.milestones: got [0.5], which nothing reads here"),
         (["schedule={name: step, milestones: [1.5]}"], "each between 0 and 1"),
         (["agc.clip=0"], "agc.clip: got 0.0, expected a number above 0"),
         (["optimizer={name: sgd, nesterov: true, momentum: 0}"], "optimizer.momentum is 0"),
@@ -316,9 +377,8 @@ def test_a_contradiction_is_told_in_the_words_of_the_recipe(overrides, words):
 def test_what_only_looks_like_a_contradiction_is_accepted():
     parse("optimizer.name=bop", "model.standardize=false")
     parse("optimizer.name=bop", "model.norm=none")
-    parse("optimizer={nesterov: true, momentum: 0}")  # of sgd, which is not used
     parse("data.name=imagenet", "loss={name: distribution, teacher: 'torchvision:resnet34'}")
-    parse("data.name=image_folder", "data.download=true")
+    parse("data.name=image_folder", tree={**SMALL, "data": {"name": "cifar10", "download": True}})
 
 
 # overrides
@@ -488,7 +548,9 @@ def test_null_and_a_null_base_are_possible(tmp_path):
         ("extends: [base.yaml]\n", "extends: got ['base.yaml'], expected the name of a recipe beside it."),
         ("extends: ''\n", "extends: got '', expected the name"),
         ("extends: 3\n", "extends: got 3, expected the name"),
-        ("extends: .\n", "extends: .: cannot be read as text"),
+        ("extends: .\n", "extends: got '.', expected the name"),
+        ("extends: ../x/base.yaml\n", "expected the name of a recipe beside it."),
+        ("extends: /etc/passwd\n", "expected the name of a recipe beside it."),
         ('extends: "a\\0b"\n', "cannot be read as text"),
         ("extends: empty.yaml\n", "extends: empty.yaml: is empty"),
     ],

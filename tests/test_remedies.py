@@ -124,10 +124,10 @@ def test_a_value_out_of_range_is_refused(override, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("free.freeze=0.5", "free.track=false"), "free.track is false"),
-        (("free.freeze=0.5", "model.norm=bn"), "no layer is centred"),
-        (("free.freeze=0.5", "model.centre=false"), "no layer is centred"),
-        (("optimizer.gain_decay=0.1", "model.norm=gn"), "have no gain"),
+        (("free.freeze=0.5", "free.track=false"), "free.freeze: got 0.5, which nothing reads here: .*free.track=true"),
+        (("free.freeze=0.5", "model.norm=bn"), "it is for layers centred by"),
+        (("free.freeze=0.5", "model.centre=false", "model.centre_head=false"), "it is for layers centred by"),
+        (("optimizer.gain_decay=0.1", "model.norm=gn"), "it is for layers with a gain"),
         (("model.ste_parameter=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_last=0.5", "model.ste=ede"), "rule of its own"),
         (("model.ste_parameter=0.5", "model.ste=identity"), "has no parameter"),
@@ -304,9 +304,11 @@ def test_a_stage_without_signs_hands_on_thresholds_that_halve():
         assert (((rows >= 0).double().mean(1) - 0.5).abs() <= 1 / rows.shape[1]).all(), path
 
 
-def test_a_network_without_thresholds_cannot_start_balanced(tmp_path):
+def test_a_network_without_thresholds_cannot_start_balanced():
+    with pytest.raises(RecipeError, match="model.start: got 'balanced', .* networks with thresholds or RPReLU"):
+        tiny("model.start=balanced", "model.name=birealnet20")
     with pytest.raises(BnnfreeError, match="balanced start: got a Trunk without RSign and RPReLU"):
-        train(tmp_path / "r", "model.start=balanced", "model.name=birealnet20")
+        calibrate(make_model("birealnet20", "free"), noise(2, 3, 9, 9).float(), balance=True)
 
 
 # -- the estimator's width

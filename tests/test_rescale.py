@@ -217,7 +217,9 @@ def params(stage):
 
 
 def test_without_such_constants_no_image_is_read(monkeypatch):
-    stage = double_stage(monkeypatch, tiny("model.norm=bn", "free.recalibrate=1"))
+    recipe = tiny("model.norm=bn")
+    recipe.free.recalibrate = 1
+    stage = double_stage(monkeypatch, recipe)
     monkeypatch.setattr(stage, "_first_images", lambda *_: pytest.fail("images were read"))
     stage.train_epoch(lambda: None)
 
@@ -334,7 +336,9 @@ def unread():
 
 def test_where_nothing_is_averaged_no_image_is_read(monkeypatch):
     for options in (("model.norm=gn",), ("model.centre=false", "model.centre_head=false")):
-        stage = double_stage(monkeypatch, tiny("settle=40", *options))
+        recipe = tiny(*options)
+        recipe.settle = 40
+        stage = double_stage(monkeypatch, recipe)
         monkeypatch.setattr(stage.data.train, "train_batches", lambda *_, **__: unread())
         before = {key: value.clone() for key, value in stage.model.state_dict().items()}
         with stage.settled():

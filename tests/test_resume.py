@@ -71,9 +71,28 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path, unbroken):
     assert (unbroken / "last.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["no folder", "a folder"])
+def test_resuming_where_no_run_is_is_an_error(tmp_path, there):
+    folder = tmp_path / "typo"
+    if there:
+        folder.mkdir()
+    with pytest.raises(BnnfreeError, match=r"typo: holds no run to go on with\. Leave --resume out"):
+        train(folder, resume=True)
+    assert not folder.exists() or not any(folder.iterdir())
+
+
+def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(tmp_path, unbroken):
+    folder = tmp_path / "early"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_bytes((unbroken / "recipe.yaml").read_bytes())
+    assert train(folder, *OPTIONS, "stages.0.epochs=1", "stages.1.epochs=1", resume=True)["epochs"] == 2
+
+
 def test_resuming_with_another_recipe_is_an_error_that_names_the_difference(unbroken):
+    before = (unbroken / "recipe.yaml").read_bytes()
     with pytest.raises(CheckpointError, match=r"differs: seed \(0 -> 5\)\."):
         train(unbroken, *OPTIONS, "seed=5", resume=True)
+    assert (unbroken / "recipe.yaml").read_bytes() == before
 
 
 def test_a_key_that_says_what_null_meant_is_no_other_recipe(tmp_path, unbroken):
@@ -90,7 +109,7 @@ def test_a_run_may_resume_with_its_data_in_another_place(tmp_path, unbroken):
 
     moved = tmp_path / "moved"
     shutil.copytree(unbroken, moved)
-    elsewhere = (f"data.cache={tmp_path}", "data.workers=1", "data.root=elsewhere", "checkpoint_minutes=9")
+    elsewhere = (f"data.cache={tmp_path}", "data.workers=1", "checkpoint_minutes=9")
     train(moved, *OPTIONS, *elsewhere, resume=True)
     assert_same(load_checkpoint(moved / "best.pt"), load_checkpoint(unbroken / "best.pt"))
     with pytest.raises(CheckpointError, match=r"stages\.0\.epochs \(2 -> 3\)"):

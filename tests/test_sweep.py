@@ -190,10 +190,21 @@ def test_formulas():
     assert type(compute("= a / 2", names, "x")) is int
     hostile = ["=", "= a +", "= d", "= t", "= yes", "= 1 / 0", "= 1e308 * 10", "= sqrt(-1)", "= sqrt()", "= a ** 9",
                "= __import__('os')", "= (lambda: 1)()", "= a if a else 1", "= 'x' * 9", "= max(a=1)", "= [1][0]",
-               "= " + "(" * 999 + "1", "= " + "9" * 400 + " * 1.0", "= a\0"]  # fmt: skip
+               "= " + "(" * 999 + "1", "= " + "9" * 400 + " * 1.0", "= a\0", "= round(1, -999999999999)",
+               "= round(a, 16)", "= round(a, 1.5)", "= " + "-" * 99999 + "1", "= " + "1 * " * 999 + "1",
+               "= " + " * ".join(["9" * 200] * 4)]  # fmt: skip
     for text in hostile:
         with pytest.raises(ExpressionError, match="^x: "):
             compute(text, names, "x")
+
+
+def test_formulas_that_name_each_other_are_computed_once_and_bounded(sweep_file):
+    chain = {f"k{i}": f"= k{i + 1} + k{i + 1}" for i in range(60)} | {"k60": 1}
+    with pytest.raises(RecipeError, match="k0: unknown key"):  # computed first: 2^60 sums would not end
+        read_sweep(sweep_file(set=chain), (), MODELS)
+    squares = {f"k{i}": f"= k{i + 1} * k{i + 1}" for i in range(60)} | {"k60": 9}
+    with pytest.raises(ExpressionError, match="it is not finite"):
+        read_sweep(sweep_file(set=squares), (), MODELS)
 
 
 # -- running one
@@ -265,9 +276,9 @@ def test_a_table_of_what_is_there_can_be_made_at_any_time(sweep_file, tool, tmp_
     code, text, errors = tool("sweep", path, "--table", "--out", out)
     assert code == 0 and re.search(r"bn +\| 4 +\| +12\.50 .* 1 of 2 \|", text), text + errors
     assert text.splitlines()[-1] == str(out)
-    run = read_sweep(path, ["free.window=99"], MODELS).runs[0]
-    code, _, errors = tool("sweep", path, "free.window=99", "--table", "--out", out)
-    assert code == 2 and "another recipe: free.window (256.0, now 99.0)" in errors
+    run = read_sweep(path, ["optimizer.eps=1e-7"], MODELS).runs[0]
+    code, _, errors = tool("sweep", path, "optimizer.eps=1e-7", "--table", "--out", out)
+    assert code == 2 and "another recipe: optimizer.eps (1e-08, now 1e-07)" in errors
 
 
 @pytest.mark.parametrize(
@@ -407,7 +418,7 @@ def test_a_loss_that_is_not_finite_is_a_divergence_whatever_the_accuracy_says(tm
 def test_a_run_of_another_recipe_is_refused_but_it_may_have_moved(tmp_path):
     recipe = load_recipe_of(RECIPE)
     write_run(tmp_path / "run", recipe)
-    assert read_run(tmp_path / "run", load_recipe_of(RECIPE, "data.root=elsewhere", "device=cpu")).state == "done"
+    assert read_run(tmp_path / "run", load_recipe_of(RECIPE, "data.cache=elsewhere", "device=cpu")).state == "done"
     with pytest.raises(OutcomeError, match=r"stages\.0\.epochs \(1, now 2\)"):
         read_run(tmp_path / "run", load_recipe_of(RECIPE, "stages.0.epochs=2"))
     (tmp_path / "run" / "result.json").write_text("[")
@@ -416,9 +427,9 @@ def test_a_run_of_another_recipe_is_refused_but_it_may_have_moved(tmp_path):
 
 
 def test_differing_keys_are_those_that_are_not_the_same_in_all():
-    changes = ["optimizer.lr=1", "device=cpu", "stages.0.lr=2"]
+    changes = ["optimizer.eps=1", "device=cpu", "stages.0.lr=2"]
     one, two = (load_recipe_of(RECIPE, *overrides).model_dump() for overrides in ([], changes))
-    assert differing([one, two]) == {"stages.0.lr": [None, 2], "optimizer.lr": [4e-3, 1]}
+    assert differing([one, two]) == {"stages.0.lr": [None, 2], "optimizer.eps": [1e-8, 1]}
     assert differing([one, one]) == {}
 
 

@@ -147,6 +147,20 @@ def test_train_then_evaluate_agree_and_print_last_what_they_wrote(tool, tmp_path
     assert code == 2 and "--resume" in errors
 
 
+def test_a_run_folder_or_its_recipe_goes_on_in_that_folder(tool, tmp_path, recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    assert tool("train", recipe, "free.window=99", "model.norm=free", "--out", out)[0] == 0
+    for given in (out, out / "recipe.yaml"):
+        code, printed, errors = tool("train", given, "--resume")
+        assert code == 0 and printed.splitlines()[-1] == str(out), errors
+    assert not (tmp_path / "runs").exists()
+    code, _, errors = tool("train", out)
+    assert code == 2 and "holds a run already" in errors
+    code, _, errors = tool("train", out, "--resume", "--out", tmp_path / "typo")
+    assert code == 2 and "typo: holds no run to go on with" in errors and len(errors.strip().splitlines()) == 1
+
+
 def test_a_checkpoint_of_another_shape_names_what_does_not_fit(tool, tmp_path, recipe):
     out = tmp_path / "run"
     assert tool("train", recipe, "--out", out)[0] == 0

@@ -42,6 +42,7 @@ def main() -> None:
     from bnnfree.nn import NORMS
     from bnnfree.train import load_recipe
     from bnnfree.train.report import write_json
+    from bnnfree.train.settings import settings
     from bnnfree.train.tables import markdown
     from models import MODELS
 
@@ -55,10 +56,13 @@ def main() -> None:
         if name not in known:
             raise unknown_name("--norms", name, known)
     torch.set_num_threads(args.threads)
-    load_recipe(args.recipe, args.overrides, MODELS)  # what is wrong with it is one error and not one of each row
+    recipe = load_recipe(
+        args.recipe, args.overrides, MODELS
+    )  # what is wrong with it is one error and not one of each row
     rows = {name: {"norm": name} for name in dict.fromkeys(args.norms or known)}
     price_inference(rows, args)
-    price_training(rows, args)
+    with settings(recipe.deterministic):  # as it would be trained
+        price_training(rows, args)
     about = {**machine(), "threads": args.threads, "recipe": args.recipe, "overrides": args.overrides}
     table = markdown(table_of(list(rows.values())))
     note = f"{about['cpu']}, {args.threads} threads; {args.recipe} {' '.join(args.overrides)}, batch 1; training: batch"

@@ -6,6 +6,7 @@ examples:
   python tools/train.py recipes/cifar10_reactnet20.yaml model.norm=bn --out runs/twin_bn
   python tools/train.py recipes/cifar10_reactnet20.yaml --dry-run
   python tools/train.py recipes/reactnet_nobn.yaml --resume
+  python tools/train.py runs/reactnet_nobn --resume
   python tools/train.py --keys
   torchrun --standalone --nproc_per_node 2 tools/train.py recipes/cifar10_reactnet18.yaml
   torchrun --standalone --nproc_per_node 8 --max-restarts 3 tools/train.py recipes/imagenet_reactnet18.yaml
@@ -24,7 +25,7 @@ import _cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", help="a YAML file, see recipes/README.md")
+    parser.add_argument("recipe", nargs="?", help="a YAML file, see recipes/README.md, or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<recipe>)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
@@ -58,8 +59,9 @@ def train(args: argparse.Namespace) -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    recipe = load_recipe(args.recipe, args.overrides, MODELS)
-    where = f"{args.recipe}: data"
+    path, out = paths_of(args)
+    recipe = load_recipe(path, args.overrides, MODELS)
+    where = f"{path}: data"
     if args.dry_run:
         from bnnfree.train.dry import dry_run
 
@@ -68,11 +70,22 @@ def train(args: argparse.Namespace) -> None:
         if processes.speaks():
             print(text)
         return
-    out = Path(args.out or Path("runs") / Path(args.recipe).stem)
     result = fit(recipe, MODELS, out, resume=args.resume, where=where)
     if processes.speaks():
         print(f"test top-1 {result['test_top1']:.2f} % after {result['epochs']} epochs, {result['seconds']:.0f} s")
         print(out)
+
+
+def paths_of(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Recipe and run folder. A run folder in the recipe's place stands for its own recipe and for itself, and so does
+    its recipe.yaml where a run is to go on."""
+    given = Path(args.recipe)
+    recipe, out = given, Path("runs") / given.stem
+    if given.is_dir():
+        recipe, out = given / "recipe.yaml", given
+    elif args.resume and given.name == "recipe.yaml" and (given.parent / "metrics.jsonl").exists():
+        out = given.parent
+    return recipe, Path(args.out or out)
 
 
 if __name__ == "__main__":

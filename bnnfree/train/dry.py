@@ -5,6 +5,7 @@ Imports torch and its own room.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -15,8 +16,10 @@ from bnnfree.optim import describe_groups
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import Builders, build_model
 from bnnfree.train.data import Data, describe, load_data
+from bnnfree.train.doubts import doubts
 from bnnfree.train.loop import Stage
 from bnnfree.train.recipe import Recipe
+from bnnfree.train.settings import settings
 
 STEPS = 2
 GIB = 2**30
@@ -30,10 +33,17 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
     validation and reading files. Nothing is written and the data need not be there (image_folder excepted,
     whose size and classes only its folders tell).
     """
+    with settings(recipe.deterministic):
+        return _dry_run(recipe, builders, where)
+
+
+def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     dist = processes.start(recipe.device)
     shape = describe(recipe.data, where)
     batch = min(recipe.data.batch_size, shape["samples"])
-    wanted = max(STEPS * recipe.accumulate * batch, len(shape["classes"]))
+    train_images = shape["samples"] * (1 - recipe.data.val_fraction)
+    asked, passes = recipe, min(recipe.accumulate, math.ceil(train_images / batch))  # an epoch's are a step's at most
+    wanted = max(STEPS * passes * batch, len(shape["classes"]))
     fake = recipe.data.model_copy(
         update={
             "name": "fake",
@@ -48,12 +58,13 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
         }
     )
     data = load_data(fake)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"batch_size": batch})})
-    train_images = shape["samples"] * (1 - recipe.data.val_fraction)
+    data_recipe = recipe.data.model_copy(update={"batch_size": batch})
+    recipe = recipe.model_copy(update={"data": data_recipe, "accumulate": passes})
     lines, hours = [], 0.0
+    epoch = max(1, round(train_images / (batch * recipe.accumulate)))
     for index, stage_recipe in enumerate(recipe.stages):
         seconds, text = _two_steps(recipe, index, builders, data, shape, dist)
-        steps = stage_recipe.epochs * max(1, round(train_images / (batch * recipe.accumulate)))
+        steps = stage_recipe.epochs * epoch
         hours += steps * seconds / 3600
         lines += [
             f"stage {index} ({stage_recipe.name}): {stage_recipe.epochs} epochs, {steps:,} steps, "
@@ -65,6 +76,7 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
         f"images {h}x{w}x{shape['channels']}, {len(shape['classes'])} classes, {train_images:,.0f} to train on"
     )
     lines.append(f"estimate: {hours:.2f} h on {dist.device} with {torch.get_num_threads()} threads, {_memory(dist)}")
+    lines += [f"warning: {doubt}." for doubt in doubts(asked, epoch, round(shape["samples"] - train_images))]
     return "\n".join(lines)
 
 

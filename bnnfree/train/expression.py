@@ -12,7 +12,17 @@ from typing import Any
 
 from bnnfree.errors import BnnfreeError, nearest
 
-FUNCTIONS: dict[str, Callable[..., float]] = {"sqrt": math.sqrt, "min": min, "max": max, "round": round}
+LONGEST = 1000  # characters of a formula
+LARGEST = 1e300  # of every number on the way: products of whole numbers would grow without end
+
+
+def _round(value: float, digits: int = 0) -> float:
+    if not (type(digits) is int and 0 <= digits <= 15):
+        raise ValueError(f"round: got {digits!r} digits, expected 0 to 15")
+    return round(value, digits)
+
+
+FUNCTIONS: dict[str, Callable[..., float]] = {"sqrt": math.sqrt, "min": min, "max": max, "round": _round}
 OPERATIONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -37,17 +47,25 @@ def compute(text: str, names: Mapping[str, Any], where: str) -> int | float:
     """
     formula = text.removeprefix("=").strip()
     try:
+        if len(formula) > LONGEST:
+            raise ValueError(f"it has {len(formula)} characters, expected up to {LONGEST}")
         value = _value(ast.parse(formula, mode="eval").body, names)
-        if not math.isfinite(value):
-            raise ArithmeticError("it is not finite")
     except SyntaxError:
         raise ExpressionError(f"{where}: got {text!r}, expected a formula such as = gradient_batch / 2.") from None
     except (ArithmeticError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise ExpressionError(f"{where}: got {text!r}, which has no value: {error or type(error).__name__}.") from None
+        shown = text if len(text) <= LONGEST else f"{text[:60]}..."
+        raise ExpressionError(f"{where}: got {shown!r}, which has no value: {error or type(error).__name__}.") from None
     return int(value) if value == int(value) else value
 
 
 def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    value = _computed(node, names)
+    if not abs(value) <= LARGEST:
+        raise ArithmeticError("it is not finite")
+    return value
+
+
+def _computed(node: ast.expr, names: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import section_of
+from bnnfree.train.sections import section_of
 
 
 def key_table() -> str:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Stric
 from torch import Tensor
 
 from bnnfree.errors import CheckpointError
-from bnnfree.nn import BINARIZE, NORMS
+from bnnfree.nn import BINARIZE, GROUP, NORMS
 from bnnfree.train.recipe import ModelRecipe
 
 VERSION = 2
@@ -53,7 +53,7 @@ class _Network(_Part):
 
 
 class _Best(_Part):
-    top1: Number
+    top1: Number | None
     epoch: Count
 
 
@@ -154,6 +154,7 @@ def upgrade(state: dict[str, Any], where: str) -> dict[str, Any]:
         no model.centre_gradient   gradients of centred layers were not centred (the first free)
         no free.recalibrate        deviations stayed as calibrated: 0
         no free.reference          no reference images: 0
+        no free.group              a pass was centred as a whole: 0; with free.gather as groups are
         `compile`                  now speed: compiled
     """
     recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in state["recipe"].items()}
@@ -167,7 +168,8 @@ def upgrade(state: dict[str, Any], where: str) -> dict[str, Any]:
     if recipe.pop("compile", False):
         recipe["speed"] = "compiled"
     if own["centre"] or model.get("centre"):
-        free = recipe.get("free")
-        recipe["free"] = {"recalibrate": 0, "reference": 0, **(free if isinstance(free, dict) else {})}
+        free = dict(recipe["free"]) if isinstance(recipe.get("free"), dict) else {}
+        group = GROUP if free.pop("gather", False) else 0
+        recipe["free"] = {"recalibrate": 0, "reference": 0, "group": group, **free}
     design = _completed(model, own, state["data"])
     return {**ABSENT, **state, "version": VERSION, "recipe": recipe, "design": design}

@@ -72,7 +72,7 @@ def train_one(recipe: dict[str, Any], builders: Builders, folder: Path) -> None:
     torch.compiler.reset()  # Why: what was compiled for runs before counts towards a limit
     try:
         wanted = parse_recipe(recipe, f"run {folder.name}", builders)
-        fit(wanted, builders, folder, resume=True, quiet=True, curves=False)
+        fit(wanted, builders, folder, resume=(folder / "recipe.yaml").exists(), quiet=True, curves=False)
     except BnnfreeError as error:
         fail(folder, str(error), diverged=isinstance(error, TrainingError))
     except Exception as error:  # a sweep goes on whatever happens to one of its runs
@@ -136,7 +136,7 @@ class _Line(threading.Thread):
                     return
                 assert self.process is not None
                 code = self.process.wait()
-                said = f"signal {-code}; too little memory?" if code < 0 else f"exit code {code}"
+                said = f"signal {-code}. Too little memory?" if code < 0 else f"exit code {code}."
                 fail(job.folder, f"its process ended by {said} See {self.log.name}.")
                 self.process = None
             self.over.put(job)

@@ -344,7 +344,7 @@ def convert_published(
         "data": data,
         "origin": origin(),
         "history": [],
-        "best": {"top1": -1.0, "epoch": 0},
+        "best": {"top1": None, "epoch": 0},
         "seconds": 0.0,
         "published": {"variant": name, "file": Path(path).name},
     }

@@ -5,7 +5,7 @@ Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -25,12 +25,16 @@ from bnnfree.nn import (
     check_norm,
 )
 from bnnfree.nn.fused import PRECISIONS, SPEEDS
+from bnnfree.nn.norms import options_of
 from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
 from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES
+
+MOST = 1_000_000_000  # of what is counted: images, steps
+MOST_PIXELS = 2**33  # values of the fake images, which are all in memory
 
 
 def _one_of(table, kind: type = str):
@@ -48,6 +52,15 @@ def _one_of(table, kind: type = str):
 
 def _contradiction(message: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{message}", {"message": message})
+
+
+def _options_of_norms() -> str:
+    """The options of every norm and their defaults, as its builder has them."""
+    norms: dict[str, list[str]] = {}
+    for name, rule in NORMS.items():
+        options = (f"{option} {parameter.default}" for option, parameter in options_of(rule.layer).items())
+        norms.setdefault(", ".join(options), []).append(name)
+    return "of that norm: " + "; ".join(f"{' '.join(names)}: {text or '-'}" for text, names in norms.items())
 
 
 class _Part(BaseModel):
@@ -68,9 +81,8 @@ class ModelRecipe(_Part):
     norm: _one_of(NORMS) = Field(  # type: ignore[valid-type]
         default="free", description=f"what stands in for batch normalisation: {' | '.join(NORMS)}"
     )
-    norm_options: dict[str, bool | int | float | None] = {}
-    """of that norm: eps; bn* momentum; bn ghost; brn rmax, dmax; *gn* groups; frn tlu, tau; ic* drop; kn prior"""
-    width: float = Field(default=1.0, gt=0)
+    norm_options: dict[str, bool | int | float | None] = Field(default={}, description=_options_of_norms())
+    width: float = Field(default=1.0, gt=0, le=1000)
     """multiplier of every layer's channels"""
     binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]
     """what is 1 bit: none | activations | weights | both; a stage may say otherwise"""
@@ -131,17 +143,17 @@ class DataRecipe(_Part):
     """shards, where root is a pattern: the pattern of the test images"""
     val_root: str | None = None
     """shards, where root is a pattern: the pattern of the validation images; null: val_fraction"""
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=128, ge=1, le=MOST)
     """samples per forward pass, over all processes together"""
-    image_size: int | None = Field(default=None, ge=4)
+    image_size: int | None = Field(default=None, ge=4, le=8192)
     """side of the square images, pixels; null: the data set's own"""
-    augment: list[_one_of(AUGMENTS)] = []  # type: ignore[valid-type]
+    augment: list[_one_of(AUGMENTS)] = Field(default=[], max_length=100)  # type: ignore[valid-type]
     """random changes of training images, in order: flip | crop | shift (small images)"""
-    burst: int = Field(default=1, ge=1)
+    burst: int = Field(default=1, ge=1, le=MOST)
     """training images of one class that come in a row, as from a camera; 1: shuffled"""
-    train_limit: int | None = Field(default=None, ge=1)
+    train_limit: int | None = Field(default=None, ge=1, le=MOST)
     """training images to use, the same share of each class, validation included; null: all"""
-    test_limit: int | None = Field(default=None, ge=1)
+    test_limit: int | None = Field(default=None, ge=1, le=MOST)
     """test images to use, likewise; null: all"""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """share of the training images held out to choose the best epoch"""
@@ -149,17 +161,17 @@ class DataRecipe(_Part):
     """fetch cifar10 / cifar100 into root when it is not there"""
     bad_images: Literal["error", "skip"] = "error"
     """what to do with files that are no whole images: stop, or skip and count them"""
-    workers: int = Field(default=2, ge=0)
+    workers: int = Field(default=2, ge=0, le=1024)
     """processes that read large images"""
     cache: str | None = None
     """folder for decoded small images and fetched shards; null: bnnfree in the user's cache folder"""
-    cache_gb: float | None = Field(default=None, gt=0)
+    cache_gb: float | None = Field(default=None, gt=0, le=1e9)
     """shards at a URL: about so many GB of fetched ones are kept, the last used; null: all"""
-    samples: int = Field(default=512, ge=8)
+    samples: int = Field(default=512, ge=8, le=MOST)
     """size of the fake data set"""
-    classes: int = Field(default=10, ge=2)
+    classes: int = Field(default=10, ge=2, le=1_000_000)
     """classes of the fake data set, and of shards without an index"""
-    channels: int = Field(default=3, ge=1)
+    channels: int = Field(default=3, ge=1, le=1024)
     """channels of the fake data set"""
 
 
@@ -168,7 +180,7 @@ class StageRecipe(_Part):
 
     name: str = "train"
     """what metrics.jsonl calls it"""
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1, le=1_000_000)
     """passes over the training images"""
     binarize: _one_of(BINARIZE) | None = None  # type: ignore[valid-type]
     """what is 1 bit in this stage; null: model.binarize"""
@@ -222,9 +234,9 @@ class ScheduleRecipe(_Part):
     """linear | cosine | step | constant"""
     over: Literal["stage", "run"] = "stage"
     """what the rate's course spans: each stage, or once all of them (run); a warm-up is always a stage's"""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST)
     """optimiser steps of linear ramp at the start"""
-    milestones: list[float] = []
+    milestones: list[float] = Field(default=[], max_length=1000)
     """step: shares of the stage in (0, 1) at which lr is multiplied by gamma"""
     gamma: float = Field(default=0.1, gt=0, lt=1)
     """step: that factor"""
@@ -262,17 +274,17 @@ class FreeRecipe(_Part):
 
     window: float = Field(default=256.0, gt=0)
     """samples over which the running mean of a layer's inputs looks back"""
-    calibration: int = Field(default=512, ge=1)
+    calibration: int = Field(default=512, ge=1, le=MOST)
     """training images of the pass that sets the constants at the start of a stage"""
     track: bool = True
     """false: input means stay at their calibration"""
     freeze: float = Field(default=1.0, gt=0, le=1)
     """share of a stage's steps after which input means stay as they are"""
-    recalibrate: int = Field(default=9000, ge=0)
+    recalibrate: int = Field(default=9000, ge=0, le=MOST)
     """training samples after which constant deviations are measured anew, and gains make up for it; 0: never"""
-    group: int = Field(default=GROUP, ge=0)
+    group: int = Field(default=GROUP, ge=0, le=MOST)
     """images of a step whose gradients are centred together, however passes and processes divide it; 0: all"""
-    reference: int = Field(default=32, ge=0)
+    reference: int = Field(default=32, ge=0, le=MOST)
     """steps of fewer than 8 images centre gradients by the last so many, of steps before too (one process); 0: never"""
 
     @model_validator(mode="before")
@@ -288,9 +300,9 @@ class FreeRecipe(_Part):
 class ProbeRecipe(_Part):
     """What is measured of binary layers while they train: key `probe` of metrics.jsonl, probe.png."""
 
-    every: int | None = Field(default=None, ge=1)
+    every: int | None = Field(default=None, ge=1, le=MOST)
     """optimiser steps between two probes; the first comes before a stage's first step; null: none"""
-    images: int = Field(default=64, ge=2)
+    images: int = Field(default=64, ge=2, le=MOST)
     """how many: the first of the run's first epoch, augmented as there, the same in every probe"""
 
 
@@ -299,7 +311,7 @@ class Recipe(_Part):
 
     model: ModelRecipe
     data: DataRecipe
-    stages: list[StageRecipe] = Field(min_length=1)
+    stages: list[StageRecipe] = Field(min_length=1, max_length=1000)
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     agc: AgcRecipe = AgcRecipe()
@@ -311,9 +323,9 @@ class Recipe(_Part):
     """weights to start from: a checkpoint, run folder, published file, or a name in models/pretrained; null: none"""
     freeze: list[str] = []
     """patterns of parameter names that stay as they are, their layers' running means too: ["stem.*", "blocks.0.*"]"""
-    settle: int = Field(default=0, ge=0)
+    settle: int = Field(default=0, ge=0, le=MOST)
     """images to measure statistics (bn) or input means (free) on for each evaluation; 0: none; other norms: nothing"""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=MOST)
     """forward passes per optimiser step"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """of initial weights, order and augmentation"""
@@ -329,26 +341,10 @@ class Recipe(_Part):
     """time between checkpoints within an epoch; one is always written at its end"""
 
     @model_validator(mode="after")
-    def _layers_have_what_is_moved(self) -> Recipe:
-        norm, layers = self.model.norm, NORMS[self.model.norm].binary
-        if self.free.freeze < 1 and not self.free.track:
-            raise _contradiction("free.freeze says when input means stop, but free.track is false: they never move")
-        centred = bool(layers.get("centre")) if self.model.centre is None else self.model.centre
-        if self.free.freeze < 1 and not centred:
-            raise _contradiction(f"free.freeze is {self.free.freeze} but no layer is centred (model.norm {norm!r})")
-        if self.optimizer.gain_decay and not layers.get("gain"):
-            raise _contradiction(f"optimizer.gain_decay: layers of model.norm {norm!r} have no gain")
-        return self
-
-    @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         if self.loss.name == "distribution" and self.loss.teacher is None:
             raise _contradiction("loss.name is 'distribution' but loss.teacher is not given")
-        if self.loss.name != "distribution" and self.loss.teacher is not None:
-            raise _contradiction(f"loss.teacher is given but loss.name is {self.loss.name!r}, not 'distribution'")
-        if self.loss.name == "distribution" and self.loss.label_smoothing:
-            raise _contradiction("loss.label_smoothing belongs to loss.name 'cross_entropy', not 'distribution'")
-        teacher = self.loss.teacher or ""
+        teacher = self.loss.teacher or "" if self.loss.name == "distribution" else ""
         if teacher.startswith("torchvision:") and self.data.name in ("digits", "cifar10", "cifar100"):
             raise _contradiction(
                 f"loss.teacher is {teacher!r}, which knows ImageNet's classes, but data.name is {self.data.name!r}"
@@ -357,8 +353,13 @@ class Recipe(_Part):
             raise _contradiction("optimizer.nesterov is true but optimizer.momentum is 0")
         if self.schedule.name == "step" and not self.schedule.milestones:
             raise _contradiction("schedule.name is 'step' but schedule.milestones is empty")
-        if self.schedule.name != "step" and self.schedule.milestones:
-            raise _contradiction(f"schedule.milestones is given but schedule.name is {self.schedule.name!r}")
+        data = self.data
+        values = data.samples * (data.image_size or 32) ** 2 * data.channels
+        if data.name == "fake" and values > MOST_PIXELS:
+            raise _contradiction(
+                f"data.samples: got {data.samples}, which with data.image_size and data.channels makes {values:,} "
+                f"values, expected up to {MOST_PIXELS:,}"
+            )
         if any(not 0 < m < 1 for m in self.schedule.milestones):
             raise _contradiction("schedule.milestones are shares of a stage, each between 0 and 1")
         if isinstance(self.agc.clip, float) and self.agc.clip <= 0:

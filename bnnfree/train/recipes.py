@@ -1,6 +1,6 @@
-"""Reading recipes: YAML, `extends`, `key=value` overrides, and errors that name file, key and remedy.
+"""Reading recipes: files, `extends`, `key=value` overrides, and errors that name file, key and remedy.
 
-Imports yaml, pydantic, bnnfree.errors and bnnfree.train.recipe.
+Imports yaml, pydantic, bnnfree.errors and the schema, the keys' conditions and YAML of its own room.
 """
 
 from __future__ import annotations
@@ -8,143 +8,178 @@ from __future__ import annotations
 import copy
 import re
 import reprlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bnnfree import errors
 from bnnfree.files import replacing
+from bnnfree.train.reads import leaves, networks, unread
 from bnnfree.train.recipe import Recipe
+from bnnfree.train.sections import section_of
+from bnnfree.train.tree import Dumper, RecipeError, parse_yaml, read_tree
 
 
-class RecipeError(errors.BnnfreeError):
-    """A recipe that cannot be read, or a key in it that is unknown, ill-typed or in contradiction."""
+class UnreadError(RecipeError):
+    """Keys that are set and that nothing reads; `unread`: dotted key -> what is said of it."""
 
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as YAML 1.2 has it, and a key given twice is an error."""
-
-    def construct_object(self, node, deep=False):
-        return super().construct_object(node, deep=True)  # Why: so a node that holds itself is an error
-
-    def construct_mapping(self, node, deep=False):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        seen = set()
-        for key_node, _ in pairs:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe YAML that quotes what _Loader would take for a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+    def __init__(self, unread: dict[str, str], where: str):
+        super().__init__("\n".join(f"{where}: {line}" for line in unread.values()))
+        self.unread = unread
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), models: Iterable[str] | None = None) -> Recipe:
     """The recipe in `path`, with `key=value` overrides, every default filled in.
 
     `extends: other.yaml` (one level, beside the file) supplies what the file does not say; lists are
-    replaced as a whole. `models`: the known architectures, to check model.name against.
-    Errors: RecipeError, naming file, key, the value received, what is allowed and the nearest name.
+    replaced as a whole. `models`: the known architectures, to check model.name against; builders of networks show
+    what such a network reads, too.
+
+    Options of a norm go with it: they count as long as `model.norm` stays what it was where they are written.
+
+    A key that is set, to another value than its default, and that nothing reads is an error. Each key is judged where
+    it is written: one of a base by the base, one of a file by the file, one of the command line by all of it. So
+    `model.norm=bn` makes a twin of a file with keys of `free`. A file that holds every key is a resolved recipe: its
+    keys were judged when it was made. Errors: RecipeError, naming file, key, the value received, what is allowed and
+    the nearest name.
     """
     path = Path(path)
-    tree, where = _read_extended(path)
-    return parse_recipe(tree, where, models, overrides)
+    layers, where = _read_layers(path)
+    return _parse(layers, overrides, where, models)
 
 
 def parse_recipe(tree: dict, where: str, models: Iterable[str] | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """A Recipe from plain dictionaries (a checkpoint holds one); `where` is named in errors."""
-    tree = copy.deepcopy(tree)
-    for override in overrides:
-        _apply(tree, override, where)
+    """A Recipe from plain dictionaries (a checkpoint holds one); `where` is named in errors.
+
+    Of keys that nothing reads only those of `overrides` are errors.
+    """
+    return _parse([tree], overrides, where, models, judged=1)
+
+
+def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, judged: int = 0) -> Recipe:
+    """The recipe of `layers`, each over the one before, and overrides; keys of the first `judged` ones are not judged.
+
+    A layer that is no whole recipe yet is judged together with the next.
+    """
+    models = None if models is None else models if isinstance(models, Mapping) else list(models)
+    tree: dict[str, Any] = {}
+    pending: dict[str, Any] = {}
+    for number, layer in enumerate(layers):
+        written = leaves(layer)
+        tree = merge(_without_options(tree, written), layer) if tree else copy.deepcopy(layer)
+        if number < judged or _is_resolved(layer):
+            continue
+        pending |= written
+        try:
+            recipe = _validated(tree, where, models)
+        except RecipeError:
+            continue
+        _judge(recipe, models, pending, where)
+        pending = {}
+    before = leaves(tree)
+    keys = []
+    for override in sorted(overrides, key=_is_option):
+        keys.append(_apply(tree, override, where))
+        if keys[-1] == "model.norm":
+            tree = _without_options(tree, leaves(tree), before)
+    written = {
+        name: value
+        for name, value in leaves(tree).items()
+        if any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in keys)
+    }
+    recipe = _validated(tree, where, models)
+    _judge(recipe, models, pending | written, where)
+    return recipe
+
+
+def _is_option(override: str) -> bool:
+    """Does it set an option of the norm? Why: those of another norm go with that, and these come after it."""
+    return override.strip().startswith("model.norm_options")
+
+
+def _without_options(tree: dict, now: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict:
+    """The tree without the options of its norm, where the norm is another `now` (leaves) than `before` (the tree's)."""
+    was = (leaves(tree) if before is None else before).get("model.norm", "free")
+    if now.get("model.norm", was) == was or not isinstance(tree.get("model"), dict):
+        return tree
+    return {**tree, "model": {key: value for key, value in tree["model"].items() if key != "norm_options"}}
+
+
+def _validated(tree: Any, where: str, models: list[str] | Mapping[str, Any] | None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{where}: {line}" for line in _explain(error))) from None
-    known = None if models is None else list(models)
-    if known is not None and recipe.model.name not in known:
-        raise RecipeError(str(errors.unknown_name(f"{where}: model.name", recipe.model.name, known)))
+    if models is not None and recipe.model.name not in models:
+        raise RecipeError(str(errors.unknown_name(f"{where}: model.name", recipe.model.name, models)))
+    try:
+        networks(recipe, models)
+    except errors.BnnfreeError as error:
+        raise RecipeError(f"{where}: model.{error}") from None
     return recipe
+
+
+def _judge(recipe: Recipe, models, written: Mapping[str, Any], where: str) -> None:
+    lines = {
+        key: f"{key}: got {_shown(written[key])}, which nothing reads here: it is for {needs}. Leave it out."
+        for key, needs in unread(recipe, written, networks(recipe, models)).items()
+    }
+    if lines:
+        raise UnreadError(lines, where)
+
+
+def _is_resolved(tree: Any) -> bool:
+    """Does the tree hold every key, as what `save_recipe` writes does?"""
+
+    def whole(node: Any, section: type[BaseModel]) -> bool:
+        if not isinstance(node, dict) or section.model_fields.keys() - node.keys():
+            return False
+        inner = {name: section_of(found.annotation) for name, found in section.model_fields.items()}
+        return all(
+            whole(item, part)
+            for name, part in inner.items()
+            if part is not None
+            for item in (node[name] if isinstance(node[name], list) else [node[name]])
+        )
+
+    return whole(tree, Recipe)
 
 
 def save_recipe(recipe: Recipe, path: str | Path, header: str = "") -> None:
     """Write the resolved recipe as YAML that `load_recipe` reads back to the same recipe."""
-    text = yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
+    text = yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False)
     with replacing(path) as temporary:
         temporary.write_text(header + text, encoding="utf-8")
 
 
-def parse_yaml(text: str) -> Any:
-    """What `text` says. Errors: RecipeError, of one line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(" ".join(str(error).split())) from None
-    # Why: PyYAML's own slips: month 13 of a date, 0x_, !!bool maybe, thousands of nested brackets
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise RecipeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
-
-
-def read_tree(path: Path, what: str, expected: str = "model, data, stages") -> dict:
-    """The keys of a YAML file; `what` names it and `expected` some of its keys in errors. Errors: RecipeError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise RecipeError(f"{what}: no such file.{errors.nearest(path.name, names)}") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{what}: cannot be read as text ({error}).") from None
-    try:
-        tree = parse_yaml(text)
-    except RecipeError as error:
-        raise RecipeError(f"{what}: not valid YAML: {error}") from None
-    if tree is None:
-        raise RecipeError(f"{what}: is empty, expected keys such as {expected}.")
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{what}: got a {type(tree).__name__}, expected keys such as {expected}.")
-    return tree
-
-
-def _read_extended(path: Path) -> tuple[dict, str]:
-    """The plain tree of a file and of what it extends, and what errors call it."""
+def _read_layers(path: Path) -> tuple[list[dict], str]:
+    """The plain trees of what a file extends and of the file itself, and what errors call them."""
     tree = read_tree(path, f"recipe {path}")
     base_name = tree.pop("extends", None)
     if base_name is None:
-        return tree, str(path)
-    if not isinstance(base_name, str) or not base_name:
+        return [tree], str(path)
+    if not isinstance(base_name, str) or not base_name or re.search(r"[/\\:]|^\.+$", base_name):
         raise RecipeError(f"recipe {path}: extends: got {_shown(base_name)}, expected the name of a recipe beside it.")
     base = read_tree(path.parent / base_name, f"recipe {path}: extends: {_name(base_name)}")
     if base.pop("extends", None) is not None:
         raise RecipeError(f"recipe {path}: extends {base_name}, which extends another; one level is allowed.")
-    return _merge(base, tree), f"{path} (extends {base_name})"
+    return [base, tree], f"{path} (extends {base_name})"
 
 
-def _merge(base: dict, own: dict) -> dict:
+def merge(base: dict, own: dict) -> dict:
+    """`own` over `base`: sections key by key, all else as a whole."""
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
-def _apply(tree: dict, override: str, where: str) -> None:
-    """Set one `a.b=value` (list items by number: stages.0.epochs=2) in the plain tree."""
+def _apply(tree: dict, override: str, where: str) -> str:
+    """Set one `a.b=value` (list items by number: stages.0.epochs=2) in the plain tree; returns the key."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
@@ -169,6 +204,7 @@ def _apply(tree: dict, override: str, where: str) -> None:
         else:
             node[place] = copy.copy(node[place])  # Why: a YAML alias may share it with another place
         node = node[place]
+    return ".".join(path)
 
 
 def _item(node: list, part: str, key: str, where: str) -> int:
@@ -238,7 +274,10 @@ def _place(loc) -> tuple[list, list[str]]:
 
 
 def _meant(key: str, allowed: list[str]) -> str:
-    """A hint: the places elsewhere that have just this key, else the nearest key allowed here."""
+    """A hint: a space that is missing, the places elsewhere that have just this key, else the nearest key allowed."""
+    name, colon, value = key.partition(":")
+    if colon and name in allowed:
+        return f" Write a space after the colon: {_name(name)}: {_name(value)}."
     places = []
     for name, found in Recipe.model_fields.items():
         section = section_of(found.annotation)
@@ -262,12 +301,3 @@ def _shown(value: Any) -> str:
     short.maxstring = short.maxother = 80
     short.maxlevel = 3
     return " ".join(short.repr(value).split())
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The part of the schema in an annotation such as AgcRecipe or list[StageRecipe]."""
-    for candidate in (annotation, *get_args(annotation)):
-        # Why get_origin: on Python 3.10 list[X] passes for a type
-        if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -17,14 +17,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.errors import CheckpointError
 from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import (
     Builders,
     build_model,
-    load_model,
     load_weights,
     open_checkpoint,
     origin,
@@ -32,6 +31,7 @@ from bnnfree.train.checkpoint import (
 )
 from bnnfree.train.data import Data, load_data
 from bnnfree.train.dist import Dist
+from bnnfree.train.doubts import doubts
 from bnnfree.train.evaluation import evaluate
 from bnnfree.train.loop import Stage
 from bnnfree.train.meaning import design_of
@@ -42,6 +42,7 @@ from bnnfree.train.resume import MAY_CHANGE, check_resumable, other_bits
 from bnnfree.train.run_folder import open_folder, taken, writing
 from bnnfree.train.settings import settings
 from bnnfree.train.start import find_weights, freeze, open_weights, take_weights
+from bnnfree.train.teacher import load_teacher
 
 __all__ = ["MAY_CHANGE", "Run", "fit", "load_teacher"]
 
@@ -68,7 +69,7 @@ class Run:
             "std": list(data.std),
         }
         self.origin = origin()
-        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.best: dict[str, Any] = {"top1": None, "epoch": 0}  # top1: of validation; None without
         self.seconds = 0.0
         self.resumed = resumed
         self.design, self.init = design_of(recipe.model, self.data_info), None
@@ -181,6 +182,8 @@ class Run:
     def train(self, quiet: bool = False, curves: bool = True) -> dict[str, Any]:
         """Run every stage that is left, choose the best epoch, test it. Returns what result.json holds."""
         history = [] if self.resumed is None else self.load(self.resumed)
+        if self.dist.main:  # Why after: a recipe that is refused must not take the place of the run's own
+            save_recipe(self.recipe, self.folder / "recipe.yaml")
         self.started = time.monotonic()
         self.report = Report(self.folder, history, curves) if self.dist.main else _Silent(history)
         try:
@@ -189,6 +192,7 @@ class Run:
                     tqdm.write(line)
                 if self.resumed is None:
                     self.stage.calibrate()
+                self._warn()
                 self._describe()
                 while True:
                     self._train_stage()
@@ -209,6 +213,12 @@ class Run:
         hidden = quiet or not self.dist.main
         pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
         return tqdm(total=steps, initial=done, unit="step", disable=hidden, smoothing=0.02, mininterval=pause)
+
+    def _warn(self) -> None:
+        """Say what the recipe will not do on these data; in a log too, where all else is quiet."""
+        validation = 0 if self.data.val is None else len(self.data.val)
+        for doubt in doubts(self.recipe, self.stage.steps, validation) if self.dist.main else ():
+            tqdm.write(f"warning: {doubt}.", file=sys.stderr)
 
     def _describe(self) -> None:
         stage = self.recipe.stages[self.stage.index]
@@ -245,9 +255,10 @@ class Run:
                 shown = {key: metrics[key] for key in ("stage", "epoch")}
                 shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
                 self.bar.set_postfix(shown, refresh=False)
+                top1, best = metrics.get("val_top1"), self.best["top1"]
                 # without validation images the last epoch is the best
-                if last_stage and metrics.get("val_top1", float(stage.epoch)) > self.best["top1"]:
-                    self.best = {"top1": metrics.get("val_top1", float(stage.epoch)), "epoch": metrics["epoch"]}
+                if last_stage and (top1 is None or best is None or top1 > best):
+                    self.best = {"top1": top1, "epoch": metrics["epoch"]}
                     self._save("best.pt", optimizers=[], signs={}, probe=None)
             self._save("last.pt")
 
@@ -299,7 +310,7 @@ class Run:
             "test_top1": test["top1"],
             "test_top5": test["top5"],
             "test_loss": test["loss"],
-            "val_top1": self.best["top1"] if self.data.val is not None else None,
+            "val_top1": self.best["top1"],
             "best_epoch": self.best["epoch"],
             "epochs": sum(stage.epochs for stage in self.recipe.stages),
             "train_images": len(self.data.train),
@@ -348,9 +359,9 @@ def fit(
     folder receives recipe.yaml (resolved), metrics.jsonl (a line per epoch), where `curves` curves.png (and probe.png
     of a recipe that probes), last.pt (to resume from), best.pt (by validation accuracy in the last stage) and
     result.json (accuracy on the test split, looked at once, at the end). A folder with a run in it is refused unless
-    `resume`, which goes on from its last.pt and, deterministic, ends with the same bits as a run that was never
-    stopped. So does, by itself, what torchrun restarts. Under torchrun only process 0 needs the folder; each process
-    needs the data.
+    `resume`, and one without a run if `resume`. That goes on from last.pt and, deterministic, ends with the same bits
+    as a run that was never stopped. So does, by itself, what torchrun restarts. Under torchrun only process 0 needs the
+    folder; each process needs the data.
     """
     folder = Path(folder)
     try:
@@ -367,27 +378,6 @@ def fit(
             data = dist.together(lambda: load_data(recipe.data, where=where))
             run = Run(recipe, builders, folder, data, dist, state)
             with writing(folder):
-                if dist.main:
-                    save_recipe(recipe, folder / "recipe.yaml")
                 return run.train(quiet, curves)
     finally:
         processes.stop()
-
-
-def load_teacher(name: str, builders: Builders, data: Data) -> nn.Module:
-    """A frozen network in eval mode: a checkpoint or run folder of ours, or torchvision:NAME with its weights."""
-    if name.startswith("torchvision:"):
-        from torchvision import models as zoo
-
-        short = name.removeprefix("torchvision:")
-        if short not in zoo.list_models():
-            raise BnnfreeError(f"loss.teacher: torchvision has no model {short!r}.")
-        try:
-            teacher = zoo.get_model(short, weights="DEFAULT")
-        except OSError as error:
-            raise BnnfreeError(f"loss.teacher: the weights of {short} could not be fetched ({error}).") from None
-    else:
-        teacher, state = load_model(name, builders)
-        if state["data"]["classes"] != list(data.classes):
-            raise BnnfreeError(f"loss.teacher: {name} was trained on other classes than this recipe's data.")
-    return teacher.eval().requires_grad_(False)

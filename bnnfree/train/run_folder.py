@@ -101,9 +101,15 @@ def open_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     with writing(folder):
         job, mark = processes.job(), folder / JOB
         restarted = job is not None and mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == job
-        if not (resume or restarted) and any((folder / name).exists() for name in ARTEFACTS):
+        begun = any((folder / name).exists() for name in ARTEFACTS)
+        if begun and not (resume or restarted):
             raise BnnfreeError(
                 f"run folder {folder}: holds a run already. Go on with --resume, or choose another with --out."
+            )
+        if resume and not (begun or restarted):
+            raise BnnfreeError(
+                f"run folder {folder}: holds no run to go on with. Leave --resume out to begin one, or name the "
+                "run's folder with --out."
             )
         _clear(folder)
         if job is not None and not restarted:

@@ -14,8 +14,9 @@
       cpu: {set: {model.width: 0.5}, grid: {norm: [free, bn], data.batch_size: [2, 128]}, seeds: 1}
     plot: {x: data.batch_size}
 
-Later wins: recipe, set, the scale's set, the point of the grid, key=value of the command line, the seed. A value that
-begins with = is computed at the end from constants and other keys (bnnfree.train.expression).
+Later wins: recipe, set, the scale's set, the point of the grid, key=value of the command line, the seed. What is set
+for all runs goes to those that read it, one at least; what a point sets it must read. A value that begins with = is
+computed at the end from constants and other keys (bnnfree.train.expression).
 
 Imports yaml (through recipes) and its own room.
 """
@@ -37,7 +38,8 @@ from bnnfree.train.expression import compute, is_expression
 from bnnfree.train.grid import Axis, SweepError, mapping, put, read_axes, short, shown
 from bnnfree.train.outcome import flat
 from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError, load_recipe, parse_yaml, read_tree
+from bnnfree.train.recipes import RecipeError, UnreadError, load_recipe
+from bnnfree.train.tree import parse_yaml, read_tree
 
 KEYS = ("recipe", "set", "constants", "grid", "seeds", "scale", "scales", "plot")
 LEVEL_KEYS = ("about", "set", "constants", "grid", "seeds")
@@ -216,28 +218,33 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
     names = flat(load_recipe(sweep.base, (), models).model_dump())
     combinations = list(itertools.product(*(axis.points for axis in sweep.axes)))
     seen: dict[str, str] = {}
-    for labels in combinations:
+    idle: dict[str, str] = {}  # keys for all runs that no run so far reads
+    for number, labels in enumerate(combinations):
         point = {axis.name: label for axis, label in zip(sweep.axes, labels, strict=True)}
         here = f"{where}: {', '.join(f'{axis}={label}' for axis, label in point.items())}"
-        changes = dict(settings)
-        put(changes, _merged(sweep.axes, point, here))
+        changes, own = dict(settings), _merged(sweep.axes, point, here)
+        put(changes, own)
         put(changes, forced)
         if "seed" in changes:
             raise SweepError(f"{here}: seed is set by seeds. Use seeds=[...].")
         known = _Names({**names, **constants}, changes, constants, here)
         changes = {key: known.computed(key) for key in changes}
-        texts = [f"{key}={_text(value, f'{here}: {key}')}" for key, value in changes.items()]
+        texts = {key: f"{key}={_text(value, f'{here}: {key}')}" for key, value in changes.items()}
         try:
-            recipe = load_recipe(sweep.base, texts, models)
+            recipe, left = _recipe(sweep.base, texts, changes.keys() - own.keys(), models)
         except RecipeError as error:
             raise RecipeError(f"{here}: {error}") from None
         same = json.dumps(recipe.model_dump(), sort_keys=True)
         if same in seen:
             raise SweepError(f"{here}: is the same recipe as {seen[same]}. Leave one out.")
         seen[same] = ", ".join(labels)
+        idle = {key: said for key, said in left.items() if key in idle or not number}
+        chosen = [text for key, text in texts.items() if key not in left]
         for seed in sweep.seeds:
             seeded = recipe.model_copy(update={"seed": seed})
-            sweep.runs.append(Planned(point, seed, [*texts, f"seed={seed}"], seeded, _folder(point, seed)))
+            sweep.runs.append(Planned(point, seed, [*chosen, f"seed={seed}"], seeded, _folder(point, seed)))
+    for said in idle.values():
+        raise RecipeError(f"{where}: in every run, {said}")
     sweep.runs.sort(key=lambda run: sweep.seeds.index(run.seed))  # stable: the grid's order within a seed
     if long := next((run.folder for run in sweep.runs if len(run.folder.encode()) > LONGEST), None):
         raise SweepError(f"{where}: the folder {long[:60]}... would have a name of more than {LONGEST} bytes. "
@@ -245,6 +252,18 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
     folders = {run.folder for run in sweep.runs}
     if len(folders) < len(sweep.runs):
         raise SweepError(f"{where}: two points of the grid would have one folder. Give variants other labels.")
+
+
+def _recipe(base: Path, texts: Mapping[str, str], common: Iterable[str], models) -> tuple[Recipe, dict[str, str]]:
+    """A run's recipe, without those keys for all runs (`common`) that it does not read, and what was said of these."""
+    left: dict[str, str] = {}
+    while True:
+        try:
+            return load_recipe(base, [text for key, text in texts.items() if key not in left], models), left
+        except UnreadError as error:
+            if not error.unread.keys() <= set(common) - left.keys():
+                raise
+            left |= error.unread
 
 
 def _merged(axes: list[Axis], point: Mapping[str, str], here: str) -> dict[str, Any]:
@@ -265,6 +284,7 @@ class _Names(Mapping[str, Any]):
         self.changes = {key: value for key, value in changes.items()}
         self.constants = set(constants)
         self.busy: list[str] = []
+        self.results: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         changed = name in self.changes and name not in self.constants
@@ -278,10 +298,12 @@ class _Names(Mapping[str, Any]):
 
     def computed(self, key: str) -> Any:
         """The changed value of `key`, its formulas computed. Errors: SweepError of one that needs itself."""
+        if key in self.results:
+            return self.results[key]
         if key in self.busy:
             raise SweepError(f"{self.where}: {' needs '.join([*self.busy, key])}: expected formulas without a circle.")
         self.busy.append(key)
-        value = self._value(self.changes[key], f"{self.where}: {key}")
+        value = self.results[key] = self._value(self.changes[key], f"{self.where}: {key}")
         self.busy.pop()
         return value
 

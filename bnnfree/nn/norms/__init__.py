@@ -32,7 +32,7 @@ from bnnfree.nn.norms.gaussian import gaussian_moments
 from bnnfree.nn.norms.group import GroupNorm
 from bnnfree.nn.norms.independent import make_dropout
 from bnnfree.nn.norms.kalman import Belief, KalmanNorm2d, first_belief, run_believing
-from bnnfree.nn.norms.options import check_options
+from bnnfree.nn.norms.options import check_options, options_of
 from bnnfree.nn.norms.proxy import ProxyNorm
 from bnnfree.nn.norms.response import FilterResponseNorm, ThresholdedLinear
 
@@ -184,8 +184,8 @@ def make_norm(name: str, channels: int, activation: nn.Module | None = None, /, 
     keyword arguments of the builder. Shapes: [N, C, H, W] -> the same.
     Errors: an unknown name or option lists the known ones; BnnfreeError for a value out of range.
     """
-    rule, where = pick(NORMS, name, "norm"), f"norm_options of {name!r}"
-    check_options(rule.layer, options, where)
+    rule = pick(NORMS, name, "norm")
+    check_options(rule.layer, options, "norm_options")
     if activation is not None:
         if not rule.proxy:
             raise BnnfreeError(f"make_norm: got an activation for {name!r}, expected none: put it after the layer.")
@@ -193,13 +193,13 @@ def make_norm(name: str, channels: int, activation: nn.Module | None = None, /, 
     try:
         return rule.layer(channels, **options)
     except BnnfreeError as error:
-        raise BnnfreeError(f"{where}: {error}") from None
+        raise BnnfreeError(f"norm_options.{error}") from None
 
 
 def check_norm(name: str, options: Mapping[str, Any]) -> None:
     """Does the normaliser `name` take these options, for some number of channels? Errors: as `make_norm`."""
     groups = options.get("groups")
-    channels = groups if type(groups) is int and groups > 0 else 16  # a number that the groups divide
+    channels = groups if type(groups) is int and 0 < groups < 2**31 else 16  # a number that the groups divide
     with torch.device("meta"):
         make_norm(name, channels, None, **options)
 
@@ -227,5 +227,6 @@ __all__ = [
     "make_dropout",
     "make_norm",
     "of_batch",
+    "options_of",
     "run_believing",
 ]

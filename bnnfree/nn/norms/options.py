@@ -18,21 +18,24 @@ def check_options(builder: Callable[..., Any], options: Mapping[str, Any], where
 
     Errors: UnknownNameError, BnnfreeError. Ranges are the builder's to check.
     """
-    known = {
-        name: parameter.annotation
-        for name, parameter in inspect.signature(builder, eval_str=True).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_FOR_RECIPES
-    }
+    known = options_of(builder)
     for name, value in options.items():
         if name not in known:
             if not known:
-                raise BnnfreeError(f"{where}: got option {name!r}, expected none: this norm has no options.")
+                raise BnnfreeError(f"{where}: got {name!r}, expected none: this norm has no options.")
             raise unknown_name(where, name, known)
-        kinds = get_args(known[name]) or (known[name],)
+        annotation = known[name].annotation
+        kinds = get_args(annotation) or (annotation,)
         whole_for_real = float in kinds and isinstance(value, int) and not isinstance(value, bool)
         if not whole_for_real and type(value) not in kinds:
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise BnnfreeError(f"{where}: {name}: got {value!r} ({type(value).__name__}), expected {expected}.")
+            raise BnnfreeError(f"{where}.{name}: got {value!r} ({type(value).__name__}), expected {expected}.")
+
+
+def options_of(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options of a builder that a recipe can set: name -> parameter, with its annotation and default."""
+    parameters = inspect.signature(builder, eval_str=True).parameters
+    return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in NOT_FOR_RECIPES}
 
 
 def positive_eps(value: float, name: str = "eps") -> float:

@@ -1,0 +1,114 @@
+"""Plain trees of keys and values from YAML files: bounded in size, errors of one line. Imports yaml, bnnfree.errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bnnfree import errors
+
+LONGEST = 4_000_000  # characters of a file
+MOST_NODES = 100_000  # values of a file, each alias counted as what it stands for
+
+
+class RecipeError(errors.BnnfreeError):
+    """A recipe that cannot be read, or a key in it that is unknown, ill-typed or in contradiction."""
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number and 1:30 a text, as YAML 1.2 has it, and a key given twice is an error.
+
+    Aliases cannot make a small file large: what they stand for is counted before anything is made of it.
+    """
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_NODES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_NODES:,} values, its aliases written out")
+        return node
+
+    def construct_object(self, node, deep=False):
+        return super().construct_object(node, deep=True)  # Why: so a node that holds itself is an error
+
+    def construct_mapping(self, node, deep=False):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        seen = set()
+        for key_node, _ in pairs:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes what Loader would take for a number."""
+
+
+FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
+EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+# YAML 1.1's, less 1:30 for 90. Why: a long one takes quadratic time, and nobody means it
+BASE_10 = {
+    FLOAT: re.compile(
+        r"^([-+]?\d[\d_]*\.[\d_]*([eE][-+]\d+)?|\.\d[\d_]*([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    INT: re.compile(r"^[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][\d_]*|0x[\da-fA-F_]+)$"),
+}
+for _side in (Loader, Dumper):
+    _side.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, BASE_10[tag] if tag in BASE_10 and pattern is not EXPONENT else pattern) for tag, pattern in rules]
+    for first, rules in Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Values below `node` and itself, a shared one counted wherever it stands; of a circle once around."""
+    if node not in sizes:
+        sizes[node] = 1
+        if isinstance(node, yaml.MappingNode):
+            sizes[node] += sum(_size(part, sizes) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            sizes[node] += sum(_size(part, sizes) for part in node.value)
+    return sizes[node]
+
+
+def parse_yaml(text: str) -> Any:
+    """What `text` says. Errors: RecipeError, of one line."""
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(" ".join(str(error).split())) from None
+    # Why: PyYAML's own slips: month 13 of a date, 0x_, !!bool maybe, thousands of nested brackets
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise RecipeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def read_tree(path: Path, what: str, expected: str = "model, data, stages") -> dict:
+    """The keys of a YAML file; `what` names it and `expected` some of its keys in errors. Errors: RecipeError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except FileNotFoundError:
+        names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise RecipeError(f"{what}: no such file.{errors.nearest(path.name, names)}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{what}: cannot be read as text ({error}).") from None
+    if len(text) > LONGEST:
+        raise RecipeError(f"{what}: got more than {LONGEST:,} characters, expected keys such as {expected}.")
+    try:
+        tree = parse_yaml(text)
+    except RecipeError as error:
+        raise RecipeError(f"{what}: not valid YAML: {error}") from None
+    if tree is None:
+        raise RecipeError(f"{what}: is empty, expected keys such as {expected}.")
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{what}: got a {type(tree).__name__}, expected keys such as {expected}.")
+    return tree
