@@ -15,7 +15,7 @@ from models.reactnet_a import reactnet_a
 from models.resnet import (
     birealnet18,
     birealnet20,
-    reactnet14,
+    reactnet15,
     reactnet18,
     reactnet20,
     resnet20,
@@ -26,7 +26,7 @@ from models.resnet import (
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "reactnet18": reactnet18,
     "reactnet20": reactnet20,
-    "reactnet14": reactnet14,
+    "reactnet15": reactnet15,
     "reactnet_a": reactnet_a,
     "birealnet18": birealnet18,
     "birealnet20": birealnet20,

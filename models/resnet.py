@@ -1,11 +1,11 @@
-"""Residual networks of 3x3 convolutions: ReActNet, Bi-Real and XNOR-ResNet of 14 to 20 layers, the real ResNet-20.
+"""Residual networks of 3x3 convolutions: ReActNet, Bi-Real and XNOR-ResNet of 15 to 20 layers, the real ResNet-20.
 
     name            widths             blocks per stage   a block holds      thresholds, RPReLU
     reactnet18      64 128 256 512     4                  one convolution    yes
     birealnet18     64 128 256 512     4                  one convolution    no
     xnor_resnet18   64 128 256 512     2                  two convolutions   no
     reactnet20      16 32 64           6                  one convolution    yes
-    reactnet14      16 32 64           4                  one convolution    yes
+    reactnet15      16 32 64           6, 4, 3            one convolution    yes
     birealnet20     16 32 64           6                  one convolution    no
     xnor_resnet20   16 32 64           3                  two convolutions   no
     resnet20        16 32 64           3                  two convolutions   no: all real, with ReLU
@@ -28,7 +28,7 @@ STEM_SHAPES = {"cifar": (3, 1), "half": (3, 2), "imagenet": (7, 2)}  # kernel, s
 
 def _resnet(
     widths: tuple[int, ...],
-    blocks: int,
+    blocks: int | tuple[int, ...],
     classes: int,
     channels: int,
     *,
@@ -41,14 +41,17 @@ def _resnet(
     design = Design(**options)
     kernel, step = STEM_SHAPES[check_stem(stem)]
     outs = [scale_width(w, width) for w in widths]
+    counts = (blocks,) * len(outs) if isinstance(blocks, int) else blocks
     shapes = [
-        BlockShape(1, transition=b == 0 and s > 0, ref_resets=b == 0) for s in range(len(outs)) for b in range(blocks)
+        BlockShape(1, transition=b == 0 and s > 0, ref_resets=b == 0)
+        for s, count in enumerate(counts)
+        for b in range(count)
     ]
     betas = iter(expected_betas(shapes, design.branch_factor, design.beta_mode))
     layers: list[nn.Module] = []
     cin = outs[0]
-    for s, cout in enumerate(outs):
-        for b in range(blocks):
+    for s, (cout, count) in enumerate(zip(outs, counts, strict=True)):
+        for b in range(count):
             stride = 2 if b == 0 and s > 0 else 1
             layers.append(BinaryBlock(cin, cout, design, stride=stride, convs=convs, beta=next(betas)[0]))
             cin = cout
@@ -68,9 +71,9 @@ def reactnet20(classes: int, channels: int = 3, **options) -> Trunk:
     return _resnet((16, 32, 64), 6, classes, channels, **options)
 
 
-def reactnet14(classes: int, channels: int = 3, **options) -> Trunk:
-    """ReActNet-14: ReActNet-20 with four blocks a stage; with stem "half" and width 2 it fits a microcontroller."""
-    return _resnet((16, 32, 64), 4, classes, channels, **options)
+def reactnet15(classes: int, channels: int = 3, **options) -> Trunk:
+    """ReActNet-15: fewer blocks where maps are small and weights many; with stem "half" and width 2 it fits an MCU."""
+    return _resnet((16, 32, 64), (6, 4, 3), classes, channels, **options)
 
 
 def birealnet18(classes: int, channels: int = 3, **options) -> Trunk:

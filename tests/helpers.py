@@ -31,7 +31,7 @@ TINY = {
 BATCH_FREE = ("none", "free", "free_paper", "ab", "gn", "ln", "in", "frn", "ic_gn", "ic_frn")
 BATCH_FREE += ("ln_pn", "gn_pn", "in_pn")
 BATCH = ("bn", "brn", "ic", "kn")
-NARROW = {name: 0.5 for name in MODELS if name.endswith(("14", "20"))}  # else 1/8: 8 channels at first
+NARROW = {name: 0.5 for name in MODELS if name.endswith(("15", "20"))}  # else 1/8: 8 channels at first
 
 
 KINDS_OF_MODELS = [name for name in MODELS if name not in ("birealnet20", "xnor_resnet20")]  # those of 18, narrower

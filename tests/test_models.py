@@ -79,7 +79,7 @@ LAYOUT = {
     "reactnet18": (16, 3, 2),
     "birealnet18": (16, 3, 2),
     "xnor_resnet18": (8, 3, 2),
-    "reactnet14": (12, 2, 2),
+    "reactnet15": (13, 2, 2),
     "reactnet20": (18, 2, 2),
     "birealnet20": (18, 2, 2),
     "xnor_resnet20": (9, 2, 2),

@@ -176,7 +176,7 @@ def test_an_unknown_key_names_file_key_and_the_nearest(override, key, hint):
     ("override", "allowed", "hint"),
     [
         ("model.norm=fre", "none, bn, free, free_paper", "free"),
-        ("model.name=reactnet19", "reactnet18, reactnet20, reactnet14, reactnet_a", "reactnet18"),
+        ("model.name=reactnet19", "reactnet18, reactnet20, reactnet15, reactnet_a", "reactnet18"),
         ("model.binarize=weight", "none, activations, weights, both", "weights"),
         ("model.beta=reff", "nf, ref, measured, none", "ref"),
         ("model.ste_window=sampled", "fixed, sample", "sample"),
