@@ -6,7 +6,19 @@ The house form of a message is: what, where, the value received, what is allowed
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+EXTRAS = {
+    **dict.fromkeys(("torch", "torchvision", "tqdm", "yaml", "pydantic", "sklearn", "matplotlib"), "train"),
+    "PIL": "predict",
+    "onnx": "onnx",
+    "onnxruntime": "bench",
+    "openvino": "bench",
+    "webdataset": "shards",
+}
+"""Package that may be missing -> the extra that brings it."""
+MOST_MARKS = 4  # combining characters in a row that scripts use; more climb over other lines
 
 
 class BnnfreeError(Exception):
@@ -27,6 +39,33 @@ class CheckpointError(BnnfreeError):
 
 class BnnfreeWarning(UserWarning):
     """Something was skipped, counted or replaced; the run goes on."""
+
+
+def lacking(error: ModuleNotFoundError, what: str) -> ModuleNotFoundError:
+    """The error to raise where `what` cannot be imported for want of a package: it names the extra that brings it."""
+    package = (error.name or "").partition(".")[0]
+    return ModuleNotFoundError(f"{what} needs {missing(package)}", name=error.name) if package in EXTRAS else error
+
+
+def missing(package: str) -> str:
+    """`torch, which is not installed. ...`: the package, and how to get it."""
+    return f'{package}, which is not installed. Install it with: pip install -e ".[{EXTRAS[package]}]"'
+
+
+def printable(text: str) -> str:
+    """`text` without what could move or fool a terminal, each such character as its escape; line feeds and tabs stay.
+
+    Names of files, classes and keys are made by others: controls, marks that turn the direction of reading or have no
+    width, line separators, halves of surrogate pairs, and combining characters beyond MOST_MARKS in a row are escaped.
+    """
+    made, marks = [], 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if character in "\n\t" or (character.isprintable() and marks <= MOST_MARKS):
+            made.append(character)
+        else:
+            made.append(character.encode("unicode_escape", "backslashreplace").decode("ascii"))
+    return "".join(made)
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:

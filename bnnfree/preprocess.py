@@ -15,9 +15,13 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from bnnfree.errors import DataError, pick
+from bnnfree.errors import DataError, lacking, pick
+
+try:
+    from PIL import Image, UnidentifiedImageError
+except ModuleNotFoundError as _error:
+    raise lacking(_error, "bnnfree.preprocess") from None
 
 DECODED_SIZE = 64  # training decodes images up to this size once, by "square"; larger ones are streamed
 CENTRE_SHARE = 0.875  # of the resized image, per side, is what "centre" keeps: 224 of 256 pixels

@@ -188,4 +188,4 @@ def test_it_runs_where_only_numpy_and_pillow_are_installed(make, photos):
     code = code.replace("'onnx'", "'PIL'")
     command[2] = code
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 2 and "pip install Pillow" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and 'pip install -e ".[predict]"' in done.stderr and "Traceback" not in done.stderr

@@ -88,6 +88,7 @@ def open_packed(path: str, overrides: list[str]):
     from bnnfree.engine import load
     from bnnfree.errors import BnnfreeError
     from bnnfree.train.recipes import parse_recipe
+    from bnnfree.train.source import without_places
     from models import MODELS
 
     engine = load(path)
@@ -100,7 +101,7 @@ def open_packed(path: str, overrides: list[str]):
             pixels = x.permute(0, 2, 3, 1).round().to(torch.uint8)
             return torch.from_numpy(engine.run(pixels.contiguous().numpy()))
 
-    recipe = parse_recipe(metadata["recipe"], f"packed file {path}", MODELS, overrides)
+    recipe = parse_recipe(without_places(metadata["recipe"], local=False), f"packed file {path}", MODELS, overrides)
     known = {"classes": engine.model.classes, "mean": [0.0] * channels, "std": [1 / 255] * channels}
     return Packed(), recipe, known
 

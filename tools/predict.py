@@ -15,6 +15,7 @@ is 2. With --json all that was found, and the errors, go to FILE, whose path is 
 
 import argparse
 import json
+from pathlib import Path
 
 import _cli
 
@@ -24,7 +25,7 @@ TOGETHER = 64  # images in memory at one time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="a packed network (.bnnf)")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many classes to name (default: 5)")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="of bnnfree.engine (default: auto)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="how many work on the images (default: 1)")
@@ -39,7 +40,7 @@ def main() -> None:
         raise BnnfreeError(f"--top: got {args.top}, expected a whole number of 1 or more.")
     engine = load(args.model, args.backend, args.threads)
     read = reader(engine.model, args.model)
-    found, errors, files = [], [], list(dict.fromkeys(args.images))
+    found, errors, files = [], [], list(dict.fromkeys(images_of(args.images)))
     for first in range(0, len(files), TOGETHER):
         pixels = {}
         for path in files[first : first + TOGETHER]:
@@ -61,14 +62,19 @@ def main() -> None:
         raise DataError("\n".join(e["error"] for e in errors))
 
 
+def images_of(paths):
+    """The files that are named, and all image files in the folders that are."""
+    from bnnfree.preprocess import find_images
+
+    for path in paths:
+        yield from map(str, find_images(path)) if Path(path).is_dir() else [path]
+
+
 def reader(model, path):
     """How an image file becomes what `model` takes. Errors: a model that takes no images, or gives no classes."""
     from bnnfree.errors import BnnfreeError, pick
+    from bnnfree.preprocess import RESIZES, load_image
 
-    try:
-        from bnnfree.preprocess import RESIZES, load_image
-    except ImportError as error:
-        raise BnnfreeError(f"predict: {error.name} is not installed. Install it: pip install Pillow") from None
     height, width, channels = model.image_shape
     rows, columns, _ = model.tensors[model.output].shape
     if (rows, columns) != (1, 1):

@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from bnnfree.errors import BnnfreeError, lacking
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as _error:
+    raise lacking(_error, "bnnfree.export") from None
+
 from torch import nn
 
 import bnnfree
-from bnnfree.errors import BnnfreeError
 from bnnfree.export.check import check_packed
 from bnnfree.export.errors import ExportError
 from bnnfree.export.lower import Lowering

@@ -6,6 +6,13 @@ replaces BN), centring (of gradients), variance (alpha and beta), block (the res
 Imports torch only.
 """
 
+from bnnfree.errors import lacking
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as _error:
+    raise lacking(_error, "bnnfree.nn") from None
+
 from bnnfree.nn.binary import SCALES, BinaryConv2d, BinaryLinear
 from bnnfree.nn.block import ACTIVATIONS, BINARIZE, SHORTCUTS, BinaryBlock, Clip, Design, check_activation
 from bnnfree.nn.calibrate import (

@@ -82,8 +82,22 @@ def open_source(source: str | Path, builders: Builders, overrides: Iterable[str]
     if source_kind(path) == "recipe":
         return _from_recipe(path, builders, overrides)
     model, state = load_model(path, builders)
-    recipe = parse_recipe(state["recipe"], f"checkpoint {path}", builders, overrides)
+    recipe = parse_recipe(without_places(state["recipe"]), f"checkpoint {path}", builders, overrides)
     return Network(model, recipe, state["binarize"], state["data"], True, str(path), state)
+
+
+def without_places(tree: dict[str, Any], local: bool = True) -> dict[str, Any]:
+    """The recipe of somebody's file without what would have this machine fetch or write: those come from its user.
+
+    Addresses, download and the cache's folder go; local: a folder of this machine stays, to be read.
+    """
+    data = dict(tree.get("data") or {})
+    for key in ("root", "test_root", "val_root"):
+        if not local or "://" in str(data.get(key)) or str(data.get(key)).startswith("pipe:"):
+            data.pop(key, None)
+    for key in ("cache", "cache_gb", "download", "workers"):
+        data.pop(key, None)
+    return {**tree, "data": data}
 
 
 def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Network:
