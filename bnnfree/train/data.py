@@ -88,6 +88,11 @@ class Data:
         smaller = {name: split and split.resized(size) for name, split in splits.items()}
         return replace(self, **smaller, image_size=(size, size))
 
+    def listing(self) -> dict[str, list]:
+        """For train, val and test: the number of images and a hash of them (see Split.digest)."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: [len(split), split.digest()] for name, split in splits.items() if split}
+
     @property
     def skipped(self) -> int:
         """Bad images left out so far: those found while loading and those found while streaming."""

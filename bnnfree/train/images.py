@@ -12,8 +12,9 @@ Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: da
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,17 @@ class Split:
         """The same images, order and augmentation at `size` x `size` pixels, normalised by the same statistics."""
         raise NotImplementedError
 
+    def digest(self) -> str:
+        """A hash of the images, or of what lists them, and of their labels, in order: other data have another."""
+        digest = hashlib.blake2b(self.labels.numpy(force=True).astype("<i8").tobytes(), digest_size=12)
+        for part in self._listing():
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _listing(self) -> Iterable[bytes]:
+        """What tells the images from others."""
+        raise NotImplementedError
+
     def _order(self, generator: torch.Generator) -> Tensor:
         """The order of an epoch: a permutation of the images."""
         return torch.randperm(len(self), generator=generator)
@@ -212,6 +224,10 @@ class PixelSplit(Split):
         """Move the images to `device` and keep them there; batches on another device move them again."""
         self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
         return self
+
+    def _listing(self) -> Iterable[bytes]:
+        yield str(list(self.pixels.shape)).encode()
+        yield from (part.numpy(force=True).tobytes() for part in self.pixels.split(1024))
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         return torch.rand(len(self), len(self.augment), 2, generator=generator)

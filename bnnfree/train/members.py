@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -28,11 +26,11 @@ from torch import Tensor
 from bnnfree.errors import DataError
 from bnnfree.files import replacing
 from bnnfree.preprocess import read_image
+from bnnfree.train.addresses import fetch, is_url
 from bnnfree.train.streamed import Files
 
 WINDOW = 16  # shards that an epoch takes images from at a time
 BLOCK = 512  # bytes: a tar header
-SCHEMES = ("http", "https", "s3", "gs", "hf")
 MEMBER = np.dtype([("shard", np.int32), ("offset", np.int64), ("length", np.int32)])
 
 
@@ -83,6 +81,14 @@ class Members(Files):
         delays = WINDOW * torch.rand(len(self), generator=generator, dtype=torch.float64)
         return torch.argsort(turns + delays, stable=True)
 
+    def listing(self) -> Iterator[bytes]:
+        """As Files.listing: names and sizes of the shards, and the places of the images in them."""
+        for shard in np.unique(self.members["shard"]).tolist():
+            yield f"{os.path.basename(self.places[shard])}\0{self.sizes[shard]}\n".encode()
+        members = self.members.astype(MEMBER)
+        members["shard"] -= members["shard"].min(initial=0)
+        yield members.tobytes()
+
     def _file(self, shard: int):
         """The shard, open for reading; as many as an epoch needs at a time stay open."""
         if self._process != os.getpid():  # Why: a forked process shares the position in its parent's files
@@ -119,15 +125,6 @@ def check_size(what: str, size: int, expected: int) -> None:
         )
 
 
-def is_url(place: str) -> bool:
-    """Is it a URL and no path? Errors: DataError for a scheme that is not one of SCHEMES."""
-    scheme = place.split(":", 1)[0] if "://" in place or place.startswith("pipe:") else ""
-    if scheme and scheme not in SCHEMES:
-        hint = " A recipe must not run commands." if scheme == "pipe" else ""
-        raise DataError(f"shard {place}: got the scheme {scheme!r}, expected one of {', '.join(SCHEMES)}.{hint}")
-    return bool(scheme)
-
-
 def local(place: str, cache: Path, limit: int | None) -> Path:
     """The path of a shard, which is fetched if it is a URL and not in the folder `cache`.
 
@@ -136,7 +133,7 @@ def local(place: str, cache: Path, limit: int | None) -> Path:
     if not is_url(place):
         return Path(place)
     digest = hashlib.sha256(place.encode()).hexdigest()[:24]
-    path = cache / "shards" / f"{digest}-{place.rsplit('/', 1)[1].split('?')[0]}"
+    path = cache / "shards" / f"{digest}-{place.split('?')[0].rsplit('/', 1)[1][-80:]}"
     try:
         with _locked(path):
             if not path.exists():
@@ -151,21 +148,6 @@ def local(place: str, cache: Path, limit: int | None) -> Path:
             " that can be written."
         ) from None
     return path
-
-
-def fetch(url: str, path: Path) -> None:
-    """Write what is at `url` to `path`, by webdataset (curl for http, the tools of Amazon and Google for s3 and gs)."""
-    gopen = webdataset("fetching shards").gopen
-    program = {"s3": "aws", "gs": "gsutil"}.get(url.split(":")[0], "curl")
-    command = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
-    stream = None
-    try:
-        with gopen(command if program == "aws" else url, "rb") as stream, open(path, "wb") as file:
-            shutil.copyfileobj(stream, file, 2**20)
-    except (OSError, ImportError) as error:
-        status = getattr(stream, "status", None)  # of the program that webdataset calls
-        reason = f"{program} ended with {status}" if status else f"{error}"
-        raise DataError(f"shard {url}: cannot be fetched ({reason}).") from None
 
 
 @contextmanager
@@ -194,12 +176,3 @@ def _make_room(newest: Path, limit: int) -> None:
         if total > limit and path != newest:
             path.unlink(missing_ok=True)
             total -= size
-
-
-def webdataset(what: str):
-    """The library of that name. Errors: DataError where it is not installed."""
-    try:
-        import webdataset as library
-    except ImportError:
-        raise DataError(f"shards: {what} needs webdataset, got no such package. pip install webdataset") from None
-    return library

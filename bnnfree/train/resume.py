@@ -48,6 +48,19 @@ def check_resumable(
     return bool(grown)
 
 
+def check_images(before: Mapping[str, list], now: Mapping[str, list], folder: Path) -> None:
+    """Errors: CheckpointError where the images are not those that the run began with (see Data.listing)."""
+    for part in [*before, *(name for name in now if name not in before)]:
+        was, is_now = before.get(part, [0, ""]), now.get(part, [0, ""])
+        if was != is_now:
+            what = f"{was[0]} images, now {is_now[0]}" if was[0] != is_now[0] else f"{was[0]} images, now others"
+            raise CheckpointError(
+                f"run folder {folder}: was trained on other data: {part} had {what} (names, sizes or labels differ)."
+                " Bring the data back as they were, or train into another --out, from these weights with init: if you"
+                " like."
+            )
+
+
 def _means_the_same(key: str, was: Any, now: Any, before: Mapping[str, Any], today: Mapping[str, Any]) -> bool:
     """True for a key of the model that is null on one side, where null means what the other side says."""
     name = key.removeprefix("model.")

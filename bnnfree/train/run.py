@@ -38,7 +38,7 @@ from bnnfree.train.meaning import design_of
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import save_recipe
 from bnnfree.train.report import Report, machine, write_json
-from bnnfree.train.resume import MAY_CHANGE, check_resumable, other_bits
+from bnnfree.train.resume import MAY_CHANGE, check_images, check_resumable, other_bits
 from bnnfree.train.run_folder import open_folder, taken, writing
 from bnnfree.train.settings import settings
 from bnnfree.train.start import find_weights, freeze, open_weights, take_weights
@@ -68,6 +68,7 @@ class Run:
             "mean": list(data.mean),
             "std": list(data.std),
         }
+        self.listing = data.listing()
         self.origin = origin()
         self.best: dict[str, Any] = {"top1": None, "epoch": 0}  # top1: of validation; None without
         self.seconds = 0.0
@@ -77,6 +78,7 @@ class Run:
         self.lines: list[str] = []  # to be printed before training
         if resumed is not None:
             self.grown = check_resumable(resumed, recipe, builders, self.data_info, folder)
+            check_images(resumed.get("listing", self.listing), self.listing, folder)
             self.design, self.init = resumed["design"], resumed.get("init")
             self.lines += other_bits(resumed)
         self.stage = self._start_stage(0, None)
@@ -122,6 +124,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "binarize": self._binarize(self.stage.index),
             "data": self.data_info,
+            "listing": self.listing,
             "origin": self.origin,
             "history": self.report.history,
             "best": self.best,

@@ -33,8 +33,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.files import replacing
 from bnnfree.preprocess import image_endings, read_image
+from bnnfree.train.addresses import expand, fetch, is_plain, is_url, webdataset
 from bnnfree.train.folder import list_tree
-from bnnfree.train.members import BLOCK, MEMBER, Members, check_size, fetch, is_url, local, webdataset
+from bnnfree.train.members import BLOCK, MEMBER, Members, check_size, local
 
 INDEX = "index.json"
 ORDER_SEED = 20  # of the images in the shards; the order of an epoch has the recipe's
@@ -156,14 +157,6 @@ def find_shards(
     return _joined(Found(names, [], [], {}, cache, limit), parts, where)
 
 
-def expand(pattern: str, where: str) -> list[str]:
-    """The places that a pattern such as `a-{00..12}.tar` names. Errors: DataError for braces that do not match."""
-    try:
-        return webdataset("a pattern").shardlists.expand_urls(os.path.expanduser(pattern))
-    except ValueError as error:
-        raise DataError(f"{where}: got {pattern!r}, a pattern that cannot be expanded ({error}).") from None
-
-
 def _scan_all(places: list[str], cache: Path, limit: int | None) -> dict[str, Shard]:
     """Each shard by its place; what they held is remembered in `cache`, of local ones until they change."""
     from tqdm import tqdm
@@ -223,8 +216,11 @@ def _from_index(root: str, where: str) -> tuple[list[str], dict[str, list[Shard]
 
 def _placed(shard: Shard, base: str, remote: bool, where: str) -> Shard:
     """A shard of an index, with its place instead of its name."""
-    if os.path.basename(shard.file) != shard.file:
-        raise DataError(f"{where}: {INDEX}: got the file {shard.file!r}, expected a name without folders.")
+    if not is_plain(shard.file):
+        raise DataError(
+            f"{where}: {INDEX}: got the file {shard.file!r}, expected a name without folders, of letters, digits and"
+            " . _ - ~ + @ % = ,"
+        )
     place = f"{base}/{shard.file}" if remote else os.path.join(base, shard.file)
     if not remote:
         try:

@@ -96,6 +96,16 @@ class Files:
         """The order of an epoch: a permutation of the images."""
         return torch.randperm(len(self), generator=generator)
 
+    def listing(self) -> Iterator[bytes]:
+        """What tells these images from others, without reading them: names below their common folder, and sizes."""
+        common = os.path.dirname(os.path.commonprefix(self.paths.tolist()))
+        for path in self.paths.tolist():
+            try:
+                size = os.stat(path).st_size
+            except OSError:  # it is named when it is read
+                size = -1
+            yield os.path.relpath(path, common or b".") + b"\0%d\n" % size
+
 
 class FileSplit(Split):
     """Images read from their files, by `workers` processes, each time a batch is made. Shapes: size x size.
@@ -124,6 +134,7 @@ class FileSplit(Split):
         self.files = files if isinstance(files, Files) else Files(files)
         self.size, self.workers, self.skip_bad = size, workers, skip_bad
         self._bad: set[int] = set()
+        self._piped = False  # batches have come through a pipe, and it was said
         self._idle: dict[bool, tuple[_Tasks, torch.utils.data.DataLoader]] = {}
 
     @property
@@ -135,8 +146,12 @@ class FileSplit(Split):
         parts = self.files, self.labels, self.mean, self.std, self.augment
         split = FileSplit(*parts, size=size, workers=self.workers, skip_bad=self.skip_bad)
         split.burst = self.burst
+        split._piped = self._piped
         split._bad = self._bad  # a file that cannot be read is counted once
         return split
+
+    def _listing(self) -> Iterable[bytes]:
+        return self.files.listing()
 
     def _order(self, generator: torch.Generator) -> Tensor:
         return self.files.order(generator)
@@ -187,9 +202,21 @@ class FileSplit(Split):
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            pixels, index, reasons = batch
-            self._report(reasons, len(index))
-            yield pixels, self.labels[index]
+            pixels, good, reasons = batch
+            self._report(reasons, len(good))
+            if isinstance(pixels, np.ndarray):
+                self._warn_of_pipes()
+                pixels = torch.from_numpy(pixels)
+            yield pixels, self.labels[good]
+
+    def _warn_of_pipes(self) -> None:
+        if not self._piped:
+            self._piped = True
+            message = (
+                "data: shared memory (/dev/shm) is full, so batches of images come through pipes, which is slower."
+                " Give it more (docker run --shm-size=2g), or set data.workers or data.batch_size lower."
+            )
+            warnings.warn(message, BnnfreeWarning, stacklevel=3)
 
     def _report(self, reasons: dict[int, str], readable: int) -> None:
         """Raise for or count the unreadable images {index: reason} of a batch with `readable` good ones."""
@@ -240,6 +267,19 @@ def collate(images: Sequence[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images])
 
 
+def shared(pixels: Tensor) -> Tensor | np.ndarray:
+    """In a worker process: the tensor in shared memory, or as an array where that is full.
+
+    Why here: the loader would share it in a thread of its own, whose error nobody sees, and wait for ever.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return pixels
+    try:
+        return pixels.share_memory_()
+    except RuntimeError:
+        return pixels.numpy()
+
+
 class _Tasks:
     """What a loader hands out: lists of (image, seed or -1), one a batch; set anew for each pass."""
 
@@ -259,8 +299,13 @@ class Reader(torch.utils.data.Dataset):
     def __init__(self, files: Files, size: int, augment: tuple[str, ...]):
         self.files, self.size, self.augment = files, size, augment
 
-    def __getitems__(self, tasks: list[tuple[int, int]]) -> tuple[Tensor, Tensor, dict[int, str]] | DataError:
-        """(pixels uint8 [B,H,W,3], images [B], what is wrong by image) of the (image, seed or -1) of one batch."""
+    def __getitems__(
+        self, tasks: list[tuple[int, int]]
+    ) -> tuple[Tensor | np.ndarray, list[int], dict[int, str]] | DataError:
+        """(pixels uint8 [B,H,W,3], images [B], what is wrong by image) of the (image, seed or -1) of one batch.
+
+        In a process of its own the pixels are in shared memory; an array, to be copied, where there is too little.
+        """
         images: list[Tensor] = []
         good: list[int] = []
         reasons: dict[int, str] = {}
@@ -274,7 +319,7 @@ class Reader(torch.utils.data.Dataset):
                 continue
             images.append(image)
             good.append(index)
-        return collate(images), torch.tensor(good, dtype=torch.int64), reasons
+        return shared(collate(images)), good, reasons
 
     def sample(self, index: int, seed: int) -> Tensor | str:
         """An image as uint8 [3,size,size], augmented as `seed` says (-1: not at all), or what is wrong with it."""
