@@ -29,6 +29,7 @@ from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import first_values
 from bnnfree.errors import BnnfreeError
 from bnnfree.export.packed import Packed
+from bnnfree.export.twin import plain_mode
 from bnnfree.format import Op, PackedModel, window_of
 from bnnfree.format.schema import NORMS
 from bnnfree.nn import RSign, Sign
@@ -125,6 +126,7 @@ def _cells(layer: LayerReport | None) -> list[str]:
     return [differing + ("" if layer.equal else " !"), ties, f"{layer.error_ulp:.1f}" if layer.kind == "real" else ""]
 
 
+@plain_mode()
 def verify(
     packed: Packed,
     model: PackedModel,
@@ -241,7 +243,7 @@ class _Watched(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        source = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
+        source = self.env.get(n.all_input_nodes[0]) if n.all_input_nodes else None
         return self.watch(n, source, result)
 
 
