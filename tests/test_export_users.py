@@ -16,8 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from bnnfree.engine import Engine
 from bnnfree.errors import BnnfreeError
-from bnnfree.export import ExportError, check_packed, export, pack
+from bnnfree.export import ExportError, check_packed, export, mutation, pack
 from bnnfree.export.own import is_own, load_own
+from bnnfree.export.verify import LayerReport, Report
 from bnnfree.format import to_bytes
 from bnnfree.nn import BinaryConv2d, RPReLU, RSign, ScaledStdConv2d, Sign
 
@@ -471,3 +472,18 @@ def test_statements_at_random_give_the_same_numbers_or_the_line_that_changes_a_p
         got = Engine(packed.model).run(pixels)
         assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max(), seed
     assert 1 <= refused <= 20
+
+
+def test_lines_of_packages_beside_torch_are_the_users():
+    """A package whose folder begins with torch's name, as torchvision's does."""
+    beside = mutation.NOT_THE_USERS[0].rstrip("/\\") + "vision/net.py"
+    node = torch.fx.symbolic_trace(nn.ReLU()).graph.output_node()
+    node.stack_trace = f'File "{beside}", line 7, in forward'
+    assert mutation.line_of(node) == f"{beside}:7"
+
+
+def test_ties_are_explained_where_they_are_counted():
+    report = Report(4, 1.0, 0.9, 0.0, torch_layers=[LayerReport("a", "bits", ties=2)])
+    assert "rounding decides; they count as equal" in report.table()
+    report.torch_layers[0].ties = 0
+    assert "rounding decides" not in report.table()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnnfree.export.errors import ExportError
 
-NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # folders of code
+NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # folders of code
 IN_PLACE = {  # what Python's own in-place operators compute
     operator.iadd: operator.add,
     operator.isub: operator.sub,

@@ -112,6 +112,8 @@ class Report:
         share, least = 100 * self.agreement, 100 * self.required_agreement
         lines += ["", f"top-1 agreement  {share:.2f} % of {self.images:,} images, at least {least:g} % asked for"]
         lines.append(f"logits           within {self.logit_error:.1e} of the largest, over all images")
+        if any(layer.ties for layer in (*self.torch_layers, *self.double_layers)):
+            lines.append("ties             bits so near their threshold that rounding decides; they count as equal")
         for backend, name in self.backends.items():
             lines.append(f"backend {backend:10s} {'equal to the bit' if name is None else f'DIFFERS at {name}'}")
         lines.append("equal" if self.equal else f"NOT EQUAL: {self.first_difference or 'top-1 agreement'}")
