@@ -82,6 +82,6 @@ def unknown_name(what: str, got: object, allowed: Iterable[str]) -> UnknownNameE
 
 def pick(table: dict, name: str, what: str):
     """`table[name]`, or the UnknownNameError that lists the table's names."""
-    if name not in table:
+    if name not in list(table):  # Why a list: a name may be anything, and not everything hashes
         raise unknown_name(what, name, table)
     return table[name]

@@ -31,6 +31,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Errors: OutputError with the reason; what was at `path` is as it was.
     """
     path = Path(path)
+    if not path.name:
+        raise OutputError(f"{str(path)!r}: got a folder or nothing, expected the name of a file to write.")
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -484,7 +484,10 @@ REFUSED = {
         nn.Sequential(nn.Flatten(), nn.BatchNorm1d(105)),
         ["105 numbers", "3 channels"],
     ),
-    "custom subclass": (Nested(Odd(4, 4, 3, padding=1)), ["blocks.1.0", "cannot be traced"]),
+    "custom subclass": (
+        Nested(Odd(4, 4, 3, padding=1)),
+        ["blocks.1.0 (Odd)", "forward of its own", "plain BinaryConv2d"],
+    ),
     "hooks": (Nested(hooked(nn.Conv2d(4, 4, 1))), ["blocks.1.0 (Conv2d)", "forward hooks"]),
     "linear on maps": (nn.Sequential(nn.Linear(7, 3)), ["Flatten"]),
     "fails": (nn.Sequential(nn.Conv2d(4, 2, 1)), ["3x5x7", "fails"]),

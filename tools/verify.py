@@ -57,6 +57,8 @@ def main() -> None:
     model = read(args.model)
     ends = {name: model.metadata.get(name, "int8") for name in ("stem", "head")}
     if is_own(args.source):
+        if args.overrides:
+            raise BnnfreeError(f"{args.source}: got {' '.join(args.overrides)} for a network of its own code.")
         rows, columns, depth = model.image_shape
         known = {key: model.metadata[key] for key in ("mean", "std")}
         packed = pack(load_own(args.source), image_size=(rows, columns), channels=depth, **known, **ends)

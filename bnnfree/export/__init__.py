@@ -1,7 +1,8 @@
 """The one bridge from torch to packed files: `export`. Imports torch, bnnfree.nn, ops, format, engine; never train.
 
-trace (torch.fx), mutation (in-place changes taken out), quantize (int8 ends), build, lower and its rules (ops, with
-everything affine folded), verify and check (is it the same?), onnx (the same graph for other tools).
+twin (the copy that is exported), trace (torch.fx), mutation (in-place changes taken out), quantize (int8 ends),
+build, lower and its rules (ops, with everything affine folded), verify and check (is it the same?), onnx (the same
+graph for other tools).
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from bnnfree.export.lower import Lowering
 from bnnfree.export.packed import Packed
 from bnnfree.export.quantize import quantize_ends
 from bnnfree.export.trace import trace
+from bnnfree.export.twin import plain_mode
 from bnnfree.format import PackedModel, to_bytes, write
 from bnnfree.format.text import join_lines
 
 __all__ = ["ExportError", "Packed", "check_packed", "export", "pack", "pack_network", "packed_bytes"]
 
 
+@plain_mode()
 def pack(
     module: nn.Module,
     *,
@@ -49,8 +52,7 @@ def pack(
 ) -> Packed:
     """The packed model of `module`, in memory; arguments as `export`."""
     height, width = _size(image_size)
-    if not isinstance(channels, int) or channels < 1:
-        raise BnnfreeError(f"export: channels: got {channels!r}, expected a whole number above 0.")
+    channels = _whole(channels, f"export: channels: got {channels!r}, expected a whole number above 0.")
     means, deviations = _per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")
     if (means < 0).any() or (means > 1).any():
         raise BnnfreeError(f"export: mean: got {means.tolist()}, expected 0 to 1: {_OF_PIXELS}")
@@ -170,22 +172,36 @@ def _class_names(classes: Sequence[str] | None) -> list[str]:
     """The names as texts that a file can hold."""
     if classes is None:
         return []
-    if isinstance(classes, str) or not isinstance(classes, Sequence | np.ndarray):
+    if isinstance(classes, str | bytes) or not isinstance(classes, Sequence | np.ndarray):
         raise BnnfreeError(f"export: classes: got {classes!r}, expected a list of names, or None.")
+    if any(isinstance(name, bytes) for name in classes):
+        raise BnnfreeError("export: classes: got bytes among the names, expected texts.")
     names = [str(name) for name in classes]
     join_lines(names, "class name")  # refuses what no file can hold
     return names
 
 
 def _size(image_size: tuple[int, int]) -> tuple[int, int]:
+    message = f"export: image_size: got {image_size!r}, expected (height, width) in pixels."
     sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if len(sizes) != 2 or any(not isinstance(s, int) or s < 1 for s in sizes):
-        raise BnnfreeError(f"export: image_size: got {image_size!r}, expected (height, width) in pixels.")
-    return sizes[0], sizes[1]
+    if len(sizes) != 2:
+        raise BnnfreeError(message)
+    return _whole(sizes[0], message), _whole(sizes[1], message)
+
+
+def _whole(value: Any, message: str) -> int:
+    """A number above 0 that is whole, numpy's too. Errors: BnnfreeError with `message`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise BnnfreeError(message)
+    return int(value)
 
 
 def _per_channel(value: Sequence[float] | float, channels: int, name: str) -> np.ndarray:
-    array = np.asarray(value, np.float64)
-    if array.shape not in ((), (channels,)) or not np.isfinite(array).all():
-        raise BnnfreeError(f"export: {name}: got {value!r}, expected one number, or one per channel ({channels}).")
+    message = f"export: {name}: got {value!r}, expected one number, or one per channel ({channels})."
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise BnnfreeError(message) from None
+    if isinstance(value, str) or array.shape not in ((), (channels,)) or not np.isfinite(array).all():
+        raise BnnfreeError(message)
     return np.broadcast_to(array, (channels,)).copy()

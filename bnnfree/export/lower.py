@@ -25,7 +25,8 @@ from bnnfree.export.norms import Affine, lower_affine, lower_batch_norm, lower_g
 from bnnfree.export.pool import lower_adaptive, lower_avg_pool, lower_max_pool
 from bnnfree.export.quantize import Int8Layer
 from bnnfree.export.rules import Rule
-from bnnfree.export.trace import BATCH, PASSING, Traced, constant, is_ours, is_passing, path_of
+from bnnfree.export.trace import BATCH, PASSING, Traced, constant, is_passing, path_of
+from bnnfree.export.twin import OURS, kind_of
 from bnnfree.format import PackedModel
 from bnnfree.nn import (
     BinaryConv2d,
@@ -49,6 +50,7 @@ class Lowering:
         _, channels, height, width = traced.image.meta["shape"]
         self.builder = Builder((height, width, channels))
         self.values: dict[fx.Node, Any] = {}
+        self.fixed: set[fx.Node] = set()  # nodes that no image changes: their values are those of torch
         self.slow: list[str] = []
         self.meaning: dict[int, tuple[fx.Node, Value]] = {}  # activation -> the node it stands for
         self.builder.on_settle = self._settled
@@ -61,6 +63,8 @@ class Lowering:
                 continue
             try:
                 value = self._lower(node)
+                if node.op == "get_attr" or (node.all_input_nodes and self.fixed.issuperset(node.all_input_nodes)):
+                    self.fixed.add(node)
             except BnnfreeError:
                 raise
             except Exception as error:  # Why: no graph of a user's may end in an error of Python's own
@@ -84,12 +88,16 @@ class Lowering:
                 "in torch's order of values, which is not the engine's",
                 "Return the maps themselves, or pool them to 1x1 first.",
             )
-        names = {"image": 1}
+        names = {"image"}
 
         def name_of(index: int) -> str:
             path = path_of(self.meaning[index][0]) if index in self.meaning else "inner"
-            names[path] = names.get(path, 0) + 1
-            return path if names[path] == 1 else f"{path}#{names[path]}"
+            name, count = path, 1
+            while name in names:
+                count += 1
+                name = f"{path}#{count}"
+            names.add(name)
+            return name
 
         return self.builder.finish(output, name_of)
 
@@ -109,18 +117,19 @@ class Lowering:
     def _lower(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return constant(self.traced, node)
+        if node.all_input_nodes and self.fixed.issuperset(node.all_input_nodes):
+            args, kwargs = (fx.node.map_arg(part, self.values.__getitem__) for part in (node.args, node.kwargs))
+            return getattr(fx.Interpreter(self.traced.module), node.op)(node.target, args, kwargs)
         if node.op == "call_module":
             layer = self.traced.layer(node)
             assert layer is not None
-            # Why not any base class: a subclass of torch's may compute something else
-            kinds = type(layer).__mro__ if is_ours(layer) else (type(layer),)
+            kind = kind_of(layer) or type(layer)
+            kinds = kind.__mro__ if issubclass(kind, OURS) else (kind,)  # Why: a subclass of torch's computes its own
             rule = next((LAYERS[kind] for kind in kinds if kind in LAYERS), None)
             if rule is None:
                 raise self.refuse(node, "has no engine op", _remedy(type(layer).__name__))
             if len(node.all_input_nodes) != 1:
                 raise self.refuse(node, f"is given {len(node.all_input_nodes)} values, expected one", "")
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                raise self.refuse(node, "has forward hooks, which a packed file cannot hold", "Remove them.")
             return rule(self, node, self.value(node, node.all_input_nodes[0]), layer)
         table: dict[Any, Rule] = FUNCTIONS if node.op == "call_function" else METHODS  # type: ignore[assignment]
         if node.target not in table:
@@ -193,6 +202,10 @@ REMEDIES = {
         _CURVE,
     ),
     **dict.fromkeys(("Sigmoid", "Hardsigmoid", "sigmoid", "hardsigmoid"), "The engine has no gates: leave it out."),
+    **dict.fromkeys(("sign", "ge", "gt", "le", "lt", "where"), "Use bnnfree.nn.Sign, or an activation of the list."),
+    **dict.fromkeys(("to", "half", "double", "bfloat16", "type_as"), "Leave it out: what is exported is float32."),
+    **dict.fromkeys(("conv2d", "linear", "batch_norm", "group_norm"), "Use the layer: nn.Conv2d, nn.Linear, a norm."),
+    **dict.fromkeys(("forward", "DataParallel"), "Put the module in it in its place."),
     **dict.fromkeys(("chunk", "split", "unbind", "narrow", "index_select"), rules.PARTS),
     **dict.fromkeys(("InstanceNorm2d", "instance_norm"), "GroupNorm(C, C) computes the same."),
     **dict.fromkeys(("LayerNorm", "layer_norm"), "GroupNorm(1, C) normalises over channels and positions."),
@@ -245,7 +258,7 @@ FUNCTIONS: dict[Any, Rule] = {
     F.leaky_relu: rules.leaky_relu,
     **dict.fromkeys((torch.maximum, torch.max), rules.maximum),
     **dict.fromkeys((torch.flatten, torch.reshape), rules.flatten_call),
-    **dict.fromkeys((F.dropout, F.dropout2d), rules.pass_call),  # active ones trace has refused
+    **dict.fromkeys((torch.clone, F.dropout, F.dropout2d), rules.pass_call),  # active ones trace has refused
     F.max_pool2d: rules.max_pool_call,
     F.avg_pool2d: rules.avg_pool_call,
     F.adaptive_avg_pool2d: rules.on(lower_adaptive("avg_pool2d"), ("output_size",), (None,)),
@@ -257,7 +270,7 @@ FUNCTIONS: dict[Any, Rule] = {
 
 METHODS: dict[str, Rule] = {
     **dict.fromkeys(("flatten", "view", "reshape"), rules.flatten_call),
-    **dict.fromkeys(("contiguous", "detach", "float"), rules.pass_call),
+    **dict.fromkeys(("contiguous", "clone", "detach", "float"), rules.pass_call),
     **dict.fromkeys(("size", "dim"), rules.plain),
     **{name: rules.arithmetic(name) for name in ("add", "sub", "mul", "div")},
     "relu": rules.relu,

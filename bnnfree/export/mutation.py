@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnnfree.export.errors import ExportError
 
-NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # folders of code
+NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # folders of code
 IN_PLACE = {  # what Python's own in-place operators compute
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -91,16 +92,22 @@ def check_state(name: str, module: nn.Module, before: dict[str, int]) -> None:
         if version != before.get(path, version):
             raise ExportError(
                 f"export: {name} changes its {path} in forward, and a packed file holds constants. "
-                "Change it in training only (if self.training)."
+                "Change it in training only (if self.training), or write the change as a new value: y = x + 1."
             )
 
 
 def without_mutation(name: str, traced: fx.GraphModule, image: Tensor) -> None:
     """Rewrite the graph so that it computes the same without changing any value in place."""
     before, watch = state_versions(traced), _Watch(traced)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         watch.run(image)
     check_state(name, traced, before)
+    for node, tensors in watch.values.items():
+        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+            raise ExportError(
+                f"export: {described(node)} gives NaN or infinity for a random image. It divides by 0, takes the root "
+                "of a negative variance, or its numbers are too large."
+            )
     place = {node: i for i, node in enumerate(traced.graph.nodes)}
     for node, changed in watch.changes:
         _rewrite(traced, node, changed, watch.values, place)
@@ -151,7 +158,10 @@ def _make_pure(traced: fx.GraphModule, node: fx.Node) -> None:
     elif node.op == "call_function" and (made := _pure_function(node)) is not None:
         node.target = made
         return
-    raise ExportError(f"export: {described(node)} changes a value in place in a way that has no other form.")
+    raise ExportError(
+        f"export: {described(node)} changes a value in place in a way that has no other form. "
+        "Write it without the change: y = x + 1."
+    )
 
 
 def _pure_function(node: fx.Node) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from bnnfree.errors import pick
 from bnnfree.export.errors import ExportError
 from bnnfree.export.trace import Traced, first_layers, last_layer, path_of
+from bnnfree.export.twin import kind_of
 from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
 from bnnfree.nn.standard import ConvLayer
 
@@ -182,9 +183,8 @@ def fits_pixels(arrays: LayerArrays) -> bool:
 
 def _replace(traced: Traced, node: fx.Node, inputs: np.ndarray | None) -> None:
     layer, source = traced.layer(node), node.all_input_nodes[0]
-    if not (type(layer) in (nn.Conv2d, nn.Linear) or isinstance(layer, WeightLayer)):
+    if layer is None or not (kind_of(layer) in (nn.Conv2d, nn.Linear) or isinstance(layer, WeightLayer)):
         return
-    assert layer is not None
     arrays = layer_arrays(layer, source.meta["shape"], path_of(node))
     if arrays.kind != "real" or (arrays.linear and len(source.meta["shape"]) != 2):
         return

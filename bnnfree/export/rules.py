@@ -93,15 +93,34 @@ def flatten(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
 
 # -- functions and methods
 
+SAME = {"axis": "dim"}  # torch's other names
+# Arguments that change no value in eval mode and float32, or are judged elsewhere (shapes, dropout)
+WITHOUT_EFFECT = (
+    "inplace",
+    "dtype",
+    "memory_format",
+    "p",
+    "training",
+    "start_dim",
+    "end_dim",
+    "shape",
+    "size",
+    "_stacklevel",
+)
+
 
 def arguments(node: fx.Node, names: tuple[str, ...], defaults: tuple) -> list[Any]:
-    """The arguments of a call by name or position, with defaults."""
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    """The arguments of a call by name or position, with defaults. Errors: TypeError for one that would be lost."""
+    given = dict(zip(names, node.args, strict=False)) | {SAME.get(name, name): v for name, v in node.kwargs.items()}
+    if lost := given.keys() - {*names, *WITHOUT_EFFECT}:
+        raise TypeError(f"{', '.join(sorted(lost))} given")
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
 
 def per_channel(low: Lowering, node: fx.Node, value: Any, x: Value) -> np.ndarray | float:
     """A number, or an array of one per channel."""
+    if value is None:
+        raise low.refuse(node, "computes with a size of its input", "Write the number.")
     if not isinstance(value, Tensor):
         return float(value)
     array = value.detach().double().numpy()
@@ -118,9 +137,9 @@ def per_channel(low: Lowering, node: fx.Node, value: Any, x: Value) -> np.ndarra
 
 def arithmetic(kind: str) -> Rule:
     def rule(low: Lowering, node: fx.Node) -> Any:
-        a, b = (low.take(argument) for argument in arguments(node, ("input", "other"), (None, None)))
         if more := node.kwargs.keys() - {"input", "other"}:
             raise low.refuse(node, f"has {', '.join(sorted(more))}", "Write it as an operation of its own.")
+        a, b = (low.take(argument) for argument in arguments(node, ("input", "other"), (None, None)))
         if not isinstance(a, Value) and not isinstance(b, Value):
             return None  # sizes and other plain numbers
         if isinstance(a, Value) and isinstance(b, Value):

@@ -9,14 +9,17 @@ again. What fx cannot trace (control flow that looks at values) is no feed-forwa
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import traceback
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import parametrize
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.export.errors import ExportError
@@ -25,36 +28,14 @@ from bnnfree.export.mutation import (
     Proxy,
     check_state,
     described,
-    state_of,
     state_versions,
     without_mutation,
 )
-from bnnfree.export.norms import Affine, freeze_proxies
-from bnnfree.nn import (
-    BatchRenorm2d,
-    FilterResponseNorm,
-    GhostBatchNorm2d,
-    GroupNorm,
-    KalmanNorm2d,
-    RPReLU,
-    Sign,
-    ThresholdedLinear,
-    WeightLayer,
-)
-from bnnfree.nn.block import Clip
+from bnnfree.export.twin import check_finite, check_unchanged, kind_of, reason, twin_of
+from bnnfree.nn import Sign
 
 BATCH = 2  # images that a network is traced with
 PASSING = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")  # in eval mode: nothing
-
-
-NORM_LAYERS = (BatchRenorm2d, GhostBatchNorm2d, KalmanNorm2d, GroupNorm, FilterResponseNorm)
-OURS = (WeightLayer, Sign, RPReLU, Clip, *NORM_LAYERS, ThresholdedLinear, Affine)
-
-
-def is_ours(layer: nn.Module) -> bool:
-    """A layer of bnnfree whose forward is its own or torch's; a subclass that has another is traced through."""
-    owner = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
-    return isinstance(layer, OURS) and owner.__module__.startswith(("bnnfree.nn.", "bnnfree.export.", "torch.nn."))
 
 
 class _Tracer(fx.Tracer):
@@ -76,7 +57,17 @@ class _Tracer(fx.Tracer):
         return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_ours(m) or super().is_leaf_module(m, module_qualified_name)
+        check_unchanged(m, module_qualified_name)
+        own = "forward" in vars(m) or parametrize.is_parametrized(m)
+        return kind_of(m) is not None or (not own and super().is_leaf_module(m, module_qualified_name))
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """As fx, with the image as the only input: further arguments of `forward` keep their defaults."""
+
+        def forward(net: nn.Module, image: Any) -> Any:
+            return root_fn(net, image)
+
+        return super().create_args_for_root(forward, is_module, concrete_args)
 
 
 @dataclass(frozen=True)
@@ -113,10 +104,49 @@ def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Trac
 
     It gives what `module` gives in eval mode, which is tried on an image, and changes no value in place.
     """
-    name, tracer = type(module).__name__, _Tracer()
-    twin = _twin(module)
+    name, twin = type(module).__name__, twin_of(module)
     check_finite(twin)
-    before = state_versions(twin)
+    traced = _graph_module(name, twin)
+    graph = traced.graph
+    output = next(node for node in graph.nodes if node.op == "output").args[0]
+    if not isinstance(output, fx.Node):
+        raise ExportError(f"export: {name} gives {type(output).__name__}, expected one tensor: the logits.")
+    if output.op == "placeholder":
+        raise ExportError(f"export: {name} gives its image back; there is nothing to export.")
+    for node in graph.nodes:
+        _check_node(traced, node)
+    generator = torch.Generator().manual_seed(0)  # Why random: of an image of zeros wrong orders are not seen
+    try:
+        image = torch.randn(BATCH, channels, *image_size, generator=generator)
+        without_mutation(name, traced, image.clone())
+        graph.eliminate_dead_code()
+        traced.recompile()
+        with torch.random.fork_rng(devices=[]):
+            ShapeProp(traced).propagate(image)
+    except BnnfreeError:
+        raise
+    except Exception as error:  # as above
+        size = "x".join(map(str, (channels, *image_size)))
+        raise ExportError(f"export: {name} fails on an image of {size}: {reason(error.__cause__ or error)}") from None
+    for node in graph.nodes:
+        meta = node.meta.get("tensor_meta")
+        node.meta["shape"] = tuple(meta.shape) if hasattr(meta, "shape") else None
+    output = next(node for node in graph.nodes if node.op == "output").args[0]
+    assert isinstance(output, fx.Node)
+    if output.meta["shape"] is None:
+        raise ExportError(f"export: {name} gives no tensor ({described(output)}), expected one: the logits.")
+    _check_same(name, module, traced, image)
+    return Traced(traced, next(node for node in graph.nodes if node.op == "placeholder"), output)
+
+
+def _graph_module(name: str, twin: nn.Module) -> fx.GraphModule:
+    """`twin` as a graph of the calls that its forward makes for one image."""
+    forward = list(inspect.signature(type(twin).forward).parameters.values())[1:]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in forward if p.default is p.empty and p.kind not in several]
+    if len(needed) > 1 or not any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in forward):
+        raise ExportError(f"export: {name} takes {len(needed)} inputs, expected one: the image.")
+    tracer, before = _Tracer(), state_versions(twin)
     try:
         graph = tracer.trace(twin)
     except BnnfreeError:
@@ -124,66 +154,29 @@ def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Trac
     except Exception as error:  # Why: tracing runs the module's own code, which may raise anything
         where = f", layer {tracer.inside[-1]}," if tracer.inside else ""
         raise ExportError(
-            f"export: {name}{where} cannot be traced at {_users_line(error)} ({_reason(error)}). {_untraceable(error)}"
+            f"export: {name}{where} cannot be traced at {_users_line(error)} ({reason(error)}). {_untraceable(error)}"
         ) from None
     check_state(name, twin, before)
-    traced = fx.GraphModule(twin, graph, name)
-    graph = traced.graph
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise ExportError(f"export: {name} takes {len(inputs)} inputs, expected one: the image.")
-    output = next(node for node in graph.nodes if node.op == "output").args[0]
-    if not isinstance(output, fx.Node):
-        raise ExportError(f"export: {name} gives {type(output).__name__}, expected one tensor: the logits.")
-    if output is inputs[0]:
-        raise ExportError(f"export: {name} gives its image back; there is nothing to export.")
-    for node in graph.nodes:
-        if _drops_at_random(traced, node):
-            raise ExportError(
-                f"export: {described(node)} drops values at random in eval mode too. Pass training=self.training."
-            )
-    generator = torch.Generator().manual_seed(0)  # Why random: of an image of zeros wrong orders are not seen
-    image = torch.randn(BATCH, channels, *image_size, generator=generator)
     try:
-        without_mutation(name, traced, image.clone())
-        graph.eliminate_dead_code()
-        traced.recompile()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            ShapeProp(traced).propagate(image)
-    except BnnfreeError:
-        raise
-    except Exception as error:  # as above
-        size = "x".join(map(str, (channels, *image_size)))
-        raise ExportError(f"export: {name} fails on an image of {size}: {_reason(error.__cause__ or error)}") from None
-    for node in graph.nodes:
-        meta = node.meta.get("tensor_meta")
-        node.meta["shape"] = tuple(meta.shape) if hasattr(meta, "shape") else None
-    output = next(node for node in graph.nodes if node.op == "output").args[0]
-    assert isinstance(output, fx.Node)
-    _check_same(name, module, traced, image)
-    return Traced(traced, inputs[0], output)
+        return fx.GraphModule(twin, graph, name)
+    except SyntaxError:
+        odd = (path for path, _ in twin.named_modules() if iskeyword(path.split(".")[-1]) or not path.isprintable())
+        path = next(odd, "a quote or backslash in it")
+        raise ExportError(f"export: {name} has a layer with a name that torch.fx cannot write ({path!r}).") from None
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy of `module` as it is exported, out of the wrappers for training that hold it."""
-    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        module = module.module if hasattr(module, "module") else module._orig_mod  # type: ignore[assignment]
-    try:
-        twin = copy.deepcopy(module)
-    except Exception as error:  # Why: a copy runs the module's own code too, and tensors with a history have none
-        raise ExportError(f"export: {type(module).__name__} cannot be copied ({_reason(error)}).") from None
-    return freeze_proxies(twin.cpu().float().eval().requires_grad_(False))
-
-
-def check_finite(module: nn.Module) -> None:
-    """Errors: ExportError that names a parameter or buffer which holds NaN or an infinity."""
-    for path, tensor in state_of(module):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = tensor[~torch.isfinite(tensor)]
-            raise ExportError(
-                f"export: {path}: got {bad[0].item()} in {len(bad):,} of {tensor.numel():,} values, expected finite "
-                "numbers. Has the training diverged?"
-            )
+def _check_node(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Errors: ExportError for a call that is random in eval mode, and for a layer with hooks."""
+    if _drops_at_random(traced, node):
+        raise ExportError(
+            f"export: {described(node)} drops values at random in eval mode too. Pass training=self.training."
+        )
+    layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks):
+        raise ExportError(
+            f"export: layer {node.target} ({type(layer).__name__}) has forward hooks, which a packed file cannot hold. "
+            "Remove them (weight_norm and prune of torch are hooks too)."
+        )
 
 
 def _drops_at_random(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -202,19 +195,19 @@ def _check_same(name: str, module: nn.Module, traced: fx.GraphModule, image: Ten
     Where the two round differently (proxies that became constants), float64 decides.
     """
     for dtype, limit in ((torch.float32, 0.0), (torch.float64, 1e-9)):
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            mine = copy.deepcopy(traced).to(dtype)(image.to(dtype))
-            expected = _twin(module).to(dtype)(image.to(dtype))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                mine = copy.deepcopy(traced).to(dtype)(image.to(dtype))
+                expected = twin_of(module).to(dtype)(image.to(dtype))
+        except Exception:  # Why: code that does not run in float64 has no second chance; it differed in float32
+            break
         if mine.shape == expected.shape and (mine - expected).abs().max() <= limit * expected.abs().max():
             return
     raise ExportError(
         f"export: {name} computes something else than the graph that was traced of it: its forward depends on what "
-        "tracing cannot see (a global, a counter, random numbers). Make it a fixed sequence of layers."
+        "tracing cannot see (a global, a counter, random numbers, .data, autocast, a hook or a __call__ of the whole "
+        "network, a forward put on an object). Make it a fixed sequence of layers."
     )
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _users_line(error: BaseException) -> str:
@@ -226,10 +219,16 @@ def _users_line(error: BaseException) -> str:
 def _untraceable(error: BaseException) -> str:
     """The remedy for an error of tracing."""
     text = str(error)
+    if "not installed as a submodule" in text:
+        return "It calls a layer from a plain list or dict. Keep layers in nn.ModuleList or nn.ModuleDict."
     if "cannot be iterated" in text or "unpack" in text:
         return "It loops over a tensor or unpacks one. The engine has no slices: give each part a layer of its own."
-    if "control flow" in text or "bool" in text:
-        return "It decides by a value of the image. Its forward must be a fixed sequence of layers."
+    if "argument of type" in text:
+        return "It computes with that. Use a number, or a tensor that is a buffer or parameter."
+    if "control flow" in text or "bool" in text or "Proxy" in text or "'len'" in text:
+        return (
+            "It decides by a value of the image, or counts by its size. Its forward must be a fixed sequence of layers."
+        )
     return "Its forward must be a fixed sequence of layers: no branches or loops that look at values."
 
 
@@ -242,9 +241,9 @@ def is_passing(traced: Traced, node: fx.Node) -> bool:
     """Does the node leave every value as it is (in eval mode)? Flattening counts."""
     layer = traced.layer(node)
     if layer is not None:
-        return type(layer).__name__ in (*PASSING, "Flatten")
+        return getattr(kind_of(layer), "__name__", "") in (*PASSING, "Flatten")
     if node.op == "call_method":
-        return node.target in ("flatten", "view", "reshape", "contiguous", "detach")
+        return node.target in ("flatten", "view", "reshape", "contiguous", "clone", "detach")
     names = {torch.flatten, torch.reshape, nn.functional.dropout, nn.functional.dropout2d}
     return node.op == "call_function" and node.target in names
 

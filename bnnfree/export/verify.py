@@ -29,6 +29,7 @@ from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import first_values
 from bnnfree.errors import BnnfreeError
 from bnnfree.export.packed import Packed
+from bnnfree.export.twin import plain_mode
 from bnnfree.format import Op, PackedModel, window_of
 from bnnfree.format.schema import NORMS
 from bnnfree.nn import RSign, Sign
@@ -111,6 +112,8 @@ class Report:
         share, least = 100 * self.agreement, 100 * self.required_agreement
         lines += ["", f"top-1 agreement  {share:.2f} % of {self.images:,} images, at least {least:g} % asked for"]
         lines.append(f"logits           within {self.logit_error:.1e} of the largest, over all images")
+        if any(layer.ties for layer in (*self.torch_layers, *self.double_layers)):
+            lines.append("ties             bits so near their threshold that rounding decides; they count as equal")
         for backend, name in self.backends.items():
             lines.append(f"backend {backend:10s} {'equal to the bit' if name is None else f'DIFFERS at {name}'}")
         lines.append("equal" if self.equal else f"NOT EQUAL: {self.first_difference or 'top-1 agreement'}")
@@ -125,6 +128,7 @@ def _cells(layer: LayerReport | None) -> list[str]:
     return [differing + ("" if layer.equal else " !"), ties, f"{layer.error_ulp:.1f}" if layer.kind == "real" else ""]
 
 
+@plain_mode()
 def verify(
     packed: Packed,
     model: PackedModel,
@@ -241,7 +245,7 @@ class _Watched(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        source = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
+        source = self.env.get(n.all_input_nodes[0]) if n.all_input_nodes else None
         return self.watch(n, source, result)
 
 
