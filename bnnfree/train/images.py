@@ -155,8 +155,8 @@ class Split:
         size = max(batch_size, min(SETTLING, wanted))
         return (images for images, _ in self.first_batches(wanted, size, **epoch))
 
-    def resized(self, size: int) -> Split:
-        """The same images, order and augmentation at `size` x `size` pixels, normalised by the same statistics."""
+    def resized(self, size: tuple[int, int]) -> Split:
+        """The same images, order and augmentation at (height, width), normalised by the same statistics."""
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -210,10 +210,10 @@ class PixelSplit(Split):
         super().__init__(labels, mean, std, augment)
         self.pixels = torch.from_numpy(pixels)
 
-    def resized(self, size: int) -> PixelSplit:
+    def resized(self, size: tuple[int, int]) -> PixelSplit:
         def scaled(pixels: Tensor) -> Tensor:
             planes = pixels.permute(0, 3, 1, 2)
-            return F.interpolate(planes, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+            return F.interpolate(planes, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
         pixels = torch.cat([scaled(part) for part in self.pixels.split(1024)]).contiguous()
         split = PixelSplit(pixels.numpy(force=True), self.labels.cpu(), self.mean, self.std, self.augment)

@@ -73,7 +73,7 @@ class Members(Files):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "image")
             path.write_bytes(self.read(index))
-            return read_image(path)
+            return read_image(path, self.reading)
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shards in random order, each image at most WINDOW shards after its own turn."""

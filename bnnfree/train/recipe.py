@@ -5,9 +5,10 @@ Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
@@ -28,12 +29,15 @@ from bnnfree.nn.fused import PRECISIONS, SPEEDS
 from bnnfree.nn.norms import options_of
 from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
+from bnnfree.preprocess import MODES
 from bnnfree.train.data import DATASETS
 from bnnfree.train.images import AUGMENTS
 from bnnfree.train.losses import LOSSES
+from bnnfree.train.parts import size_of
 from bnnfree.train.schedule import SCHEDULES
 
 MOST = 1_000_000_000  # of what is counted: images, steps
+FILES = ("imagenet", "image_folder", "shards")  # data sets of image files
 MOST_PIXELS = 2**33  # values of the fake images, which are all in memory
 
 
@@ -48,6 +52,18 @@ def _one_of(table, kind: type = str):
         return value
 
     return Annotated[kind, AfterValidator(check)]
+
+
+def _image_size(value: Any) -> Any:
+    """A side, or [height, width]."""
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(type(side) is int and 4 <= side <= 8192 for side in sides):
+        message = f"got {value!r}, expected a side of 4 to 8192 pixels, or [height, width]."
+        raise PydanticCustomError("image_size", "{message}", {"message": message})
+    return value
+
+
+ImageSize = Annotated[int | list[int], BeforeValidator(_image_size)]
 
 
 def _contradiction(message: str) -> PydanticCustomError:
@@ -136,17 +152,17 @@ class DataRecipe(_Part):
     """What it is trained on."""
 
     name: _one_of(DATASETS)  # type: ignore[valid-type]
-    """data set: digits | cifar10 | cifar100 | imagenet | image_folder | shards | fake"""
+    """data set: digits | cifar10 | cifar100 | imagenet | image_folder | shards | arrays | fake"""
     root: str | None = None
-    """folder of the files; shards: folder or URL with an index, or a pattern: FOLDER/train-{000..127}.tar"""
+    """folder of the files; arrays: or a .npz; shards: folder or URL with an index, or FOLDER/train-{000..127}.tar"""
     test_root: str | None = None
     """shards, where root is a pattern: the pattern of the test images"""
     val_root: str | None = None
     """shards, where root is a pattern: the pattern of the validation images; null: val_fraction"""
     batch_size: int = Field(default=128, ge=1, le=MOST)
     """samples per forward pass, over all processes together"""
-    image_size: int | None = Field(default=None, ge=4, le=8192)
-    """side of the square images, pixels; null: the data set's own"""
+    image_size: ImageSize | None = None
+    """side of the images, or [height, width], pixels; null: the data set's own (files: median up to 64, or 224)"""
     augment: list[_one_of(AUGMENTS)] = Field(default=[], max_length=100)  # type: ignore[valid-type]
     """random changes of training images, in order: flip | crop | shift (small images)"""
     burst: int = Field(default=1, ge=1, le=MOST)
@@ -172,7 +188,31 @@ class DataRecipe(_Part):
     classes: int = Field(default=10, ge=2, le=1_000_000)
     """classes of the fake data set, and of shards without an index"""
     channels: int = Field(default=3, ge=1, le=1024)
-    """channels of the fake data set"""
+    """channels of the fake data set; what image files become: 1 (grey) | 3 (RGB) | 4 (RGBA)"""
+    orientation: Literal["exif", "stored"] = "exif"
+    """image files: upright as the camera noted (exif), or as their rows lie (stored)"""
+    range: list[float] | None = None
+    """[low, high]: values of arrays, and of files of more than 8 bits, that become 0 and 255; null: 16 bits' own"""
+    test_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """image_folder, arrays: share of each class to test on, where there are no test images; null: there are"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before_orientation(cls, values: Any) -> Any:
+        """Stored recipes hold every key; those of before `orientation` read files as their rows lie."""
+        if isinstance(values, dict) and values.get("name") in FILES and "orientation" not in values:
+            if {"samples", "classes", "channels", "bad_images", "val_fraction"} <= set(values):
+                return {**values, "orientation": "stored"}
+        return values
+
+    @model_validator(mode="after")
+    def _sizes_and_ranges(self) -> DataRecipe:
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
+            raise _contradiction(f"data.range: got {self.range}, expected [low, high], low below high")
+        if self.name in FILES and self.channels not in MODES:
+            modes = "1 (grey), 3 (RGB) or 4 (RGBA); other bands come as data.name=arrays"
+            raise _contradiction(f"data.channels: got {self.channels} of image files, expected {modes}")
+        return self
 
 
 class StageRecipe(_Part):
@@ -184,8 +224,8 @@ class StageRecipe(_Part):
     """passes over the training images"""
     binarize: _one_of(BINARIZE) | None = None  # type: ignore[valid-type]
     """what is 1 bit in this stage; null: model.binarize"""
-    image_size: int | None = Field(default=None, ge=4)
-    """side of this stage's images, scaled from those of data.image_size; null: those; the last stage has none"""
+    image_size: ImageSize | None = None
+    """size of this stage's images, scaled from those of data.image_size; null: those; the last stage has none"""
     lr: float | None = Field(default=None, gt=0)
     """null: optimizer.lr"""
     weight_decay: float | None = Field(default=None, ge=0)
@@ -354,7 +394,7 @@ class Recipe(_Part):
         if self.schedule.name == "step" and not self.schedule.milestones:
             raise _contradiction("schedule.name is 'step' but schedule.milestones is empty")
         data = self.data
-        values = data.samples * (data.image_size or 32) ** 2 * data.channels
+        values = data.samples * math.prod(size_of(data.image_size) or (32, 32)) * data.channels
         if data.name == "fake" and values > MOST_PIXELS:
             raise _contradiction(
                 f"data.samples: got {data.samples}, which with data.image_size and data.channels makes {values:,} "

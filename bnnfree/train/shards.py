@@ -31,7 +31,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.files import replacing
+from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import image_endings, read_image
 from bnnfree.train.addresses import expand, fetch, is_plain, is_url, webdataset
 from bnnfree.train.folder import list_tree
@@ -177,8 +177,8 @@ def _scan_all(places: list[str], cache: Path, limit: int | None) -> dict[str, Sh
     try:
         with replacing(known) as temporary:
             temporary.write_text(json.dumps([shard.model_dump() for shard in found.values()]), encoding="utf-8")
-    except OSError as error:
-        message = f"index {known} cannot be written ({error.strerror or error}); the next run scans again."
+    except OutputError as error:
+        message = f"index {error} The next run scans again."
         warnings.warn(message, BnnfreeWarning, stacklevel=2)
     return found
 
