@@ -11,7 +11,6 @@ Must not import bnnfree.nn, models, export or engine.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from bnnfree.train.parts import (
     DataOptions,
     Source,
     Stats,
+    check_names,
     check_range,
     is_decoded,
     known_of_files,
@@ -49,8 +49,6 @@ from bnnfree.train.streamed import FILE_AUGMENTS, FileSplit, sample_pixels
 from bnnfree.train.subset import SPLIT_SEED, carve, thin
 
 __all__ = ["CIFAR10", "CIFAR100", "IMAGENET", "Data", "DataOptions", "Source", "Stats", "describe", "load_data"]
-
-LONGEST_NAME = 1024  # bytes of a class name; the packed format's MAX_LINE
 
 KNOWN = {  # classes, channels, side, training images
     "digits": (10, 1, 16, 1437),
@@ -196,20 +194,6 @@ def check_files(options: DataOptions, where: str = "data") -> None:
     """What is cheaply seen of bad files, before a training: errors as load_data's."""
     if options.name == "image_folder":
         check_folder(options, where)
-
-
-def check_names(classes: list[str], where: str) -> None:
-    """Errors: DataError for a name of a class that no packed file can hold."""
-    for name in classes:
-        try:
-            length = len(name.encode())
-        except UnicodeEncodeError:
-            length = -1
-        if not 0 < length <= LONGEST_NAME or any(unicodedata.category(letter) == "Cc" for letter in name):
-            raise DataError(
-                f"{where}: class name: got {name!a:.200}, expected 1 to {LONGEST_NAME} bytes of UTF-8 without control"
-                " characters. A packed file can hold no other: rename the class."
-            )
 
 
 def _numbered(classes: int) -> list[str]:

@@ -268,8 +268,8 @@ def decode_cached(
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
     except OutputError as error:
-        message = f"image cache {error} The next run decodes the {len(files)} images again."
-            " Set data.cache to a folder that can be written."
+        again = f"The next run decodes the {len(files)} images again."
+        message = f"image cache {error} {again} Set data.cache to a folder that can be written."
         warnings.warn(message, BnnfreeWarning, stacklevel=2)
     return pixels, bad
 

@@ -19,6 +19,7 @@ from bnnfree.train.parts import (
     TRIED,
     DataOptions,
     Source,
+    check_names,
     check_range,
     is_decoded,
     known_of_files,
@@ -85,7 +86,9 @@ def check_folder(options: DataOptions, where: str) -> None:
 
 
 def _listed(options: DataOptions, where: str) -> Tree:
-    return list_tree(options.root, where, options.test_fraction)
+    tree = list_tree(options.root, where, options.test_fraction)
+    check_names(tree.classes, where)  # Why here too: before minutes of decoding
+    return tree
 
 
 def _own_size(files: list[str], where: str) -> Size:

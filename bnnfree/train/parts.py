@@ -5,6 +5,7 @@ Must not import bnnfree.nn, models, export or engine.
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import DECODED_SIZE, NARROW, Reading, Size, check_limits, square
 from bnnfree.train.streamed import Files
 
+LONGEST_NAME = 1024  # bytes of a class name; the packed format's MAX_LINE
 TRIED = 16  # image files that are decoded to see what range their values have
 STREAMED_SIZE = 224  # the size of larger images where the recipe names none
 
@@ -99,6 +101,20 @@ def reading_of(options: DataOptions, where: str) -> Reading:
 def known_of_files(reading: Reading) -> Stats | None:
     """Statistics of files that are not all decoded: those of ImageNet, of RGB files of 8 bits; None: to be measured."""
     return IMAGENET if reading.channels == 3 and reading.limits is None else None
+
+
+def check_names(classes: list[str], where: str) -> None:
+    """Errors: DataError for a name of a class that no packed file can hold."""
+    for name in classes:
+        try:
+            length = len(name.encode())
+        except UnicodeEncodeError:
+            length = -1
+        if not 0 < length <= LONGEST_NAME or any(unicodedata.category(letter) == "Cc" for letter in name):
+            raise DataError(
+                f"{where}: class name: got {name!a:.200}, expected 1 to {LONGEST_NAME} bytes of UTF-8 without control"
+                " characters. A packed file can hold no other: rename the class."
+            )
 
 
 def spread(count: int, most: int) -> list[int]:
