@@ -22,8 +22,9 @@ from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError, pick
 from bnnfree.preprocess import DECODED_SIZE, read_image, square
+from bnnfree.train.augment import MIXTURES, POLICIES, Mixing
 from bnnfree.train.folder import cache_folder, check_root, decode_cached, list_tree
-from bnnfree.train.images import AUGMENTS, PixelSplit, Split
+from bnnfree.train.images import AUGMENTS, NAMES, PixelSplit, Split
 from bnnfree.train.shards import Found, find_shards
 from bnnfree.train.streamed import FILE_AUGMENTS, Files, FileSplit
 from bnnfree.train.subset import SPLIT_SEED, carve, thin
@@ -55,7 +56,8 @@ class DataOptions(Protocol):
     test_limit: int | None  # test images to use; None: all
     val_fraction: float  # share of the training images to validate on, in [0, 1)
     burst: int  # training images of one class in a row; 1: shuffled
-    augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), in order
+    augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), POLICIES and MIXTURES, in order
+    mix_alpha: float  # mixtures only: of their Beta distribution
     bad_images: Literal["error", "skip"]
     workers: int  # processes that read streamed images
     download: bool  # fetch cifar10 or cifar100 if root lacks it
@@ -124,7 +126,7 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     if not 0 <= options.val_fraction < 1:
         raise DataError(f"{where}: val_fraction: got {options.val_fraction}, expected 0 <= val_fraction < 1.")
     for name in options.augment:  # Why: before minutes of decoding; which table applies is known after
-        pick(AUGMENTS | FILE_AUGMENTS, name, f"{where}: augment")
+        pick(dict.fromkeys(NAMES), name, f"{where}: augment")
     source = pick(DATASETS, options.name, f"{where}: name")(options, where)
     for part, limit in (("train", options.train_limit), ("test", options.test_limit)):
         images, labels = source.parts[part]
@@ -141,6 +143,8 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     stats = source.stats or measure(source.parts["train"][0])
     train = _split(source, "train", stats, options, where)
     train.burst = options.burst
+    if mixtures := [name for name in options.augment if name in MIXTURES]:
+        train.mixing = Mixing(mixtures, options.mix_alpha, len(source.classes))
     return Data(
         train=train,
         val=_split(source, "val", stats, options, where) if "val" in source.parts else None,
@@ -159,10 +163,14 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     images, labels = source.parts[part]
     augment = options.augment if part == "train" else []
     decoded = images.dtype == np.uint8
-    table: dict = AUGMENTS if decoded else FILE_AUGMENTS
+    table = dict.fromkeys((*(AUGMENTS if decoded else FILE_AUGMENTS), *POLICIES, *MIXTURES))
     for name in augment:
         kind = "in memory" if decoded else f"over {DECODED_SIZE} pixels"
         pick(table, name, f"{where}: augment of images {kind}")
+        if name in POLICIES and source.channels not in (1, 3):
+            raise DataError(
+                f"{where}: augment: got {name!r} for images of {source.channels} channels, expected 1 or 3."
+            )
     if decoded:
         return PixelSplit(images, labels, *stats, augment)
     skip_bad = options.bad_images == "skip"

@@ -29,7 +29,7 @@ from bnnfree.nn.norms import options_of
 from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
 from bnnfree.train.data import DATASETS
-from bnnfree.train.images import AUGMENTS
+from bnnfree.train.images import NAMES
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES
 
@@ -147,8 +147,10 @@ class DataRecipe(_Part):
     """samples per forward pass, over all processes together"""
     image_size: int | None = Field(default=None, ge=4, le=8192)
     """side of the square images, pixels; null: the data set's own"""
-    augment: list[_one_of(AUGMENTS)] = Field(default=[], max_length=100)  # type: ignore[valid-type]
-    """random changes of training images, in order: flip | crop | shift (small images)"""
+    augment: list[_one_of(NAMES)] = Field(default=[], max_length=100)  # type: ignore[valid-type]
+    """in order: flip | crop | shift | color_jitter | randaugment | trivialaugment | random_erasing; mixup | cutmix"""
+    mix_alpha: float = Field(default=1.0, gt=0, le=100)
+    """mixup, cutmix: the share of an image, beside its neighbour's, is drawn from Beta(mix_alpha, mix_alpha)"""
     burst: int = Field(default=1, ge=1, le=MOST)
     """training images of one class that come in a row, as from a camera; 1: shuffled"""
     train_limit: int | None = Field(default=None, ge=1, le=MOST)
