@@ -41,6 +41,7 @@ def options(**changes):
         val_fraction=0.0,
         burst=1,
         augment=["crop", "flip"],
+        mix_alpha=1.0,
         bad_images="error",
         workers=0,
         download=False,

@@ -22,9 +22,10 @@ from bnnfree.errors import DataError, pick
 from bnnfree.preprocess import DECODED_SIZE
 from bnnfree.train.addresses import is_url
 from bnnfree.train.arrays import arrays, describe_arrays
+from bnnfree.train.augment import MIXTURES, POLICIES, Mixing
 from bnnfree.train.folder import cache_folder, check_root
 from bnnfree.train.image_folder import check_folder, describe_folder, image_folder, imagenet
-from bnnfree.train.images import AUGMENTS, PixelSplit, Split
+from bnnfree.train.images import AUGMENTS, NAMES, PixelSplit, Split
 from bnnfree.train.parts import (
     CIFAR10,
     CIFAR100,
@@ -111,7 +112,7 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     if not 0 <= options.val_fraction < 1:
         raise DataError(f"{where}: val_fraction: got {options.val_fraction}, expected 0 <= val_fraction < 1.")
     for name in options.augment:  # Why: before minutes of decoding; which table applies is known after
-        pick(AUGMENTS | FILE_AUGMENTS, name, f"{where}: augment")
+        pick(dict.fromkeys(NAMES), name, f"{where}: augment")
     source = pick(DATASETS, options.name, f"{where}: name")(options, where)
     check_names(source.classes, where)
     for part, limit in (("train", options.train_limit), ("test", options.test_limit)):
@@ -129,6 +130,8 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     stats = source.stats or _measured(source, where)
     train = _split(source, "train", stats, options, where)
     train.burst = options.burst
+    if mixtures := [name for name in options.augment if name in MIXTURES]:
+        train.mixing = Mixing(mixtures, options.mix_alpha, len(source.classes))
     return Data(
         train=train,
         val=_split(source, "val", stats, options, where) if "val" in source.parts else None,
@@ -147,10 +150,14 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     images, labels = source.parts[part]
     augment = options.augment if part == "train" else []
     decoded = images.dtype == np.uint8
-    table: dict = AUGMENTS if decoded else FILE_AUGMENTS
+    table = dict.fromkeys((*(AUGMENTS if decoded else FILE_AUGMENTS), *POLICIES, *MIXTURES))
     for name in augment:
         kind = "in memory" if decoded else f"over {DECODED_SIZE} pixels"
         pick(table, name, f"{where}: augment of images {kind}")
+        if name in POLICIES and source.channels not in (1, 3):
+            raise DataError(
+                f"{where}: augment: got {name!r} for images of {source.channels} channels, expected 1 or 3."
+            )
     if decoded:
         return PixelSplit(images, labels, *stats, augment)
     skip_bad = options.bad_images == "skip"

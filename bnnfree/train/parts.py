@@ -40,7 +40,8 @@ class DataOptions(Protocol):
     test_limit: int | None  # test images to use; None: all
     val_fraction: float  # share of the training images to validate on, in [0, 1)
     burst: int  # training images of one class in a row; 1: shuffled
-    augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), in order
+    augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), POLICIES and MIXTURES, in order
+    mix_alpha: float  # mixtures only: of their Beta distribution
     bad_images: Literal["error", "skip"]
     workers: int  # processes that read streamed images
     download: bool  # fetch cifar10 or cifar100 if root lacks it

@@ -18,6 +18,7 @@ from torch import nn
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BINARIZE, BinaryBlock, BinaryConv2d, BinaryLinear, Clip, Design, RPReLU, Sign, WeightLayer
 from bnnfree.nn.norms import GhostBatchNorm2d, ThresholdedLinear
+from bnnfree.train.augment import MIXTURES
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.sections import section_of
 
@@ -215,6 +216,9 @@ READ: dict[str, Reader] = {
     "data.batch_size": ALWAYS,
     "data.image_size": ALWAYS,
     "data.augment": ALWAYS,
+    "data.mix_alpha": Reader(
+        "mixup or cutmix in data.augment", lambda recipe, _: not MIXTURES.keys().isdisjoint(recipe.data.augment)
+    ),
     "data.burst": ALWAYS,
     "data.train_limit": ALWAYS,
     "data.test_limit": ALWAYS,

@@ -4,7 +4,8 @@ A sample depends on its image and its seed only (see images.py), so the number o
 JPEGs are decoded by Pillow, at a half, a quarter or an eighth of their size where the crop needs no more;
 torch resizes, which is faster than Pillow. Pixels go to the device as uint8 and are normalised there.
 
-To add an augmentation: one function and one line of FRAMES (which pixels) or CHANGES (what becomes of them).
+To add an augmentation: one function and one line of FRAMES (which pixels) or CHANGES (what becomes of them); augment.py
+has those that images in memory know too.
 To read images from somewhere else: a subclass of Files.
 
 Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import Reading, Size, centre, read_image, turned
-from bnnfree.train.images import Batches, Split
+from bnnfree.train.augment import POLICIES, policy, seeded
+from bnnfree.train.images import Numbered, Part, Split
 
 SAMPLE = 256  # images by which statistics of files are measured
 JPEG_MODES = ("RGB", "L", "CMYK")  # what Pillow makes of a JPEG
@@ -151,7 +153,7 @@ class FileSplit(Split):
     def resized(self, size: Size) -> FileSplit:
         parts = self.files, self.labels, self.mean, self.std, self.augment
         split = FileSplit(*parts, size=size, workers=self.workers, skip_bad=self.skip_bad)
-        split.burst = self.burst
+        split.burst, split.mixing = self.burst, self.mixing
         split._piped = self._piped
         split._bad = self._bad  # a file that cannot be read is counted once
         return split
@@ -165,7 +167,7 @@ class FileSplit(Split):
     def _draw(self, generator: torch.Generator) -> Tensor:
         return torch.randint(2**31, (len(self),), generator=generator)
 
-    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+    def _read(self, order: Tensor, draws: Tensor | None, parts: Sequence[Part], device) -> Iterator[Numbered]:
         pinned = torch.device(device).type == "cuda"
         # Why popped: two iterators at a time cannot share the processes; the second one gets its own
         tasks, loader = self._idle.pop(pinned) if pinned in self._idle else self._loader(pinned)
@@ -174,8 +176,8 @@ class FileSplit(Split):
         normalise = self._normaliser(device)
         whole = False
         try:
-            for pixels, labels in one_ahead(self._good(loader), device):
-                yield normalise(pixels).permute(0, 3, 1, 2), labels
+            for pixels, labels, numbers in one_ahead(self._good(loader), device):
+                yield normalise(pixels).permute(0, 3, 1, 2), labels, numbers
             whole = True
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -192,8 +194,16 @@ class FileSplit(Split):
 
     def _loader(self, pinned: bool) -> tuple[_Tasks, torch.utils.data.DataLoader]:
         tasks = _Tasks()
+        if self.workers and not room_for_processes(self.workers):
+            warnings.warn(
+                f"data: shared memory (/dev/shm) or the system has no room for the {self.workers} processes that read"
+                " images; they are read in this one, which is slower. Give it more (docker run --shm-size=2g).",
+                BnnfreeWarning,
+                stacklevel=4,
+            )
+            self.workers = 0
         loader = torch.utils.data.DataLoader(
-            Reader(self.files, self.size, self.augment),
+            Reader(self.files, self.size, self.augment, self._fill()),
             batch_sampler=tasks,  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=self.workers,
@@ -203,8 +213,8 @@ class FileSplit(Split):
         )
         return tasks, loader
 
-    def _good(self, loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """(pixels, labels) of the batches; what is wrong with the others is raised or counted."""
+    def _good(self, loader) -> Iterator[Numbered]:
+        """(pixels, labels, numbers) of the batches; what is wrong with the others is raised or counted."""
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
@@ -213,7 +223,7 @@ class FileSplit(Split):
             if isinstance(pixels, np.ndarray):
                 self._warn_of_pipes()
                 pixels = torch.from_numpy(pixels)
-            yield pixels, self.labels[good]
+            yield pixels, self.labels[good], torch.tensor(good)
 
     def _warn_of_pipes(self) -> None:
         if not self._piped:
@@ -273,6 +283,15 @@ def collate(images: Sequence[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images])
 
 
+def room_for_processes(count: int) -> bool:
+    """Is there room for the locks of so many reading processes? They lie in shared memory."""
+    try:
+        _ = [torch.multiprocessing.Semaphore() for _ in range(4 * count + 8)]  # three a queue, some for events
+    except OSError:
+        return False
+    return True
+
+
 def shared(pixels: Tensor) -> Tensor | np.ndarray:
     """In a worker process: the tensor in shared memory, or as an array where that is full.
 
@@ -291,7 +310,7 @@ class _Tasks:
 
     order: Tensor
     seeds: Tensor
-    parts: list[slice]
+    parts: Sequence[Part]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for part in self.parts:
@@ -302,8 +321,8 @@ class _Tasks:
 class Reader(torch.utils.data.Dataset):
     """What a worker process runs: the images of `files` that a batch asks for, read, decoded and augmented."""
 
-    def __init__(self, files: Files, size: Size, augment: tuple[str, ...]):
-        self.files, self.size, self.augment = files, size, augment
+    def __init__(self, files: Files, size: Size, augment: tuple[str, ...], fill: tuple[int, ...] = (0, 0, 0)):
+        self.files, self.size, self.augment, self.fill = files, size, augment, fill
 
     def __getitems__(
         self, tasks: list[tuple[int, int]]
@@ -343,13 +362,15 @@ class Reader(torch.utils.data.Dataset):
     def change(self, image: Image.Image, seed: int) -> Tensor:
         """The image, decoded or not yet, as uint8 [C,H,W], augmented as `seed` says."""
         names = self.augment if seed >= 0 else ()
-        with torch.random.fork_rng(devices=[]):  # Why: torchvision's crop only knows the global state
-            torch.default_generator.manual_seed(max(seed, 0))
+        with seeded() as start:
+            start(max(seed, 0))
             frame = next((FRAMES[name] for name in names if name in FRAMES), middle)
             pixels = frame(image, self.size, self.files.reading)
             for name in names:
                 if name in CHANGES:
                     pixels = CHANGES[name](pixels)
+                elif name in POLICIES:
+                    pixels = policy(name, self.fill)(pixels)
         return pixels
 
 
