@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.preprocess import DECODED_SIZE, Size, read_image
+from bnnfree.preprocess import DECODED_SIZE, Reading, Size, read_image
 from bnnfree.train.folder import Tree, decode_cached, list_tree
 from bnnfree.train.parts import (
     IMAGENET,
@@ -51,8 +51,7 @@ def image_folder(options: DataOptions, where: str, size: Size | None = None) -> 
         _refuse(tree.bad, options, where)
     else:
         _check_heads(tree, options, where)
-    files = tree.parts["train"][0]
-    check_range((read_image(files[index], reading) for index in spread(len(files), TRIED)), where)
+    _check_range(tree, reading, where)
     if tree.bad:
         names = list(tree.bad)
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -81,8 +80,15 @@ def describe_folder(options: DataOptions, where: str) -> tuple[list[str], int, S
 
 
 def check_folder(options: DataOptions, where: str) -> None:
-    """Errors: DataError that names the files that are no images, as far as names and some heads tell."""
-    _check_heads(_listed(options, where), options, where)
+    """As far as names and some files tell: errors, DataError, for those that are no images; a warning as `check_range`."""
+    tree = _listed(options, where)
+    _check_heads(tree, options, where)
+    _check_range(tree, reading_of(options, where), where)
+
+
+def _check_range(tree: Tree, reading: Reading, where: str) -> None:
+    files = tree.parts["train"][0]
+    check_range((read_image(files[index], reading) for index in spread(len(files), TRIED)), where)
 
 
 def _listed(options: DataOptions, where: str) -> Tree:
