@@ -80,7 +80,7 @@ def describe_folder(options: DataOptions, where: str) -> tuple[list[str], int, S
 
 
 def check_folder(options: DataOptions, where: str) -> None:
-    """As far as names and some files tell: errors, DataError, for those that are no images; a warning as `check_range`."""
+    """Look at names and some files. Errors: DataError that names those that are no images; warns as `check_range`."""
     tree = _listed(options, where)
     _check_heads(tree, options, where)
     _check_range(tree, reading_of(options, where), where)
