@@ -14,7 +14,7 @@ from PIL import Image
 from test_data import options, spoil, write_tree
 
 from bnnfree.errors import BnnfreeWarning, DataError, UnknownNameError
-from bnnfree.preprocess import read_image
+from bnnfree.preprocess import Reading, read_image
 from bnnfree.train import data, images, streamed
 from bnnfree.train.data import load_data, measure
 
@@ -138,7 +138,7 @@ def test_statistics_are_settled_on_batches_of_128_or_more(split):
 
 def test_a_resized_split_is_the_same_images_scaled(split):
     size = 8 if isinstance(split, images.PixelSplit) else 33
-    small = split.resized(size)
+    small = split.resized((size, size))
     pairs = zip(small.train_batches(5, seed=SEED, epoch=1), split.train_batches(5, seed=SEED, epoch=1), strict=True)
     for (scaled, labels), (whole, their_labels) in pairs:
         assert scaled.shape == (len(whole), 3, size, size) and torch.equal(labels, their_labels)
@@ -284,9 +284,9 @@ def test_usual_jpegs_take_the_short_way_and_other_files_give_what_preprocess_giv
         image.convert("P").save(os.path.join(place, "4.jpg"), "GIF")
     large.augment = []
     split = load_data(large).train
-    reader = streamed.Reader(split.files, 65, ())
+    reader = streamed.Reader(split.files, (65, 65), ())
     for index in range(10):
-        expected = streamed.middle(read_image(split.files.name(index)), 65)
+        expected = streamed.middle(read_image(split.files.name(index)), (65, 65), Reading())
         assert torch.equal(reader.sample(index, -1), expected), index
     assert asked == [3, 4]
 
@@ -368,7 +368,7 @@ def test_a_streamed_crop_is_torchvisions(tmp_path, size, mode):
     for seed in range(30):
         torch.manual_seed(seed)
         with Image.open(tmp_path / "a.jpg") as image:
-            result = streamed.crop(image, 33)
+            result = streamed.crop(image, (33, 33), Reading())
             smaller = image.size != size
         torch.manual_seed(seed)
         with Image.open(tmp_path / "a.jpg") as image:
@@ -382,11 +382,11 @@ def test_a_streamed_crop_is_torchvisions(tmp_path, size, mode):
 
 def test_the_same_seed_gives_the_same_crop_and_others_differ(large):
     split = load_data(large).train
-    reader = streamed.Reader(split.files, 65, ("crop", "flip"))
+    reader = streamed.Reader(split.files, (65, 65), ("crop", "flip"))
     samples = [reader.sample(0, seed) for seed in (5, 5, *range(6, 26))]
     assert torch.equal(samples[0], samples[1])
     assert len({tuple(sample.flatten().tolist()) for sample in samples}) == 21
-    turned = streamed.Reader(split.files, 65, ("flip",))
+    turned = streamed.Reader(split.files, (65, 65), ("flip",))
     seen = {tuple(turned.sample(0, seed).flatten().tolist()) for seed in range(20)}
     plain = turned.sample(0, -1)
     assert seen == {tuple(image.flatten().tolist()) for image in (plain, plain.flip(2))}

@@ -152,7 +152,7 @@ def test_what_cannot_be_is_one_line_that_says_what_can(tool, make, photos, tmp_p
     net = Net(5, 4, 3)
     write(net.model(net.real(2)), other)
     hyper = tmp_path / "hyper.bnnf"
-    net = Net(2, 2, 4)
+    net = Net(2, 2, 5)
     write(net.model(net.add("pixel_conv2d", 0, outputs=3, **fields_of((2, 2)))), hyper)
     resized = tmp_path / "resized.bnnf"
     net = Net(2, 2, 3)
@@ -166,7 +166,7 @@ def test_what_cannot_be_is_one_line_that_says_what_can(tool, make, photos, tmp_p
         ((tmp_path / "none.bnnf", photos[0]), ["none.bnnf"]),
         ((tmp_path / "x.bnnf", photos[0]), ["x.bnnf"]),
         ((other, photos[0]), ["other.bnnf", "map of 5x4"]),
-        ((hyper, photos[0]), ["hyper.bnnf", "4 channels"]),
+        ((hyper, photos[0]), ["hyper.bnnf", "5 channels"]),
         ((resized, photos[0]), ["resized.bnnf", "resize", "square, centre"]),
     ):
         code, printed, errors = tool("predict", *arguments)

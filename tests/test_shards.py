@@ -464,6 +464,14 @@ def test_writing_names_bad_files_or_leaves_them_out(tmp_path):
     (lambda index: index | {"parts": {"train": index["parts"]["train"]}}, "got the parts train, expected train and"),
     (lambda index: index | {"parts": index["parts"] | {"val": []}}, "parts.val"),
     (lambda index: edited(index, file="../a.tar"), r"got the file '\.\./a\.tar', expected a name without folders"),
+    (lambda index: edited(index, file="a\0.tar"), r"got the file 'a\\x00\.tar', expected a name without folders"),
+    (lambda index: edited(index, file="-o.tar"), "got the file '-o.tar', expected a name"),
+    (lambda index: edited(index, file="a\x1b[2J.tar"), r"got the file 'a\\x1b\[2J\.tar', expected a name"),
+    (lambda index: edited(index, file=".."), r"got the file '\.\.', expected a name"),
+    (lambda index: "[" * 100_000, "is no index of shards"),
+    (lambda index: json.dumps(index).replace("train", "9" * 10_000, 1), "is no index of shards"),
+    (lambda index: '{"format": ' + "9" * 100_000 + "}", "is no index of shards"),
+    (lambda index: edited(index, offsets=[2**61, 512, 512]), "its index has an image beyond its"),
     (lambda index: edited(index, file="b.tar"), r"shard .*b\.tar: No such file"),
     (lambda index: edited(index, labels=[0]), "unequal numbers of offsets and labels"),
     (lambda index: edited(index, labels=[2**70, 0, 0]), "expected 0 to 1"),
@@ -480,6 +488,34 @@ def test_a_wrong_index_is_one_line(written, change, said):
     with pytest.raises(DataError, match=f"^data: .*{said}") as caught:
         load_data(written)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_of_gigabytes_is_not_read(written, monkeypatch):
+    monkeypatch.setattr(shards, "LARGEST", 100)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("read"))
+    with pytest.raises(DataError, match=r"index\.json: is no index of shards: got \d+ bytes, expected at most 100"):
+        load_data(written)
+
+
+@needs_curl
+def test_a_server_cannot_send_a_shard_far_beyond_its_index(written, server, tmp_path):
+    with open(tmp_path / "out" / "train-000001.tar", "ab") as file:
+        file.truncate(10**7)
+    written.root = f"{server[0]}/out"
+    with pytest.raises(DataError, match=r"train-000001\.tar: cannot be fetched \(curl ended with 63: .*[Ss]ize"):
+        list(load_data(written).train.batches(9))
+    assert not [path for path in Path(written.cache, "shards").glob("*.tar") if path.stat().st_size > 10**5]
+
+
+def test_what_a_scan_found_is_not_needed_where_it_cannot_be_kept(written, tmp_path):
+    by_pattern(written)
+    (tmp_path / "file").write_text("in the way")
+    written.cache = str(tmp_path / "file")
+    with (
+        pytest.warns(BnnfreeWarning, match="cannot be used"),
+        pytest.warns(BnnfreeWarning, match="cannot be written: .* The next run scans again"),
+    ):
+        assert len(load_data(written).train) == 22
 
 
 def edited(index, alone=False, **changes):

@@ -31,7 +31,7 @@ def bench_data(args) -> dict:
     report: dict = {
         "source": args.source,
         "images": len(data.train),
-        "image_size": data.image_size[0],
+        "image_size": list(data.image_size),
         "augment": list(split.augment),
         "list_seconds": seconds,
         "list_bytes": grown,
@@ -40,8 +40,9 @@ def bench_data(args) -> dict:
     }
     print(f"images    {len(data.train):,} to train on, found in {seconds:.2f} s", end="")
     print("" if grown is None else f", which took {grown / 1e6:.0f} MB of memory")
+    size = "x".join(map(str, split.size))
     parts = ", ".join(f"{phase} {report['ms'][phase]:.3f}" for phase in PHASES)
-    print(f"ms/image  {sum(report['ms'].values()):.3f}: {parts}; at {split.size} pixels, {' + '.join(split.augment)}")
+    print(f"ms/image  {sum(report['ms'].values()):.3f}: {parts}; at {size} pixels, {' + '.join(split.augment)}")
     measured = {count: rate(split, count, share) for count in counts}
     report["rates"] = {str(count): value for count, (value, _) in measured.items()}
     print(f"{'workers':>7}  {'images/s':>8}  {'a core':>8}")

@@ -7,7 +7,8 @@ examples:
 
 Each image gets a block: its file, then the most probable classes in percent. Images are cut and scaled as the
 network was trained ("resize" in the model's metadata; the largest centred box where it says nothing) and become
-grey or RGB as it takes them. A network that does not end in softmax gets one.
+grey or RGB as it takes them; "orientation" there says whether a camera's turn counts, "range" which values
+of files of more than 8 bits are black and white. A network that does not end in softmax gets one.
 
 An image that cannot be read stops nothing: the others are done first, then the error names it and the exit code
 is 2. With --json all that was found, and the errors, go to FILE, whose path is printed last.
@@ -73,17 +74,17 @@ def images_of(paths):
 def reader(model, path):
     """How an image file becomes what `model` takes. Errors: a model that takes no images, or gives no classes."""
     from bnnfree.errors import BnnfreeError, pick
-    from bnnfree.preprocess import RESIZES, load_image
+    from bnnfree.preprocess import RESIZES, load_image, reading_of
 
     height, width, channels = model.image_shape
     rows, columns, _ = model.tensors[model.output].shape
     if (rows, columns) != (1, 1):
         raise BnnfreeError(f"{path}: gives a map of {rows}x{columns}, expected one number per class.")
-    if channels not in (1, 3):
-        raise BnnfreeError(f"{path}: takes {channels} channels, expected 1 (grey) or 3 (RGB), which image files have.")
+    reading = reading_of(model.metadata, channels, path)
     resize = str(model.metadata.get("resize", "square"))
     pick(RESIZES, resize, f"{path}: metadata: resize")
-    return lambda file: load_image(file, (height, width), channels, resize)
+    known = {"orientation": reading.orientation, "limits": reading.limits}
+    return lambda file: load_image(file, (height, width), channels, resize, **known)
 
 
 def predict(engine, pixels, count):

@@ -156,7 +156,14 @@ def open_step(name: str, args):
     shape = describe(recipe.data, f"{args.recipe}: data")
     classes, (height, width), channels = len(shape["classes"]), shape["image_size"], shape["channels"]
     fake = {"name": "fake", "samples": args.batch, "batch_size": args.batch, "classes": min(classes, args.batch)}
-    fake |= {"channels": channels, "image_size": height, "augment": [], "val_fraction": 0.0}
+    fake |= {
+        "channels": channels,
+        "image_size": [height, width],
+        "range": None,
+        "test_fraction": None,
+        "augment": [],
+        "val_fraction": 0.0,
+    }
     data_recipe = recipe.data.model_copy(update={**fake, "train_limit": None, "test_limit": None})
     stages = [stage.model_copy(update={"epochs": ENDLESS}) for stage in recipe.stages]
     device = torch.device("cpu")

@@ -133,7 +133,7 @@ def look_at_data(runs: list) -> None:
     seen = set()
     for run in runs:
         data = run.recipe.data
-        if (key := (data.name, data.root, data.image_size)) not in seen:
+        if (key := (data.name, data.root, str(data.image_size))) not in seen:
             seen.add(key)
             load_data(data, where=f"{run.name}: data")
 

@@ -44,7 +44,7 @@ def main() -> None:
     from bnnfree.export.verify import check_same_activations, sample_images, verify
     from bnnfree.files import replacing
     from bnnfree.format import read
-    from bnnfree.preprocess import find_images, load_image
+    from bnnfree.preprocess import find_images, load_image, reading_of
     from bnnfree.train import open_source
     from models import MODELS
 
@@ -69,7 +69,10 @@ def main() -> None:
     if args.images:
         files = find_images(args.images)
         resize = model.metadata.get("resize", "square")
-        images = np.stack([load_image(f, (height, width), channels, resize) for f in tqdm(files, unit="image")])
+        reading = reading_of(model.metadata, channels, args.model)
+        read_as = (height, width), channels, resize
+        known = {"orientation": reading.orientation, "limits": reading.limits}
+        images = np.stack([load_image(f, *read_as, **known) for f in tqdm(files, unit="image")])
     else:
         images = sample_images((height, width, channels), args.samples, args.seed)
     total = len(images) + min(len(images), args.layer_images)

@@ -48,6 +48,7 @@ def pack(
     stem: str = "int8",
     head: str = "int8",
     resize: str | None = None,
+    reading: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> Packed:
     """The packed model of `module`, in memory; arguments as `export`."""
@@ -70,6 +71,7 @@ def pack(
     model.producer = f"bnnfree {bnnfree.__version__}"
     model.metadata = {"mean": means.tolist(), "std": deviations.tolist(), "stem": stem, "head": head}
     model.metadata |= {"resize": resize} if resize else {}
+    model.metadata |= {"orientation": "exif", **(reading or {})}
     model.metadata |= {"recipe": recipe} if recipe else {}
     number = lowering.builder.number
     meaning = {
@@ -88,6 +90,9 @@ class Network(Protocol):
     @property
     def resize(self) -> str | None: ...
 
+    @property
+    def reading(self) -> dict[str, Any] | None: ...
+
 
 def pack_network(network: Network, *, stem: str = "int8", head: str = "int8") -> Packed:
     """`pack` of a network that knows its own data and recipe."""
@@ -103,6 +108,7 @@ def pack_network(network: Network, *, stem: str = "int8", head: str = "int8") ->
         stem=stem,
         head=head,
         resize=network.resize,
+        reading=network.reading,
         recipe=None if network.recipe is None else network.recipe.model_dump(),
     )
 
@@ -119,6 +125,7 @@ def export(
     stem: str = "int8",
     head: str = "int8",
     resize: str | None = None,
+    reading: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
     check: bool = True,
 ) -> Packed:
@@ -130,6 +137,8 @@ def export(
     classes     their names
     stem, head  "int8" (default) or "float": weights of the first and of the last layer
     resize      how image files become that size: a name of bnnfree.preprocess.RESIZES; recipe: any JSON
+    reading     how else image files are read: {"orientation": "exif" (default) or "stored", "range": [low, high] of
+                files of more than 8 bits}, see bnnfree.preprocess.Reading
     check       run network and packed model on random images and write nothing where they differ
 
     Returns the packed model with what its activations stand for. Errors: ExportError names the layer that has no
@@ -147,6 +156,7 @@ def export(
         stem=stem,
         head=head,
         resize=resize,
+        reading=reading,
         recipe=recipe,
     )
     if check:

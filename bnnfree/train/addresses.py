@@ -73,8 +73,8 @@ def _bound(pattern: str) -> int:
     return total * math.prod(group.count(",") + 1 for group in re.findall(r"\{[^{}]*,[^{}]*", pattern))
 
 
-def command(url: str, path: Path) -> list[str]:
-    """The program that writes what is at `url` to `path`, and its arguments."""
+def command(url: str, path: Path, most: int | None = None) -> list[str]:
+    """The program that writes what is at `url` to `path`, and its arguments; from the web at most `most` bytes."""
     scheme = url.split(":", 1)[0]
     if scheme == "s3":
         return ["aws", "s3", "cp", "--only-show-errors", url, str(path)]
@@ -82,6 +82,7 @@ def command(url: str, path: Path) -> list[str]:
         return ["gsutil", "-q", "cp", url, str(path)]
     # Why the protocols: a server must not send us on to a file of this machine
     options = ["--proto", "=http,https", "--proto-redir", "=http,https", "--globoff", "--fail", "--location"]
+    options += [] if most is None else ["--max-filesize", str(most)]
     return ["curl", *options, "--silent", "--show-error", "--output", str(path), "--url", _web(url)]
 
 
@@ -98,13 +99,13 @@ def _web(url: str) -> str:
     return f"https://huggingface.co/{owner}/resolve/{revision or 'main'}/{'/'.join(parts[start:])}"
 
 
-def fetch(url: str, path: Path) -> None:
+def fetch(url: str, path: Path, most: int | None = None) -> None:
     """Write what is at `url` to `path`, by curl for the web and by the tools of Amazon and Google for s3 and gs.
 
     A token in the environment variable HF_TOKEN goes along to hf:// addresses. Errors: DataError.
     """
     is_url(url)
-    arguments = command(url, path.absolute())
+    arguments = command(url, path.absolute(), most)
     if shutil.which(arguments[0]) is None:
         raise DataError(f"shard {url}: cannot be fetched: no program {arguments[0]!r}, which does so. Install it.")
     header, token = "", os.environ.get("HF_TOKEN", "")

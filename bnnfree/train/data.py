@@ -1,34 +1,55 @@
 """Data sets by name: `load_data(options)` finds one, splits it into train, val and test and measures it.
 
-To add a data set: one function (options, where) -> Source and one line of DATASETS. A source gives images as
-one uint8 array [N,H,W,C] per part, or as an array of what its `files` opens; all after that is the same.
+To add a data set: one function (options, where) -> Source and one line of DATASETS. A source (parts.py) gives
+images as one uint8 array [N,H,W,C] per part, or as an array of what its `files` opens; all after that is the same.
 
 The validation split is carved from the training images, the same way for every seed, unless the data set
-brings its own. Batches are the business of images.py, folders and decoding that of folder.py.
+brings its own. Batches are the business of images.py, folders of image_folder.py, arrays of arrays.py.
 
 Must not import bnnfree.nn, models, export or engine.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from bnnfree.errors import BnnfreeWarning, DataError, pick
-from bnnfree.preprocess import DECODED_SIZE, read_image, square
-from bnnfree.train.folder import cache_folder, check_root, decode_cached, list_tree
-from bnnfree.train.images import AUGMENTS, PixelSplit, Split
+from bnnfree.errors import DataError, pick
+from bnnfree.preprocess import DECODED_SIZE
+from bnnfree.train.addresses import is_url
+from bnnfree.train.arrays import arrays, describe_arrays
+from bnnfree.train.augment import MIXTURES, POLICIES, Mixing
+from bnnfree.train.folder import cache_folder, check_root
+from bnnfree.train.image_folder import check_folder, describe_folder, image_folder, imagenet
+from bnnfree.train.images import AUGMENTS, NAMES, PixelSplit, Split
+from bnnfree.train.parts import (
+    CIFAR10,
+    CIFAR100,
+    IMAGENET,
+    STREAMED_SIZE,
+    TRIED,
+    DataOptions,
+    Source,
+    Stats,
+    check_names,
+    check_range,
+    is_decoded,
+    known_of_files,
+    measure,
+    reading_of,
+    resized,
+    size_of,
+    spread,
+)
 from bnnfree.train.shards import Found, find_shards
-from bnnfree.train.streamed import FILE_AUGMENTS, Files, FileSplit
+from bnnfree.train.streamed import FILE_AUGMENTS, FileSplit, sample_pixels
 from bnnfree.train.subset import SPLIT_SEED, carve, thin
 
-STREAMED_SIZE = 224  # the size of larger images where the recipe names none
+__all__ = ["CIFAR10", "CIFAR100", "IMAGENET", "Data", "DataOptions", "Source", "Stats", "describe", "load_data"]
 
 KNOWN = {  # classes, channels, side, training images
     "digits": (10, 1, 16, 1437),
@@ -36,34 +57,6 @@ KNOWN = {  # classes, channels, side, training images
     "cifar100": (100, 3, 32, 50_000),
     "imagenet": (1000, 3, STREAMED_SIZE, 1_281_167),
 }
-
-Stats = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation per channel, of pixel/255
-CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class DataOptions(Protocol):
-    """The `data` section of a recipe, as far as this file reads it."""
-
-    name: str  # a key of DATASETS
-    root: str | None  # folder of the images or archives, or shards; digits and fake need none
-    test_root: str | None  # shards only, where root is a pattern
-    val_root: str | None  # likewise
-    image_size: int | None  # side in pixels; None: the data set's own
-    train_limit: int | None  # training images to use, validation included; None: all
-    test_limit: int | None  # test images to use; None: all
-    val_fraction: float  # share of the training images to validate on, in [0, 1)
-    burst: int  # training images of one class in a row; 1: shuffled
-    augment: list[str]  # keys of AUGMENTS (decoded) or FILE_AUGMENTS (streamed), in order
-    bad_images: Literal["error", "skip"]
-    workers: int  # processes that read streamed images
-    download: bool  # fetch cifar10 or cifar100 if root lacks it
-    cache: str | None  # folder of decoded images and fetched shards; None: bnnfree/ in the user's cache folder
-    cache_gb: float | None  # shards only: about so much of fetched ones stays; None: all
-    samples: int  # fake only: training images
-    classes: int  # fake, and shards without an index
-    channels: int  # fake only
 
 
 @dataclass
@@ -80,39 +73,34 @@ class Data:
     std: list[float]
     unusable: int = 0  # bad files found while loading
 
-    def resized(self, size: int | None) -> Data:
-        """The same data at `size` x `size` pixels, with the statistics of these (None: as they are)."""
-        if size is None or self.image_size == (size, size):
+    def resized(self, image_size: int | list[int] | None) -> Data:
+        """The same data at another size, of a recipe, with the statistics of these (None: as they are)."""
+        size = size_of(image_size)
+        if size is None or self.image_size == size:
             return self
         splits = {name: getattr(self, name) for name in ("train", "val", "test")}
         smaller = {name: split and split.resized(size) for name, split in splits.items()}
-        return replace(self, **smaller, image_size=(size, size))
+        return replace(self, **smaller, image_size=size)
 
     def listing(self) -> dict[str, list]:
         """For train, val and test: the number of images and a hash of them (see Split.digest)."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
         return {name: [len(split), split.digest()] for name, split in splits.items() if split}
 
+    def describe(self) -> str:
+        """Size, channels, classes and counts, in one line."""
+        height, width = self.image_size
+        names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+        held_out = f", {len(self.val):,} to validate" if self.val else ""
+        return (
+            f"images {height}x{width}x{self.channels}, {len(self.classes)} classes ({names}): {len(self.train):,} to"
+            f" train on{held_out}, {len(self.test):,} to test"
+        )
+
     @property
     def skipped(self) -> int:
         """Bad images left out so far: those found while loading and those found while streaming."""
         return self.unusable + sum(split.skipped for split in (self.train, self.val, self.test) if split)
-
-
-@dataclass
-class Source:
-    """What a data set function returns: parts[train|test|val] = (images, labels) as the file's head says.
-
-    `stats` None means: measured on the training images. `files` opens images that are not pixels.
-    """
-
-    classes: list[str]
-    parts: dict[str, tuple[np.ndarray, np.ndarray]]
-    size: int
-    channels: int = 3
-    stats: Stats | None = None
-    bad: dict[str, str] = field(default_factory=dict)
-    files: Callable[[np.ndarray], Files] = Files
 
 
 def load_data(options: DataOptions, *, where: str = "data") -> Data:
@@ -124,8 +112,9 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     if not 0 <= options.val_fraction < 1:
         raise DataError(f"{where}: val_fraction: got {options.val_fraction}, expected 0 <= val_fraction < 1.")
     for name in options.augment:  # Why: before minutes of decoding; which table applies is known after
-        pick(AUGMENTS | FILE_AUGMENTS, name, f"{where}: augment")
+        pick(dict.fromkeys(NAMES), name, f"{where}: augment")
     source = pick(DATASETS, options.name, f"{where}: name")(options, where)
+    check_names(source.classes, where)
     for part, limit in (("train", options.train_limit), ("test", options.test_limit)):
         images, labels = source.parts[part]
         source.parts[part] = thin(images, labels, limit, f"{where}: {part}_limit")
@@ -138,16 +127,18 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
                 " expected a class with two training images or more. Set data.val_fraction=0."
             )
         source.parts |= {"train": train, "val": val}
-    stats = source.stats or measure(source.parts["train"][0])
+    stats = source.stats or _measured(source, where)
     train = _split(source, "train", stats, options, where)
     train.burst = options.burst
+    if mixtures := [name for name in options.augment if name in MIXTURES]:
+        train.mixing = Mixing(mixtures, options.mix_alpha, len(source.classes))
     return Data(
         train=train,
         val=_split(source, "val", stats, options, where) if "val" in source.parts else None,
         test=_split(source, "test", stats, options, where),
         classes=source.classes,
         channels=source.channels,
-        image_size=(source.size, source.size),
+        image_size=source.size,
         mean=list(stats[0]),
         std=list(stats[1]),
         unusable=len(source.bad),
@@ -159,14 +150,18 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     images, labels = source.parts[part]
     augment = options.augment if part == "train" else []
     decoded = images.dtype == np.uint8
-    table: dict = AUGMENTS if decoded else FILE_AUGMENTS
+    table = dict.fromkeys((*(AUGMENTS if decoded else FILE_AUGMENTS), *POLICIES, *MIXTURES))
     for name in augment:
         kind = "in memory" if decoded else f"over {DECODED_SIZE} pixels"
         pick(table, name, f"{where}: augment of images {kind}")
+        if name in POLICIES and source.channels not in (1, 3):
+            raise DataError(
+                f"{where}: augment: got {name!r} for images of {source.channels} channels, expected 1 or 3."
+            )
     if decoded:
         return PixelSplit(images, labels, *stats, augment)
     skip_bad = options.bad_images == "skip"
-    files = source.files(images)
+    files = source.opened(images)
     return FileSplit(files, labels, *stats, augment, size=source.size, workers=options.workers, skip_bad=skip_bad)
 
 
@@ -177,59 +172,53 @@ def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
     at (the names in their folders, and the size of one image), and shards (their index). Errors: as load_data.
     """
     pick(DATASETS, options.name, f"{where}: name")
+    size = size_of(options.image_size)
     there = options.root is not None and Path(options.root).expanduser().is_dir()
     if options.name == "image_folder" or (options.name == "imagenet" and there):
-        tree = list_tree(options.root, where)
-        files = tree.parts["train"][0]
-        own = STREAMED_SIZE if options.name == "imagenet" else 0
-        size = options.image_size or own or _own_size(files, where)
-        return _shape(tree.classes, 3, size, len(files), options)
-    if options.name == "shards":
+        classes, channels, size, samples = describe_folder(options, where)
+    elif options.name == "arrays":
+        classes, channels, size, samples = describe_arrays(options, where)
+    elif options.name == "shards":
         found = _find(options, where)
-        size = options.image_size or STREAMED_SIZE
-        return _shape(found.classes, 3, size, len(found.parts["train"][1]), options)
-    if options.name == "fake":
-        size = options.image_size or 32
-        return _shape(_numbered(options.classes), options.channels, size, options.samples, options)
-    classes, channels, size, samples = KNOWN[options.name]
-    return _shape(_numbered(classes), channels, options.image_size or size, samples, options)
-
-
-def _shape(classes: list[str], channels: int, size: int, samples: int, options: DataOptions) -> dict[str, Any]:
+        classes, channels, samples = found.classes, options.channels, len(found.parts["train"][1])
+    elif options.name == "fake":
+        classes, channels, samples, size = (
+            _numbered(options.classes),
+            options.channels,
+            options.samples,
+            size or (32, 32),
+        )
+    else:
+        count, channels, side, samples = KNOWN[options.name]
+        classes, size = _numbered(count), size or (side, side)
+    check_names(classes, where)
     samples = min(samples, options.train_limit or samples)
-    return {"classes": classes, "channels": channels, "image_size": [size, size], "samples": samples}
+    height, width = size or (STREAMED_SIZE, STREAMED_SIZE)
+    return {"classes": classes, "channels": channels, "image_size": [height, width], "samples": samples}
+
+
+def check_files(options: DataOptions, where: str = "data") -> None:
+    """What is cheaply seen of bad files, before a training: errors as load_data's."""
+    if options.name == "image_folder":
+        check_folder(options, where)
 
 
 def _numbered(classes: int) -> list[str]:
     return [f"class{label}" for label in range(classes)]
 
 
-def measure(pixels: np.ndarray) -> Stats:
-    """Mean and standard deviation per channel of uint8 [N,H,W,C] scaled to 0..1; std is at least 1/255."""
-    counts = np.zeros((pixels.shape[3], 256), np.int64)
-    for first in range(0, len(pixels), 1024):
-        for channel, row in enumerate(counts):
-            row += np.bincount(pixels[first : first + 1024, ..., channel].ravel(), minlength=256)
-    values = np.arange(256) / 255
-    share = counts / counts.sum(1, keepdims=True)
-    mean = share @ values
-    variance = (share * (values - mean[:, None]) ** 2).sum(1)
-    return mean.tolist(), np.sqrt(variance).clip(1 / 255).tolist()
-
-
-def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N,H,W,C] scaled (bilinear, antialiased) to [N,size,size,C]; C is 1 or 3."""
-    if pixels.shape[1:3] == (size, size):
-        return pixels
-    scaled = [np.asarray(square(Image.fromarray(image.squeeze()), (size, size))) for image in pixels]
-    return np.stack(scaled).reshape(len(pixels), size, size, pixels.shape[3])
+def _measured(source: Source, where: str) -> Stats:
+    """Statistics of the training images, of some where they are files."""
+    images = source.parts["train"][0]
+    pixels = images if images.dtype == np.uint8 else sample_pixels(source.opened(images), source.size, where)
+    return measure(pixels)
 
 
 def digits(options: DataOptions, where: str) -> Source:
     """scikit-learn's 1797 handwritten digits, 8x8 grey scaled to 16x16; a fixed fifth of each class tests."""
     from sklearn.datasets import load_digits
 
-    size = options.image_size or 16
+    size = size_of(options.image_size) or (16, 16)
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     train, test = carve(resized(pixels, size), bunch.target.astype(np.int64), 0.2)
@@ -253,7 +242,7 @@ def _cifar(options: DataOptions, where: str, kind: str, stats: Stats) -> Source:
     if options.download and options.root:
         Path(options.root).expanduser().mkdir(parents=True, exist_ok=True)
     root = check_root(options.root, where)
-    size = options.image_size or 32
+    size = size_of(options.image_size) or (32, 32)
     try:
         halves = [loader(root, train=train, download=options.download) for train in (True, False)]
     except (RuntimeError, OSError, ValueError) as error:
@@ -273,53 +262,22 @@ def _cifar(options: DataOptions, where: str, kind: str, stats: Stats) -> Source:
     return Source(list(halves[0].classes), parts, size, stats=stats)
 
 
-def imagenet(options: DataOptions, where: str) -> Source:
-    """ImageNet unpacked as root/train/<class>/ and root/val/<class>/: an image_folder of known statistics."""
-    source = image_folder(options, where, size=STREAMED_SIZE)
-    source.stats = IMAGENET
-    return source
-
-
-def image_folder(options: DataOptions, where: str, size: int | None = None) -> Source:
-    """root/train and root/test or root/val, each with one folder per class; always 3 channels.
-
-    With both test/ and val/ the latter validates; a lone one of them is the test split and validation images
-    are carved from train/. Without an image_size, images whose first has a short side of up to 64 pixels keep
-    that side and larger ones become 224. Sizes up to 64 are decoded once, to the centre square, and cached.
-    """
-    tree = list_tree(options.root, where)
-    on_bad = _rejecter(options, where, tree.bad)
-    size = options.image_size or size or _own_size(tree.parts["train"][0], where)
-    images = [file for files, _ in tree.parts.values() for file in files]
-    labels = np.array([label for _, part in tree.parts.values() for label in part], np.int64)
-    owner = np.repeat(list(tree.parts), [len(files) for files, _ in tree.parts.values()])
-    items = np.array(images, object)
-    if size <= DECODED_SIZE:
-        items, unreadable = decode_cached(images, size, on_bad, options.cache)
-        labels, owner = np.delete(labels, unreadable), np.delete(owner, unreadable)
-    if tree.bad:
-        names = list(tree.bad)
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        message = f"{where}: {len(names)} bad images skipped: {shown}"
-        warnings.warn(message, BnnfreeWarning, stacklevel=3)
-    parts = {part: (items[owner == part], labels[owner == part]) for part in tree.parts}
-    for part, (_, part_labels) in parts.items():
-        for label in np.flatnonzero(np.bincount(part_labels, minlength=len(tree.classes)) == 0):
-            raise DataError(f"{where}: class {tree.classes[label]!r} of the {part} split has no readable image.")
-    stats = None if size <= DECODED_SIZE else IMAGENET
-    return Source(tree.classes, parts, size, stats=stats, bad=tree.bad)
-
-
 def shards(options: DataOptions, where: str) -> Source:
     """Tar shards by index or pattern, local or by URL (see shards.py); validated and tested as image_folder."""
-    size = options.image_size or STREAMED_SIZE
-    if size <= DECODED_SIZE:
+    size = size_of(options.image_size) or (STREAMED_SIZE, STREAMED_SIZE)
+    if is_decoded(size):
         raise DataError(
-            f"{where}: image_size: got {size}, expected more than {DECODED_SIZE}: shards are for large images."
-            " data.name=image_folder reads small ones."
+            f"{where}: image_size: got {options.image_size}, expected more than {DECODED_SIZE}: shards are for large"
+            " images. data.name=image_folder reads small ones."
         )
     found = _find(options, where)
-    return Source(found.classes, found.parts, size, stats=IMAGENET, files=found.files)
+    reading = reading_of(options, where)
+    stats = known_of_files(reading)
+    source = Source(found.classes, found.parts, size, options.channels, stats, files=found.files, reading=reading)
+    if not any(map(is_url, found.places)):  # Why: to look at those would fetch them
+        files = source.opened(found.parts["train"][0])
+        check_range((files.checked(index) for index in spread(len(files), TRIED)), where)
+    return source
 
 
 def _find(options: DataOptions, where: str) -> Found:
@@ -328,47 +286,25 @@ def _find(options: DataOptions, where: str) -> Found:
     return find_shards(*roots, classes=options.classes, cache=cache_folder(options.cache), limit=limit, where=where)
 
 
-def _rejecter(options: DataOptions, where: str, bad: dict[str, str]) -> Callable[[str, str], None]:
-    """What to do with a bad file: note it in `bad` under bad_images=skip, else raise; `bad` itself counts."""
-
-    def on_bad(file: str, reason: str) -> None:
-        if options.bad_images != "skip":
-            raise DataError(f"{where}: {file} {reason}. Set data.bad_images=skip to leave such files out.")
-        bad[file] = reason
-
-    for file, reason in list(bad.items()):
-        on_bad(file, reason)
-    return on_bad
-
-
-def _own_size(files: list[str], where: str) -> int:
-    """The short side of the first readable image if it is small enough to decode once, else 224."""
-    for file in files:
-        image = read_image(file)
-        if not isinstance(image, str):
-            side = min(image.size)
-            return side if side <= DECODED_SIZE else STREAMED_SIZE
-    raise DataError(f"{where}: none of the {len(files)} training images can be read; the first: {files[0]}")
-
-
 def fake(options: DataOptions, where: str) -> Source:
     """Noise over one coarse pattern per class: easy to learn, the same every time, for tests and dry runs.
 
     `samples` training images and a quarter as many to test, at least one per class each.
     """
-    size, channels, classes = options.image_size or 32, options.channels, options.classes
+    channels, classes = options.channels, options.classes
+    height, width = size = size_of(options.image_size) or (32, 32)
     if min(classes, channels) < 1 or options.samples < classes:
         raise DataError(
             f"{where}: fake: got {options.samples} samples of {classes} classes with {channels} channels,"
             " expected at least one class, one channel and one sample per class."
         )
     random = np.random.RandomState(SPLIT_SEED)
-    cell = np.arange(size) * 4 // size
-    patterns = random.randint(0, 128, (classes, 4, 4, channels), np.uint8)[:, cell][:, :, cell]
+    rows, columns = (np.arange(side) * 4 // side for side in size)
+    patterns = random.randint(0, 128, (classes, 4, 4, channels), np.uint8)[:, rows][:, :, columns]
     parts = {}
     for part, count in (("train", options.samples), ("test", max(options.samples // 4, classes))):
         labels = np.arange(count) % classes
-        noise = random.randint(0, 128, (count, size, size, channels), np.uint8)
+        noise = random.randint(0, 128, (count, height, width, channels), np.uint8)
         parts[part] = patterns[labels] + noise, labels
     return Source(_numbered(classes), parts, size, channels)
 
@@ -380,5 +316,6 @@ DATASETS: dict[str, Callable[[DataOptions, str], Source]] = {
     "imagenet": imagenet,
     "image_folder": image_folder,
     "shards": shards,
+    "arrays": arrays,
     "fake": fake,
 }

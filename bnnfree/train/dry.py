@@ -15,7 +15,7 @@ from bnnfree.nn import BinaryConv2d, BinaryLinear
 from bnnfree.optim import describe_groups
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import Builders, build_model
-from bnnfree.train.data import Data, describe, load_data
+from bnnfree.train.data import Data, check_files, describe, load_data
 from bnnfree.train.doubts import doubts
 from bnnfree.train.loop import Stage
 from bnnfree.train.recipe import Recipe
@@ -40,6 +40,7 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
 def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     dist = processes.start(recipe.device)
     shape = describe(recipe.data, where)
+    check_files(recipe.data, where)
     batch = min(recipe.data.batch_size, shape["samples"])
     train_images = shape["samples"] * (1 - recipe.data.val_fraction)
     asked, passes = recipe, min(recipe.accumulate, math.ceil(train_images / batch))  # an epoch's are a step's at most
@@ -50,7 +51,9 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
             "samples": wanted,
             "classes": len(shape["classes"]),
             "channels": shape["channels"],
-            "image_size": shape["image_size"][0],
+            "image_size": shape["image_size"],
+            "range": None,
+            "test_fraction": None,
             "augment": [],
             "train_limit": None,
             "test_limit": None,

@@ -115,7 +115,7 @@ def phases(split: FileSplit, seconds: float, *, batch_size: int = 32, seed: int 
     to a whole image; augment: what a training sample takes beyond that (a crop that lets Pillow decode a smaller
     size can make it negative); collate: into the batch, and the batch to where another process finds it.
     """
-    reader = Reader(split.files, split.size, split.augment)
+    reader = Reader(split.files, split.size, split.augment, split._fill())
     spent = dict.fromkeys(PHASES, 0.0)
     good: list[torch.Tensor] = []
     images = 0

@@ -5,7 +5,8 @@ order, never of the batch it falls into, the rank, the worker or the device. So 
 hold the pixels of one batch of 128, the ranks' parts make up the one-process batch, and an epoch can be
 resumed at any batch. torch's global random state is neither read nor changed.
 
-To add an augmentation of pixels in memory: one function and one line of AUGMENTS.
+To add an augmentation of pixels in memory: one function and one line of AUGMENTS; augment.py has those that streamed
+images know too.
 
 Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
 """
@@ -23,8 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnnfree.errors import DataError
+from bnnfree.train.augment import MIXTURES, POLICIES, Mixing, neighbours, policy, seeded
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+Numbered = tuple[Tensor, Tensor, Tensor]  # images, labels, and the images' numbers
+Part = slice | Tensor  # positions of an epoch
 SETTLING = 128  # images in a batch that statistics are measured on
 
 
@@ -55,6 +59,7 @@ def _crop(images: Tensor, draws: Tensor, pad: int) -> Tensor:
 
 
 AUGMENTS = {"flip": flip, "crop": crop, "shift": shift}
+NAMES = (*AUGMENTS, *POLICIES, *MIXTURES)
 
 
 def in_bursts(order: Tensor, labels: Tensor, length: int, generator: torch.Generator) -> Tensor:
@@ -76,12 +81,14 @@ class Split:
     """Labelled images and the order they come in; a subclass says how they are read.
 
     Both kinds of iterator yield (images, labels): float32 [B,C,H,W] in channels_last memory order, normalised
-    as (pixel/255 - mean)/std, and int64 [B]. `batch_size` counts the images of all `world` ranks together;
-    a rank takes every world-th image of each batch, so the parts of a batch differ by at most one image.
+    as (pixel/255 - mean)/std, and int64 [B], or with `mixing` the classes' shares [B,classes]. `batch_size` counts
+    the images of all `world` ranks together; a rank takes every world-th image of each batch, so the parts of a
+    batch differ by at most one image.
     """
 
     skipped = 0  # unreadable images left out so far
     burst = 1  # training images of one class that come in a row; 1: shuffled
+    mixing: Mixing | None = None  # of training images with their neighbours
 
     def __init__(self, labels: np.ndarray, mean: Sequence[float], std: Sequence[float], augment: Sequence[str] = ()):
         self.labels = torch.from_numpy(np.asarray(labels, np.int64))
@@ -110,7 +117,9 @@ class Split:
         Ranks may yield different numbers of batches: collect their sums after the loop, not inside it.
         """
         parts = _parts(len(self), batch_size, rank, world)
-        yield from self._read(torch.arange(len(self)), None, [part for part in parts if _length(part)], device)
+        parts = [part for part in parts if _length(part)]
+        for images, labels, _ in self._read(torch.arange(len(self)), None, parts, device):
+            yield images, labels
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` images (all, if there are fewer) from first to last at equal distances, and their labels, on the CPU.
@@ -120,7 +129,7 @@ class Split:
         count = min(count, len(self))
         order = torch.arange(count) * len(self) // count
         parts = [slice(first, min(first + 256, count)) for first in range(0, count, 256)]
-        images, labels = zip(*self._read(order, None, parts, "cpu"), strict=True)
+        images, labels, _ = zip(*self._read(order, None, parts, "cpu"), strict=True)
         return torch.cat(images), torch.cat(labels)
 
     def train_batches(
@@ -141,7 +150,28 @@ class Split:
         order = self._order(generator)
         if self.burst > 1:
             order = in_bursts(order, self.labels.cpu(), self.burst, generator)
-        yield from self._read(order, self._draw(generator), parts, device)
+        draws = self._draw(generator)
+        if self.mixing is None:
+            for images, labels, _ in self._read(order, draws, parts, device):
+                yield images, labels
+        else:
+            own = [torch.arange(len(self))[part] for part in parts]
+            seeds = np.random.SeedSequence([*words, 1]).generate_state(1)
+            yield from self._mixed(order, draws, own, self.mixing.draw(len(self), int(seeds[0])), device)
+
+    def _mixed(self, order: Tensor, draws: Tensor, parts: list[Tensor], mixtures: Tensor, device) -> Batches:
+        """Training batches mixed with their neighbours, which are read too where they are not in the batch."""
+        assert self.mixing is not None
+        others = [neighbours(own, len(self)) for own in parts]
+        wanted = [torch.cat([own, other[~torch.isin(other, own)]]) for own, other in zip(parts, others, strict=True)]
+        read = self._read(order, draws, wanted, device)
+        for own, other, (images, labels, numbers) in zip(parts, others, read, strict=True):
+            found = order[torch.stack([own, other])][..., None] == numbers.cpu()
+            readable = found.any(2)  # an unreadable image is left out, and its neighbour alone
+            rows = found.long().argmax(2)
+            place, beside = torch.where(readable, rows, rows[0])[:, readable[0]].to(device)
+            shares = mixtures[own[readable[0]]].to(device)
+            yield self.mixing(images[place], images[beside], labels[place], labels[beside], shares)
 
     def first_batches(self, wanted: int, batch_size: int, **epoch: Any) -> Batches:
         """An epoch's first batches, as many as hold `wanted` images; `epoch` as in `train_batches`."""
@@ -155,8 +185,8 @@ class Split:
         size = max(batch_size, min(SETTLING, wanted))
         return (images for images, _ in self.first_batches(wanted, size, **epoch))
 
-    def resized(self, size: int) -> Split:
-        """The same images, order and augmentation at `size` x `size` pixels, normalised by the same statistics."""
+    def resized(self, size: tuple[int, int]) -> Split:
+        """The same images, order and augmentation at (height, width), normalised by the same statistics."""
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -178,7 +208,11 @@ class Split:
         """What augmentation needs to know about every position of an epoch. Shapes: [N, ...]."""
         raise NotImplementedError
 
-    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+    def _fill(self) -> tuple[int, ...]:
+        """The mean pixel: what augmentations put where an image has none."""
+        return tuple(round(255 * mean) for mean in self.mean)
+
+    def _read(self, order: Tensor, draws: Tensor | None, parts: Sequence[Part], device) -> Iterator[Numbered]:
         """Batches of the images `order[part]`, augmented by `draws[part]` where there are draws."""
         raise NotImplementedError
 
@@ -210,14 +244,14 @@ class PixelSplit(Split):
         super().__init__(labels, mean, std, augment)
         self.pixels = torch.from_numpy(pixels)
 
-    def resized(self, size: int) -> PixelSplit:
+    def resized(self, size: tuple[int, int]) -> PixelSplit:
         def scaled(pixels: Tensor) -> Tensor:
             planes = pixels.permute(0, 3, 1, 2)
-            return F.interpolate(planes, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+            return F.interpolate(planes, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
         pixels = torch.cat([scaled(part) for part in self.pixels.split(1024)]).contiguous()
         split = PixelSplit(pixels.numpy(force=True), self.labels.cpu(), self.mean, self.std, self.augment)
-        split.burst = self.burst
+        split.burst, split.mixing = self.burst, self.mixing
         return split
 
     def to(self, device: str | torch.device) -> PixelSplit:
@@ -232,7 +266,7 @@ class PixelSplit(Split):
     def _draw(self, generator: torch.Generator) -> Tensor:
         return torch.rand(len(self), len(self.augment), 2, generator=generator)
 
-    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+    def _read(self, order: Tensor, draws: Tensor | None, parts: Sequence[Part], device) -> Iterator[Numbered]:
         self.to(device)
         pixels, labels, normalise = self.pixels, self.labels, self._normaliser(device)
         order = order.to(device)
@@ -242,5 +276,20 @@ class PixelSplit(Split):
             images = normalise(pixels[index])
             if draws is not None:
                 for column, name in enumerate(self.augment):
-                    images = AUGMENTS[name](images, draws[part, column])
-            yield images.permute(0, 3, 1, 2), labels[index]
+                    if name in AUGMENTS:
+                        images = AUGMENTS[name](images, draws[part, column])
+                    elif name in POLICIES:
+                        images = normalise(self._changed(images, name, draws[part, column]))
+            yield images.permute(0, 3, 1, 2), labels[index], index
+
+    def _changed(self, images: Tensor, name: str, draws: Tensor) -> Tensor:
+        """Normalised images as pixels again, each changed by a policy. Shapes: [B,H,W,C], draws [B,2] in [0,1)."""
+        mean, std = (torch.tensor(value, device=images.device) for value in (self.mean, self.std))
+        pixels = ((images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 3, 1, 2)
+        change = policy(name, self._fill())
+        changed = []
+        with seeded() as seed:
+            for image, (high, low) in zip(pixels, (draws.double() * 2**24).long().tolist(), strict=True):
+                seed(high << 24 | low)
+                changed.append(change(image).permute(1, 2, 0))
+        return torch.stack(changed)

@@ -41,7 +41,7 @@ from bnnfree.optim import (
 from bnnfree.train.checkpoint import load_weights
 from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist, data_parallel
-from bnnfree.train.losses import LOSSES
+from bnnfree.train.losses import LOSSES, main_class
 from bnnfree.train.passes import Passes
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
@@ -286,7 +286,7 @@ class Stage:
         (loss * (self.dist.world / samples)).backward()
         with torch.no_grad():
             self.sums[0] += loss
-            self.sums[1] += (logits.argmax(1) == labels).sum()
+            self.sums[1] += (logits.argmax(1) == main_class(labels)).sum()
             self.sums[2] += len(labels)
         self.part_done("backward")
 

@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def main_class(labels: Tensor) -> Tensor:
+    """Classes [N] of labels; of the shares [N, classes] of mixed images those with the largest."""
+    return labels.argmax(1) if labels.is_floating_point() else labels
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, teacher: Tensor | None, smoothing: float) -> Tensor:
-    """sum_n -log softmax(z_n)[y_n], the target spread by `smoothing` over all classes."""
+    """sum_n -log softmax(z_n)[y_n], the target spread by `smoothing` over all classes; y_n may be shares of classes."""
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
 
 
@@ -27,4 +32,4 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {
     "cross_entropy": cross_entropy,
     "distribution": distribution,
 }
-"""Each: (logits [N, classes], labels [N], teacher logits or None, smoothing) -> the loss summed over samples."""
+"""Each: (logits [N, classes], labels [N] or shares like logits, teacher logits or None, smoothing) -> sum of losses."""

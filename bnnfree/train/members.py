@@ -24,13 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 from bnnfree.errors import DataError
-from bnnfree.files import replacing
+from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import read_image
 from bnnfree.train.addresses import fetch, is_url
 from bnnfree.train.streamed import Files
 
 WINDOW = 16  # shards that an epoch takes images from at a time
 BLOCK = 512  # bytes: a tar header
+SLACK = 2**20  # bytes beyond those of the index: a shard that was made anew is taken, and named for what it is
 MEMBER = np.dtype([("shard", np.int32), ("offset", np.int64), ("length", np.int32)])
 
 
@@ -73,7 +74,7 @@ class Members(Files):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "image")
             path.write_bytes(self.read(index))
-            return read_image(path)
+            return read_image(path, self.reading)
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shards in random order, each image at most WINDOW shards after its own turn."""
@@ -102,7 +103,7 @@ class Members(Files):
     def _opened(self, shard: int):
         place = self.places[shard]
         try:
-            file = open(local(place, self.cache, self.limit), "rb", buffering=0)
+            file = open(local(place, self.cache, self.limit, self.sizes[shard]), "rb", buffering=0)
         except OSError as error:
             raise DataError(f"shard {place}: cannot be read ({error.strerror or error}).") from None
         check_size(f"shard {place}", os.fstat(file.fileno()).st_size, self.sizes[shard])
@@ -125,10 +126,11 @@ def check_size(what: str, size: int, expected: int) -> None:
         )
 
 
-def local(place: str, cache: Path, limit: int | None) -> Path:
+def local(place: str, cache: Path, limit: int | None, size: int | None = None) -> Path:
     """The path of a shard, which is fetched if it is a URL and not in the folder `cache`.
 
-    With a `limit` in bytes, the shards whose use is longest ago then make room. Errors: DataError.
+    With a `limit` in bytes, the shards whose use is longest ago then make room. From the web not much more than
+    `size` bytes are taken. Errors: DataError.
     """
     if not is_url(place):
         return Path(place)
@@ -138,13 +140,14 @@ def local(place: str, cache: Path, limit: int | None) -> Path:
         with _locked(path):
             if not path.exists():
                 with replacing(path) as temporary:
-                    fetch(place, temporary)
+                    fetch(place, temporary, None if size is None else size + SLACK)
             os.utime(path)
         if limit is not None:
             _make_room(path, limit)
-    except OSError as error:
+    except (OSError, OutputError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"shard {place}: cannot be kept in {path.parent} ({error.strerror or error}). Set data.cache to a folder"
+            f"shard {place}: cannot be kept in {path.parent} ({reason}). Set data.cache to a folder"
             " that can be written."
         ) from None
     return path

@@ -18,6 +18,7 @@ from torch import nn
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BINARIZE, BinaryBlock, BinaryConv2d, BinaryLinear, Clip, Design, RPReLU, Sign, WeightLayer
 from bnnfree.nn.norms import GhostBatchNorm2d, ThresholdedLinear
+from bnnfree.train.augment import MIXTURES
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.sections import section_of
 
@@ -215,6 +216,9 @@ READ: dict[str, Reader] = {
     "data.batch_size": ALWAYS,
     "data.image_size": ALWAYS,
     "data.augment": ALWAYS,
+    "data.mix_alpha": Reader(
+        "mixup or cutmix in data.augment", lambda recipe, _: not MIXTURES.keys().isdisjoint(recipe.data.augment)
+    ),
     "data.burst": ALWAYS,
     "data.train_limit": ALWAYS,
     "data.test_limit": ALWAYS,
@@ -226,7 +230,10 @@ READ: dict[str, Reader] = {
     "data.cache_gb": SHARDS.also(Reader("a URL as data.root", lambda recipe, _: "://" in (recipe.data.root or ""))),
     "data.samples": FAKE,
     "data.classes": _where("data.name", "fake", "shards"),
-    "data.channels": FAKE,
+    "data.channels": _where("data.name", "fake", "imagenet", "image_folder", "shards"),
+    "data.orientation": FILES,
+    "data.range": _where("data.name", "imagenet", "image_folder", "shards", "arrays"),
+    "data.test_fraction": _where("data.name", "image_folder", "arrays"),
     "stages.*.name": ALWAYS,
     "stages.*.epochs": ALWAYS,
     "stages.*.binarize": LATENTS,

@@ -5,10 +5,10 @@ Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from bnnfree import errors
 from bnnfree.nn import (
@@ -28,30 +28,10 @@ from bnnfree.nn.fused import PRECISIONS, SPEEDS
 from bnnfree.nn.norms import options_of
 from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
-from bnnfree.train.data import DATASETS
-from bnnfree.train.images import AUGMENTS
+from bnnfree.train.data_recipe import MOST, MOST_PIXELS, DataRecipe, ImageSize, Part, contradiction, one_of
 from bnnfree.train.losses import LOSSES
+from bnnfree.train.parts import size_of
 from bnnfree.train.schedule import SCHEDULES
-
-MOST = 1_000_000_000  # of what is counted: images, steps
-MOST_PIXELS = 2**33  # values of the fake images, which are all in memory
-
-
-def _one_of(table, kind: type = str):
-    """A string (or another `kind`) that is a key of `table`."""
-
-    def check(value):
-        if value not in table:
-            names = [str(name) for name in table]
-            message = f"got {value!r}, expected one of {', '.join(names)}.{errors.nearest(value, names)}"
-            raise PydanticCustomError("unknown_name", "{message}", {"message": message})
-        return value
-
-    return Annotated[kind, AfterValidator(check)]
-
-
-def _contradiction(message: str) -> PydanticCustomError:
-    return PydanticCustomError("contradiction", "{message}", {"message": message})
 
 
 def _options_of_norms() -> str:
@@ -63,34 +43,24 @@ def _options_of_norms() -> str:
     return "of that norm: " + "; ".join(f"{' '.join(names)}: {text or '-'}" for text, names in norms.items())
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
-
-
-class ModelRecipe(_Part):
+class ModelRecipe(Part):
     """What is trained."""
 
     name: str
     """architecture: a name of models.MODELS"""
-    norm: _one_of(NORMS) = Field(  # type: ignore[valid-type]
+    norm: one_of(NORMS) = Field(  # type: ignore[valid-type]
         default="free", description=f"what stands in for batch normalisation: {' | '.join(NORMS)}"
     )
     norm_options: dict[str, bool | int | float | None] = Field(default={}, description=_options_of_norms())
     width: float = Field(default=1.0, gt=0, le=1000)
     """multiplier of every layer's channels"""
-    binarize: _one_of(BINARIZE) = "both"  # type: ignore[valid-type]
+    binarize: one_of(BINARIZE) = "both"  # type: ignore[valid-type]
     """what is 1 bit: none | activations | weights | both; a stage may say otherwise"""
     stem: Literal["auto", "cifar", "half", "imagenet"] = "auto"
     """first layer: cifar keeps the resolution, half halves it, imagenet quarters it; auto: cifar up to 64 pixels"""
-    shortcut: _one_of(SHORTCUTS) = "binary"  # type: ignore[valid-type]
+    shortcut: one_of(SHORTCUTS) = "binary"  # type: ignore[valid-type]
     """weights of the 1x1 shortcut convolutions: real | binary (their inputs are real)"""
-    activation: _one_of(ACTIVATIONS) | None = None  # type: ignore[valid-type]
+    activation: one_of(ACTIVATIONS) | None = None  # type: ignore[valid-type]
     """place of a block's activation: trunk (after the residual sum) | branch (before it); null: the normaliser's own"""
     standardize: bool | None = None
     """scaled weight standardisation; null: the normaliser's own"""
@@ -100,21 +70,21 @@ class ModelRecipe(_Part):
     """takes what groups of images share out of the gradient of centred layers' inputs; null: the normaliser's own"""
     centre_head: bool | None = None
     """takes the mean out of the classifier's inputs and of their gradient; null: the normaliser's own"""
-    scale: _one_of(SCALES) | None = None  # type: ignore[valid-type]
+    scale: one_of(SCALES) | None = None  # type: ignore[valid-type]
     """size of the binary weights: fan_in | mean_abs | learned | none; null: the normaliser's own"""
     alpha: float | None = None
     """factor of each block's branch; null: the normaliser's own"""
-    beta: _one_of(BETA_MODES) | None = None  # type: ignore[valid-type]
+    beta: one_of(BETA_MODES) | None = None  # type: ignore[valid-type]
     """expected-variance bookkeeping: nf | ref | measured | none; null: the normaliser's own"""
-    ste: _one_of(STES) | None = None  # type: ignore[valid-type]
+    ste: one_of(STES) | None = None  # type: ignore[valid-type]
     """straight-through estimator: approx | clip | swish | sigmoid | ede | identity; null: the normaliser's own"""
-    ste_window: _one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
+    ste_window: one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
     """window of that estimator: fixed | sample; null: the normaliser's own"""
     ste_parameter: float | None = Field(default=None, gt=0)
     """its width (approx, clip) or steepness (swish, sigmoid) at a stage's start; null: the estimator's default"""
     ste_last: float | None = Field(default=None, gt=0)
     """the same at a stage's end, log-linear in between; null: it does not move"""
-    pad_value: _one_of((0, 1, -1), int) = 0  # type: ignore[valid-type]
+    pad_value: one_of((0, 1, -1), int) = 0  # type: ignore[valid-type]
     """what the padding of binary convolutions carries"""
     latent_std: float | None = Field(default=0.04, gt=0)
     """deviation of the initial latent weights, where standardised; about 10 times the learning rate"""
@@ -128,74 +98,31 @@ class ModelRecipe(_Part):
             check_activation(self.activation, self.norm)
             check_ste(self.ste or NORMS[self.norm].ste, self.ste_parameter, self.ste_last)
         except errors.BnnfreeError as error:
-            raise _contradiction(f"model.{error}") from None
+            raise contradiction(f"model.{error}") from None
         return self
 
 
-class DataRecipe(_Part):
-    """What it is trained on."""
-
-    name: _one_of(DATASETS)  # type: ignore[valid-type]
-    """data set: digits | cifar10 | cifar100 | imagenet | image_folder | shards | fake"""
-    root: str | None = None
-    """folder of the files; shards: folder or URL with an index, or a pattern: FOLDER/train-{000..127}.tar"""
-    test_root: str | None = None
-    """shards, where root is a pattern: the pattern of the test images"""
-    val_root: str | None = None
-    """shards, where root is a pattern: the pattern of the validation images; null: val_fraction"""
-    batch_size: int = Field(default=128, ge=1, le=MOST)
-    """samples per forward pass, over all processes together"""
-    image_size: int | None = Field(default=None, ge=4, le=8192)
-    """side of the square images, pixels; null: the data set's own"""
-    augment: list[_one_of(AUGMENTS)] = Field(default=[], max_length=100)  # type: ignore[valid-type]
-    """random changes of training images, in order: flip | crop | shift (small images)"""
-    burst: int = Field(default=1, ge=1, le=MOST)
-    """training images of one class that come in a row, as from a camera; 1: shuffled"""
-    train_limit: int | None = Field(default=None, ge=1, le=MOST)
-    """training images to use, the same share of each class, validation included; null: all"""
-    test_limit: int | None = Field(default=None, ge=1, le=MOST)
-    """test images to use, likewise; null: all"""
-    val_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """share of the training images held out to choose the best epoch"""
-    download: bool = False
-    """fetch cifar10 / cifar100 into root when it is not there"""
-    bad_images: Literal["error", "skip"] = "error"
-    """what to do with files that are no whole images: stop, or skip and count them"""
-    workers: int = Field(default=2, ge=0, le=1024)
-    """processes that read large images"""
-    cache: str | None = None
-    """folder for decoded small images and fetched shards; null: bnnfree in the user's cache folder"""
-    cache_gb: float | None = Field(default=None, gt=0, le=1e9)
-    """shards at a URL: about so many GB of fetched ones are kept, the last used; null: all"""
-    samples: int = Field(default=512, ge=8, le=MOST)
-    """size of the fake data set"""
-    classes: int = Field(default=10, ge=2, le=1_000_000)
-    """classes of the fake data set, and of shards without an index"""
-    channels: int = Field(default=3, ge=1, le=1024)
-    """channels of the fake data set"""
-
-
-class StageRecipe(_Part):
+class StageRecipe(Part):
     """One leg of training; weights go on to the next, optimiser and schedule start anew."""
 
     name: str = "train"
     """what metrics.jsonl calls it"""
     epochs: int = Field(ge=1, le=1_000_000)
     """passes over the training images"""
-    binarize: _one_of(BINARIZE) | None = None  # type: ignore[valid-type]
+    binarize: one_of(BINARIZE) | None = None  # type: ignore[valid-type]
     """what is 1 bit in this stage; null: model.binarize"""
-    image_size: int | None = Field(default=None, ge=4)
-    """side of this stage's images, scaled from those of data.image_size; null: those; the last stage has none"""
+    image_size: ImageSize | None = None
+    """size of this stage's images, scaled from those of data.image_size; null: those; the last stage has none"""
     lr: float | None = Field(default=None, gt=0)
     """null: optimizer.lr"""
     weight_decay: float | None = Field(default=None, ge=0)
     """null: optimizer.weight_decay"""
 
 
-class OptimizerRecipe(_Part):
+class OptimizerRecipe(Part):
     """How weights move."""
 
-    name: _one_of(OPTIMIZERS) = "adam"  # type: ignore[valid-type]
+    name: one_of(OPTIMIZERS) = "adam"  # type: ignore[valid-type]
     """adam | adamw | sgd | bop (Bop on binary weights, Adam on the rest)"""
     lr: float = Field(default=1e-3, gt=0)
     """peak learning rate"""
@@ -227,10 +154,10 @@ class OptimizerRecipe(_Part):
     """bnp: what is added to each channel's variance, as a share of its layer's largest"""
 
 
-class ScheduleRecipe(_Part):
+class ScheduleRecipe(Part):
     """How the learning rate moves within a stage; its last step is never at zero."""
 
-    name: _one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
+    name: one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
     """linear | cosine | step | constant"""
     over: Literal["stage", "run"] = "stage"
     """what the rate's course spans: each stage, or once all of them (run); a warm-up is always a stage's"""
@@ -242,7 +169,7 @@ class ScheduleRecipe(_Part):
     """step: that factor"""
 
 
-class AgcRecipe(_Part):
+class AgcRecipe(Part):
     """Adaptive gradient clipping of convolution weights."""
 
     clip: float | Literal["auto"] | None = "auto"
@@ -251,10 +178,10 @@ class AgcRecipe(_Part):
     """smallest weight norm assumed"""
 
 
-class LossRecipe(_Part):
+class LossRecipe(Part):
     """What is minimised."""
 
-    name: _one_of(LOSSES) = "cross_entropy"  # type: ignore[valid-type]
+    name: one_of(LOSSES) = "cross_entropy"  # type: ignore[valid-type]
     """cross_entropy | distribution (cross entropy against a teacher's probabilities)"""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """cross_entropy: share of the target spread over all classes"""
@@ -262,14 +189,14 @@ class LossRecipe(_Part):
     """distribution: a checkpoint or run folder of ours, or torchvision:NAME"""
 
 
-class EmaRecipe(_Part):
+class EmaRecipe(Part):
     """Exponential moving average of the weights, which is then what is evaluated and kept as best."""
 
     decay: float | None = Field(default=None, gt=0, lt=1)
     """share kept per step; null: off"""
 
 
-class FreeRecipe(_Part):
+class FreeRecipe(Part):
     """The constants of centred convolutions (norms that have them)."""
 
     window: float = Field(default=256.0, gt=0)
@@ -297,7 +224,7 @@ class FreeRecipe(_Part):
         return values
 
 
-class ProbeRecipe(_Part):
+class ProbeRecipe(Part):
     """What is measured of binary layers while they train: key `probe` of metrics.jsonl, probe.png."""
 
     every: int | None = Field(default=None, ge=1, le=MOST)
@@ -306,7 +233,7 @@ class ProbeRecipe(_Part):
     """how many: the first of the run's first epoch, augmented as there, the same in every probe"""
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A whole training: what, on what, how, in which stages."""
 
     model: ModelRecipe
@@ -331,9 +258,9 @@ class Recipe(_Part):
     """of initial weights, order and augmentation"""
     deterministic: bool = True
     """the same bits from the same recipe on the same machine"""
-    precision: _one_of(PRECISIONS) = "fp32"  # type: ignore[valid-type]
+    precision: one_of(PRECISIONS) = "fp32"  # type: ignore[valid-type]
     """fp32 | bf16 (signs and gradients of products; sums of signs stay exact) | bf16_trunk (what is kept too: half)"""
-    speed: _one_of(("auto", *SPEEDS)) = "auto"  # type: ignore[valid-type]
+    speed: one_of(("auto", *SPEEDS)) = "auto"  # type: ignore[valid-type]
     """how blocks run in training: auto | layers | fused | compiled | fused_compiled; auto says what it takes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
@@ -343,45 +270,45 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         if self.loss.name == "distribution" and self.loss.teacher is None:
-            raise _contradiction("loss.name is 'distribution' but loss.teacher is not given")
+            raise contradiction("loss.name is 'distribution' but loss.teacher is not given")
         teacher = self.loss.teacher or "" if self.loss.name == "distribution" else ""
         if teacher.startswith("torchvision:") and self.data.name in ("digits", "cifar10", "cifar100"):
-            raise _contradiction(
+            raise contradiction(
                 f"loss.teacher is {teacher!r}, which knows ImageNet's classes, but data.name is {self.data.name!r}"
             )
         if self.optimizer.name == "sgd" and self.optimizer.nesterov and not self.optimizer.momentum:
-            raise _contradiction("optimizer.nesterov is true but optimizer.momentum is 0")
+            raise contradiction("optimizer.nesterov is true but optimizer.momentum is 0")
         if self.schedule.name == "step" and not self.schedule.milestones:
-            raise _contradiction("schedule.name is 'step' but schedule.milestones is empty")
+            raise contradiction("schedule.name is 'step' but schedule.milestones is empty")
         data = self.data
-        values = data.samples * (data.image_size or 32) ** 2 * data.channels
+        values = data.samples * math.prod(size_of(data.image_size) or (32, 32)) * data.channels
         if data.name == "fake" and values > MOST_PIXELS:
-            raise _contradiction(
+            raise contradiction(
                 f"data.samples: got {data.samples}, which with data.image_size and data.channels makes {values:,} "
                 f"values, expected up to {MOST_PIXELS:,}"
             )
         if any(not 0 < m < 1 for m in self.schedule.milestones):
-            raise _contradiction("schedule.milestones are shares of a stage, each between 0 and 1")
+            raise contradiction("schedule.milestones are shares of a stage, each between 0 and 1")
         if isinstance(self.agc.clip, float) and self.agc.clip <= 0:
-            raise _contradiction(f"agc.clip: got {self.agc.clip}, expected a number above 0, null or auto")
+            raise contradiction(f"agc.clip: got {self.agc.clip}, expected a number above 0, null or auto")
         rule = NORMS[self.model.norm]
         standardized = self.model.standardize
         if standardized is None:
             standardized = rule.binary.get("standardize", False)
         if self.optimizer.name == "bop" and standardized:
-            raise _contradiction(
+            raise contradiction(
                 "optimizer.name is 'bop', whose weights are signs already, but the weights are standardised; "
                 "set model.standardize=false"
             )
         if self.stages[-1].image_size is not None:
-            raise _contradiction(
+            raise contradiction(
                 f"stages.{len(self.stages) - 1}.image_size: got {self.stages[-1].image_size} for the last stage, whose "
                 "images are of data.image_size, expected null"
             )
         for i, stage in enumerate(self.stages):
             signs = stage.binarize or self.model.binarize
             if self.optimizer.name == "bop" and not BINARIZE[signs][1]:
-                raise _contradiction(
+                raise contradiction(
                     f"optimizer.name is 'bop', which holds weights of +-1 only, but stages.{i} "
                     f"has real weights (binarize: {signs})"
                 )

@@ -225,7 +225,7 @@ def _explain(error: ValidationError) -> list[str]:
         here = f"Allowed here: {', '.join(allowed)}."
         if kind == "contradiction":
             lines[item["msg"]] = item["msg"]
-        elif kind == "unknown_name":
+        elif kind in ("unknown_name", "image_size"):
             lines[key] = f"{key}: {item['msg']}"
         elif kind == "missing":
             lines[key] = f"{key}: this key is missing and has no default."

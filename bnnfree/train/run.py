@@ -75,7 +75,7 @@ class Run:
         self.resumed = resumed
         self.design, self.init = design_of(recipe.model, self.data_info), None
         self.grown = False  # the last stage has more epochs than the run that is resumed
-        self.lines: list[str] = []  # to be printed before training
+        self.lines = [data.describe()]  # to be printed before training
         if resumed is not None:
             self.grown = check_resumable(resumed, recipe, builders, self.data_info, folder)
             check_images(resumed.get("listing", self.listing), self.listing, folder)

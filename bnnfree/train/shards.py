@@ -31,7 +31,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.files import replacing
+from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import image_endings, read_image
 from bnnfree.train.addresses import expand, fetch, is_plain, is_url, webdataset
 from bnnfree.train.folder import list_tree
@@ -39,7 +39,7 @@ from bnnfree.train.members import BLOCK, MEMBER, Members, check_size, local
 
 INDEX = "index.json"
 ORDER_SEED = 20  # of the images in the shards; the order of an epoch has the recipe's
-LARGEST = 2**31  # bytes of an image
+LARGEST = 2**31  # bytes of an image, and of an index
 PARTS = Literal["train", "test", "val"]
 
 
@@ -177,9 +177,8 @@ def _scan_all(places: list[str], cache: Path, limit: int | None) -> dict[str, Sh
     try:
         with replacing(known) as temporary:
             temporary.write_text(json.dumps([shard.model_dump() for shard in found.values()]), encoding="utf-8")
-    except OSError as error:
-        message = f"index {known} cannot be written ({error.strerror or error}); the next run scans again."
-        warnings.warn(message, BnnfreeWarning, stacklevel=2)
+    except OutputError as error:
+        warnings.warn(f"{error} The next run scans again.", BnnfreeWarning, stacklevel=2)
     return found
 
 
@@ -191,11 +190,10 @@ def _from_index(root: str, where: str) -> tuple[list[str], dict[str, list[Shard]
     try:
         if remote:
             with tempfile.TemporaryDirectory() as folder:
-                fetch(place, Path(folder) / INDEX)
-                text = (Path(folder) / INDEX).read_bytes()
+                fetch(place, Path(folder) / INDEX, LARGEST)
+                index = _read_index(Path(folder) / INDEX, place, where)
         else:
-            text = Path(place).read_bytes()
-        index = Index.model_validate_json(text)
+            index = _read_index(Path(place), place, where)
     except OSError as error:
         raise DataError(
             f"{where}: root: got {root!r}, without {INDEX} ({error.strerror or error}). tools/shard.py makes shards"
@@ -212,6 +210,13 @@ def _from_index(root: str, where: str) -> tuple[list[str], dict[str, list[Shard]
         if not parts.get(part):
             raise DataError(f"{where}: {place}: got the parts {', '.join(parts) or 'none'}, expected train and test.")
     return index.classes, parts
+
+
+def _read_index(path: Path, place: str, where: str) -> Index:
+    """The index in the file `path`, which came from `place`."""
+    if (size := path.stat().st_size) > LARGEST:
+        raise DataError(f"{where}: {place}: is no index of shards: got {size} bytes, expected at most {LARGEST}.")
+    return Index.model_validate_json(path.read_bytes())
 
 
 def _placed(shard: Shard, base: str, remote: bool, where: str) -> Shard:
@@ -238,6 +243,8 @@ def _joined(found: Found, parts: dict[str, list[Shard]], where: str) -> Found:
         for shard in shards:
             if not len(shard.offsets) == len(shard.lengths) == len(shard.labels):
                 raise DataError(f"{where}: shard {shard.file}: its index has unequal numbers of offsets and labels.")
+            if any(start + length > shard.bytes for start, length in zip(shard.offsets, shard.lengths, strict=True)):
+                raise DataError(f"{where}: shard {shard.file}: its index has an image beyond its {shard.bytes} bytes.")
             rows = np.empty(len(shard.offsets), MEMBER)
             rows["shard"], rows["offset"], rows["length"] = len(found.places), shard.offsets, shard.lengths
             for label in shard.labels:

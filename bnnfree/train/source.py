@@ -44,9 +44,15 @@ class Network:
     @property
     def resize(self) -> str:
         """The key of bnnfree.preprocess.RESIZES by which its training brings images to their size."""
-        if self.recipe.data.name in ("digits", "cifar10", "cifar100", "fake"):  # held in memory at any size
+        if self.recipe.data.name in ("digits", "cifar10", "cifar100", "fake", "arrays"):  # held in memory at any size
             return "square"
-        return resize_rule(min(self.data["image_size"]))
+        return resize_rule(max(self.data["image_size"]))
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What else its training takes into account of image files: keys of a packed model's metadata."""
+        data = self.recipe.data
+        return {"orientation": data.orientation} | ({} if data.range is None else {"range": data.range})
 
 
 def source_kind(source: str | Path) -> Literal["checkpoint", "recipe"]:
@@ -104,7 +110,7 @@ def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Ne
     recipe = load_recipe(path, overrides, builders)
     shape = describe(recipe.data, f"{path}: data")
     channels, size = shape["channels"], shape["image_size"]
-    mean, std = known_stats(recipe.data.name, channels, min(size))
+    mean, std = known_stats(recipe.data.name, channels, max(size))
     data = {key: shape[key] for key in ("classes", "channels", "image_size")} | {"mean": list(mean), "std": list(std)}
     binarize = recipe.stages[-1].binarize or recipe.model.binarize
     with torch.random.fork_rng(devices=[]):
@@ -118,5 +124,5 @@ def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Ne
 def known_stats(name: str, channels: int, size: int) -> Stats:
     """Mean and standard deviation per channel of a data set, without reading it: else STAND_IN."""
     streamed = name in ("image_folder", "shards") and size > DECODED_SIZE
-    found = IMAGENET if streamed else STATS.get(name)
+    found = (IMAGENET if streamed else STATS.get(name)) if channels == 3 else None
     return found or ([STAND_IN[0]] * channels, [STAND_IN[1]] * channels)

@@ -4,7 +4,8 @@ A sample depends on its image and its seed only (see images.py), so the number o
 JPEGs are decoded by Pillow, at a half, a quarter or an eighth of their size where the crop needs no more;
 torch resizes, which is faster than Pillow. Pixels go to the device as uint8 and are normalised there.
 
-To add an augmentation: one function and one line of FRAMES (which pixels) or CHANGES (what becomes of them).
+To add an augmentation: one function and one line of FRAMES (which pixels) or CHANGES (what becomes of them); augment.py
+has those that images in memory know too.
 To read images from somewhere else: a subclass of Files.
 
 Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
@@ -25,32 +26,36 @@ from PIL import Image
 from torch import Tensor
 
 from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.preprocess import centre, read_image
-from bnnfree.train.images import Batches, Split
+from bnnfree.preprocess import Reading, Size, centre, read_image, turned
+from bnnfree.train.augment import POLICIES, policy, seeded
+from bnnfree.train.images import Numbered, Part, Split
 
+SAMPLE = 256  # images by which statistics of files are measured
 JPEG_MODES = ("RGB", "L", "CMYK")  # what Pillow makes of a JPEG
 
 
-def middle(image: Image.Image, size: int) -> Tensor:
+def middle(image: Image.Image, size: Size, reading: Reading) -> Tensor:
     """The centre of the resized image, to the bit that of bnnfree.preprocess: what evaluation sees."""
-    return to_tensor(centre(image.convert("RGB"), (size, size)))
+    return to_tensor(centre(reading.colours(image), size))
 
 
-def crop(image: Image.Image, size: int) -> Tensor:
-    """A random rectangle of 8 to 100 % of the area, sides 3:4 to 4:3, resized (bilinear, antialiased).
+def crop(image: Image.Image, size: Size, reading: Reading) -> Tensor:
+    """A random rectangle of 8 to 100 % of the area, its sides 3:4 to 4:3 of those of `size`, resized (antialiased).
 
-    A JPEG not yet decoded is decoded at the smallest of its sizes where the rectangle has `size` pixels a side.
+    A JPEG not yet decoded is decoded at the smallest of its sizes where the rectangle has `size` pixels.
     """
     from torchvision.transforms import RandomResizedCrop
 
-    top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])  # type: ignore[arg-type]
+    rows, columns = size
+    shapes = [3 / 4 * (columns / rows), 4 / 3 * (columns / rows)]
+    top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], shapes)  # type: ignore[arg-type]
     whole = image.width
-    if min(height, width) >= 2 * size:
-        image.draft(None, (image.width * size // width, image.height * size // height))  # type: ignore[arg-type]
+    if height >= 2 * rows and width >= 2 * columns:
+        image.draft(None, (image.width * columns // width, image.height * rows // height))  # type: ignore[arg-type]
     part = round(whole / image.width)  # Pillow rounds the smaller sizes up
     box = [round(edge / part) for edge in (left, top, left + width, top + height)]
-    pixels = to_tensor(image.crop(box).convert("RGB"))  # type: ignore[arg-type]
-    return F.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
+    pixels = to_tensor(reading.colours(image.crop(box)))  # type: ignore[arg-type]
+    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
 
 
 def flip(pixels: Tensor) -> Tensor:
@@ -59,17 +64,20 @@ def flip(pixels: Tensor) -> Tensor:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """The pixels of an RGB image, uint8 [3,H,W] in channels_last memory order."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """The pixels of an image, uint8 [C,H,W] in channels_last memory order."""
+    pixels = np.array(image)
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-FRAMES: dict[str, Callable[[Image.Image, int], Tensor]] = {"crop": crop}  # instead of the middle; RGB [3,size,size]
+FRAMES: dict[str, Callable[[Image.Image, Size, Reading], Tensor]] = {"crop": crop}  # instead of the middle; [C,H,W]
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {"flip": flip}  # after that, in order
 FILE_AUGMENTS = CHANGES | FRAMES  # the names
 
 
 class Files:
     """Where the images of a FileSplit are, by number: here, files of their own. Worker processes get a copy."""
+
+    reading = Reading()  # how they become pixels
 
     def __init__(self, paths: Sequence[str] | np.ndarray):
         # Why: a bytes array is one block that forked workers share; a list of str is copied page by page
@@ -89,8 +97,8 @@ class Files:
             return file.read()
 
     def checked(self, index: int) -> Image.Image | str:
-        """What bnnfree.preprocess makes of an image that is no usual JPEG: RGB, or what is wrong with it."""
-        return read_image(self.name(index))
+        """What bnnfree.preprocess makes of an image that is no usual JPEG, or what is wrong with it."""
+        return read_image(self.name(index), self.reading)
 
     def order(self, generator: torch.Generator) -> Tensor:
         """The order of an epoch: a permutation of the images."""
@@ -108,7 +116,7 @@ class Files:
 
 
 class FileSplit(Split):
-    """Images read from their files, by `workers` processes, each time a batch is made. Shapes: size x size.
+    """Images read from their files, by `workers` processes, each time a batch is made. size: height, width.
 
     An image is first seen to be unreadable when its batch is made. With `skip_bad` it is then dropped, which
     makes that batch smaller, and counted in `skipped` (with one BnnfreeWarning, at the first); else, and
@@ -124,7 +132,7 @@ class FileSplit(Split):
         std,
         augment: Sequence[str] = (),
         *,
-        size: int,
+        size: Size,
         workers: int = 0,
         skip_bad: bool = False,
     ):
@@ -142,10 +150,10 @@ class FileSplit(Split):
         """How many files have been found unreadable and dropped so far."""
         return len(self._bad)
 
-    def resized(self, size: int) -> FileSplit:
+    def resized(self, size: Size) -> FileSplit:
         parts = self.files, self.labels, self.mean, self.std, self.augment
         split = FileSplit(*parts, size=size, workers=self.workers, skip_bad=self.skip_bad)
-        split.burst = self.burst
+        split.burst, split.mixing = self.burst, self.mixing
         split._piped = self._piped
         split._bad = self._bad  # a file that cannot be read is counted once
         return split
@@ -159,7 +167,7 @@ class FileSplit(Split):
     def _draw(self, generator: torch.Generator) -> Tensor:
         return torch.randint(2**31, (len(self),), generator=generator)
 
-    def _read(self, order: Tensor, draws: Tensor | None, parts: list[slice], device) -> Batches:
+    def _read(self, order: Tensor, draws: Tensor | None, parts: Sequence[Part], device) -> Iterator[Numbered]:
         pinned = torch.device(device).type == "cuda"
         # Why popped: two iterators at a time cannot share the processes; the second one gets its own
         tasks, loader = self._idle.pop(pinned) if pinned in self._idle else self._loader(pinned)
@@ -168,8 +176,8 @@ class FileSplit(Split):
         normalise = self._normaliser(device)
         whole = False
         try:
-            for pixels, labels in one_ahead(self._good(loader), device):
-                yield normalise(pixels).permute(0, 3, 1, 2), labels
+            for pixels, labels, numbers in one_ahead(self._good(loader), device):
+                yield normalise(pixels).permute(0, 3, 1, 2), labels, numbers
             whole = True
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -186,8 +194,16 @@ class FileSplit(Split):
 
     def _loader(self, pinned: bool) -> tuple[_Tasks, torch.utils.data.DataLoader]:
         tasks = _Tasks()
+        if self.workers and not room_for_processes(self.workers):
+            warnings.warn(
+                f"data: shared memory (/dev/shm) or the system has no room for the {self.workers} processes that read"
+                " images; they are read in this one, which is slower. Give it more (docker run --shm-size=2g).",
+                BnnfreeWarning,
+                stacklevel=4,
+            )
+            self.workers = 0
         loader = torch.utils.data.DataLoader(
-            Reader(self.files, self.size, self.augment),
+            Reader(self.files, self.size, self.augment, self._fill()),
             batch_sampler=tasks,  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=self.workers,
@@ -197,8 +213,8 @@ class FileSplit(Split):
         )
         return tasks, loader
 
-    def _good(self, loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """(pixels, labels) of the batches; what is wrong with the others is raised or counted."""
+    def _good(self, loader) -> Iterator[Numbered]:
+        """(pixels, labels, numbers) of the batches; what is wrong with the others is raised or counted."""
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
@@ -207,7 +223,7 @@ class FileSplit(Split):
             if isinstance(pixels, np.ndarray):
                 self._warn_of_pipes()
                 pixels = torch.from_numpy(pixels)
-            yield pixels, self.labels[good]
+            yield pixels, self.labels[good], torch.tensor(good)
 
     def _warn_of_pipes(self) -> None:
         if not self._piped:
@@ -261,10 +277,19 @@ def _arrived(tensors: tuple[Tensor, ...], copied: torch.cuda.Event | None) -> tu
 
 
 def collate(images: Sequence[Tensor]) -> Tensor:
-    """Images [3,H,W] as one batch [B,H,W,3]; none: [0,1,1,3]."""
+    """Images [C,H,W] as one batch [B,H,W,C]; none: [0,1,1,3]."""
     if not images:
         return torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return torch.stack([image.permute(1, 2, 0) for image in images])
+
+
+def room_for_processes(count: int) -> bool:
+    """Is there room for the locks of so many reading processes? They lie in shared memory."""
+    try:
+        _ = [torch.multiprocessing.Semaphore() for _ in range(4 * count + 8)]  # three a queue, some for events
+    except OSError:
+        return False
+    return True
 
 
 def shared(pixels: Tensor) -> Tensor | np.ndarray:
@@ -285,7 +310,7 @@ class _Tasks:
 
     order: Tensor
     seeds: Tensor
-    parts: list[slice]
+    parts: Sequence[Part]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for part in self.parts:
@@ -296,13 +321,13 @@ class _Tasks:
 class Reader(torch.utils.data.Dataset):
     """What a worker process runs: the images of `files` that a batch asks for, read, decoded and augmented."""
 
-    def __init__(self, files: Files, size: int, augment: tuple[str, ...]):
-        self.files, self.size, self.augment = files, size, augment
+    def __init__(self, files: Files, size: Size, augment: tuple[str, ...], fill: tuple[int, ...] = (0, 0, 0)):
+        self.files, self.size, self.augment, self.fill = files, size, augment, fill
 
     def __getitems__(
         self, tasks: list[tuple[int, int]]
     ) -> tuple[Tensor | np.ndarray, list[int], dict[int, str]] | DataError:
-        """(pixels uint8 [B,H,W,3], images [B], what is wrong by image) of the (image, seed or -1) of one batch.
+        """(pixels uint8 [B,H,W,C], images [B], what is wrong by image) of the (image, seed or -1) of one batch.
 
         In a process of its own the pixels are in shared memory; an array, to be copied, where there is too little.
         """
@@ -322,11 +347,11 @@ class Reader(torch.utils.data.Dataset):
         return shared(collate(images)), good, reasons
 
     def sample(self, index: int, seed: int) -> Tensor | str:
-        """An image as uint8 [3,size,size], augmented as `seed` says (-1: not at all), or what is wrong with it."""
+        """An image as uint8 [C,H,W], augmented as `seed` says (-1: not at all), or what is wrong with it."""
         try:
             with Image.open(io.BytesIO(self.files.read(index)), formats=("JPEG",)) as image:
-                if image.mode in JPEG_MODES:
-                    return self.change(image, seed)
+                if image.mode in JPEG_MODES and self.files.reading.limits is None:
+                    return self.change(turned(image, self.files.reading.turn(image)), seed)
         except DataError:
             raise
         except Exception:  # Why: on damaged bytes the decoder raises errors of many types; what follows names them
@@ -335,17 +360,32 @@ class Reader(torch.utils.data.Dataset):
         return checked if isinstance(checked, str) else self.change(checked, seed)
 
     def change(self, image: Image.Image, seed: int) -> Tensor:
-        """The image, decoded or not yet, as uint8 [3,size,size], augmented as `seed` says."""
+        """The image, decoded or not yet, as uint8 [C,H,W], augmented as `seed` says."""
         names = self.augment if seed >= 0 else ()
-        with torch.random.fork_rng(devices=[]):  # Why: torchvision's crop only knows the global state
-            torch.default_generator.manual_seed(max(seed, 0))
+        with seeded() as start:
+            start(max(seed, 0))
             frame = next((FRAMES[name] for name in names if name in FRAMES), middle)
-            pixels = frame(image, self.size)
+            pixels = frame(image, self.size, self.files.reading)
             for name in names:
                 if name in CHANGES:
                     pixels = CHANGES[name](pixels)
+                elif name in POLICIES:
+                    pixels = policy(name, self.fill)(pixels)
         return pixels
 
 
 def _as_it_is(batch):
     return batch
+
+
+def sample_pixels(files: Files, size: Size, where: str) -> np.ndarray:
+    """uint8 [N,H,W,C] of at most SAMPLE images at equal distances, as evaluation sees them; bad ones are left out."""
+    reader = Reader(files, size, ())
+    count = min(SAMPLE, len(files))
+    samples = [reader.sample(number * len(files) // count, -1) for number in range(count)]
+    images = [sample for sample in samples if not isinstance(sample, str)]
+    if not images:
+        raise DataError(
+            f"{where}: {files.name(0)} {samples[0]}, and none of {count} images that were tried can be read."
+        )
+    return collate(images).numpy()
