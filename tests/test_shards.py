@@ -355,9 +355,20 @@ def test_a_pattern_is_bounded_before_it_is_expanded(pattern):
         addresses.expand(pattern, "data: root")
 
 
+LONG = ["{" + "." * 60_000 + ".tar", "{" * 3000 + "a" + "}" * 3000, "{0..9999}" + "y" * 60_000, "a" * 10**6 + ".tar"]
+
+
+@pytest.mark.parametrize("pattern", LONG, ids=["dots", "braces", "names", "one name"])
+def test_a_pattern_of_thousands_of_characters_is_read_at_once_or_refused_in_one_line(pattern):
+    with pytest.raises(DataError, match="^data: root: got ") as caught:
+        addresses.expand(pattern, "data: root")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("pattern, count", [
     ("a-{000..127}.tar", 128), ("{a,b}-{0..9}.tar", 20), ("{x,y{0..3}}.tar", 5), ("a.tar::b.tar", 2), ("a{9..0}", 10),
     ("{a..c}.tar", 3), ("{0..10..5}.tar", 3), ("{0..999999}.tar", 1_000_000),
+    ("::".join(f"{name}-{{0..127}}.tar" for name in "abcd"), 512),
 ])  # fmt: skip
 def test_a_pattern_names_what_its_braces_say(pattern, count):
     assert len(addresses.expand(pattern, "data: root")) == count
@@ -488,6 +499,55 @@ def test_a_wrong_index_is_one_line(written, change, said):
     with pytest.raises(DataError, match=f"^data: .*{said}") as caught:
         load_data(written)
     assert "\n" not in str(caught.value)
+
+
+def odd_tar(random, form):
+    """A tar of three samples with odd names, some bytes of it changed and its checksums made to fit again."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name in (f"{'é' * 120}{number}.{ending}" for number in range(3) for ending in ("jpg", "cls")):
+            info = tarfile.TarInfo(name)
+            info.size = 700
+            tar.addfile(info, io.BytesIO(b"1" * 700))
+    data = bytearray(buffer.getvalue())
+    for place in random.randint(0, len(data), random.choice([1, 3, 20])):
+        data[place] = random.choice([0, 255, 57, 10, random.randint(256)])
+    for start in range(0, len(data) - 512, 512):
+        if data[start + 257 : start + 262] == b"ustar":
+            data[start + 148 : start + 156] = b" " * 8
+            data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    return bytes(data)
+
+
+def sparse_tar():
+    """A sample whose header describes holes by what is no number."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("0.jpg")
+        info.pax_headers = {"GNU.sparse.map": "abc"}
+        tar.addfile(info)
+    return buffer.getvalue()
+
+
+def chain_tar():
+    """Headers that each say that the next one's name is long."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1
+    return (info.tobuf(tarfile.GNU_FORMAT) + b"a" + bytes(511)) * 3000
+
+
+def test_a_hostile_tar_is_scanned_or_refused_in_one_line(tmp_path):
+    random = np.random.RandomState(SEED)
+    forms = tarfile.PAX_FORMAT, tarfile.GNU_FORMAT
+    refused = 0
+    for data in [sparse_tar(), chain_tar(), *(odd_tar(random, forms[number % 2]) for number in range(600))]:
+        (tmp_path / "a.tar").write_bytes(data)
+        try:
+            shards.scan("a.tar", tmp_path / "a.tar")
+        except DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 50 < refused < 600
 
 
 def test_an_index_of_gigabytes_is_not_read(written, monkeypatch):

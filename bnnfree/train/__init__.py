@@ -1,11 +1,11 @@
 """From a recipe to a result: `load_recipe`, `fit`. Imports torch, torchvision, yaml, pydantic, tqdm.
 
 recipe (the schema), recipes (reading files), data (what it trains on) + subset, images (in memory), streamed (from
-files), folder, shards + members (from tars), losses, schedule, loop (a stage), evaluation, run (all stages),
-checkpoint + sealed (its file), meaning (structure, design, older versions), start (init, freeze), resume, run_folder
-(lock), source (checkpoint, run folder or recipe as a network), report (metrics and curves), dist (torchrun). Many
-at once: sweep (the file) + expression, pool (processes), outcome (what run folders hold), tables. Measuring:
-throughput (steps), feed (reading images).
+files), augment (for both), folder, shards + members (from tars), addresses (of them), losses, schedule, loop (a
+stage), evaluation, run (all stages), checkpoint + sealed (its file), meaning (structure, design, older versions),
+start (init, freeze), resume, run_folder (lock), source (checkpoint, run folder or recipe as a network), report
+(metrics and curves), dist (torchrun). Many at once: sweep (the file) + expression, pool (processes), outcome (what
+run folders hold), tables. Measuring: throughput (steps), feed (reading images).
 """
 
 from bnnfree.train.checkpoint import load_checkpoint, load_model

@@ -19,8 +19,10 @@ from bnnfree.errors import DataError, missing, printable
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 MOST = 1_000_000  # shards that a pattern may name
+LONGEST = 2**16  # characters of a pattern
+ROOM = 2**28  # characters of all names
 ALLOWED = re.compile(r"[A-Za-z0-9._~:/?#@!$&()*+,;=%\[\]-]+")  # RFC 3986 without the quote
-RANGE = re.compile(r"\{([^{},]*)\.\.([^{},]*?)(?:\.\.([^{},]*))?\}")
+RANGE = re.compile(r"\{([^{},.]*)\.\.([^{},.]*)(?:\.\.([^{},.]*))?\}")
 
 
 def is_url(place: str) -> bool:
@@ -52,18 +54,24 @@ def is_plain(name: str) -> bool:
 def expand(pattern: str, where: str) -> list[str]:
     """The places that a pattern such as `a-{00..12}.tar` names; `::` stands between several patterns.
 
-    Errors: DataError for braces that do not match and for more than MOST places.
+    Errors: DataError for braces that do not match, for more than MOST places and for more text than memory should hold.
     """
-    if (count := _bound(pattern)) > MOST:
-        raise DataError(f"{where}: got {pattern!r}, a pattern of {count:,} shards or so, expected at most {MOST:,}.")
+    if len(pattern) > LONGEST:
+        raise DataError(f"{where}: got a pattern of {len(pattern):,} characters, expected at most {LONGEST:,}.")
+    shown = pattern if len(pattern) < 200 else pattern[:200] + "..."
+    most = min(MOST, ROOM // max(1, len(pattern)))
+    if (count := sum(map(_bound, pattern.split("::")))) > most:
+        raise DataError(f"{where}: got {shown!r}, a pattern of {count:,} shards or so, expected at most {most:,}.")
     try:
         return webdataset("a pattern").shardlists.expand_urls(os.path.expanduser(pattern))
+    except RecursionError:
+        raise DataError(f"{where}: got {shown!r}, a pattern with too many braces in braces.") from None
     except ValueError as error:
-        raise DataError(f"{where}: got {pattern!r}, a pattern that cannot be expanded ({error}).") from None
+        raise DataError(f"{where}: got {shown!r}, a pattern that cannot be expanded ({str(error)[:200]}).") from None
 
 
 def _bound(pattern: str) -> int:
-    """At least as many as the places that a pattern names, found without naming them."""
+    """At least as many as the places that a pattern without `::` names, found without naming them."""
     total = 1
     for first, last, step in RANGE.findall(pattern):
         try:

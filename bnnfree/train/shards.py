@@ -40,6 +40,8 @@ from bnnfree.train.members import BLOCK, MEMBER, Members, check_size, local
 INDEX = "index.json"
 ORDER_SEED = 20  # of the images in the shards; the order of an epoch has the recipe's
 LARGEST = 2**31  # bytes of an image, and of an index
+# tarfile raises any of these for a damaged or hostile header
+TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError, LookupError)
 PARTS = Literal["train", "test", "val"]
 
 
@@ -102,13 +104,13 @@ def scan(place: str, path: Path) -> Shard:
                 text = tar.extractfile(sample["cls"]).read(32)  # type: ignore[union-attr]
                 if not text.strip().isdigit():
                     raise DataError(f"shard {place}: sample {name!r}: got the class {text!r}, expected a number.")
-                if sample["image"].size >= LARGEST:
+                if not 0 <= sample["image"].size < LARGEST:
                     raise DataError(f"shard {place}: sample {name!r}: got {sample['image'].size} bytes for an image.")
                 found.offsets.append(sample["image"].offset_data)
                 found.lengths.append(sample["image"].size)
                 found.labels.append(int(text))
             after = found.bytes - tar.offset
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except TAR_ERRORS as error:
         raise DataError(f"shard {place}: is no whole, uncompressed tar ({error}).") from None
     if not found.offsets or after > 2 * tarfile.RECORDSIZE:  # Why: tarfile takes a damaged header for the end
         raise DataError(f"shard {place}: is damaged or no tar: {len(found.offsets)} images, then {after} bytes more.")
