@@ -397,6 +397,16 @@ def test_real_thresholds_are_the_first_float_that_counts():
         np.testing.assert_array_equal(~(np.clip(v, -3e38, 3e38) >= threshold) ^ flip, negative)
 
 
+def test_numpy_told_to_raise_changes_no_file():
+    """Not even where a threshold is 0, whose next float is denormal."""
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), Sign(), BinaryConv2d(5, 7, 3), nn.Flatten(), nn.Linear(7 * 9, 2)).eval()
+    expected = to_bytes(pack(net, image_size=(7, 7)).model)
+    with np.errstate(all="raise"):
+        assert to_bytes(pack(net, image_size=(7, 7)).model) == expected
+        for scale, shift in ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (1e-45, 1.0), (1.0, 1e300)):
+            real_threshold(np.array([scale]), np.array([shift]))
+
+
 def test_integer_thresholds_decide_every_sum_exactly():
     terms = 9
     random = np.random.default_rng(1)

@@ -339,12 +339,12 @@ def real_threshold(scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np
 
     Exact: of the numbers that float32 has, the threshold is the least that counts.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):  # a caller may have told numpy to raise
         cut = np.where(scale == 0, np.where(shift >= 0, -np.inf, np.inf), -shift / scale)
-    near = np.clip(cut, -3.4028234663852886e38, 3.4028234663852886e38).astype(np.float32)
-    near = np.where(np.isinf(cut), cut, near).astype(np.float32)
+        near = np.clip(cut, -3.4028234663852886e38, 3.4028234663852886e38).astype(np.float32)
+        near = np.where(np.isinf(cut), cut, near).astype(np.float32)
+        above = np.nextafter(near, np.float32(np.inf))
     flip = scale < 0
-    above = np.nextafter(near, np.float32(np.inf))
     wide = near.astype(np.float64)
     least = np.where(wide >= cut, near, above)  # v >= cut
     beyond = np.where(wide > cut, near, above)  # v > cut, for negative scales

@@ -222,7 +222,9 @@ def _sign(graph: _Graph, op: Op) -> list[Step]:
 def _float_threshold(threshold: np.ndarray) -> np.ndarray:
     """As float32, upwards: a whole number above 2^24 may fall between two, and v >= t must stay what it is."""
     near = threshold.astype(F32)
-    return np.where(near.astype(np.float64) < threshold, np.nextafter(near, F32(np.inf)), near)
+    with np.errstate(under="ignore"):  # above 0 is a denormal; a caller may have told numpy to raise
+        above = np.nextafter(near, F32(np.inf))
+    return np.where(near.astype(np.float64) < threshold, above, near)
 
 
 def _weights(graph: _Graph, op: Op) -> np.ndarray:
