@@ -11,6 +11,9 @@ from pathlib import Path
 
 from bnnfree.errors import BnnfreeError
 
+DISK = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO") if hasattr(errno, name)}
+"""What the system says where a file has no room or may not be written, whatever was being written."""
+
 
 class OutputError(BnnfreeError):
     """A file that cannot be written: a full disk, a folder that is read-only or no folder."""
@@ -28,23 +31,43 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Readers see the old file or the whole new one, never a half. The parent folder is made if missing. The temporary's
     name, `.NAME.PID.RANDOM.tmp`, cannot be guessed, and the file is made anew: no link of somebody else's is followed.
-    Errors: OutputError with the reason; what was at `path` is as it was.
+    Errors: OutputError for a folder that cannot be written, a full disk, a folder in the place of the file;
+    other errors of the block pass. What was at `path` is as it was.
     """
     path = Path(path)
     if not path.name:
         raise OutputError(f"{str(path)!r}: got a folder or nothing, expected the name of a file to write.")
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = path.with_name(f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
-        temporary = name
-        yield temporary
-        os.replace(temporary, path)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
     except (OSError, ValueError) as error:  # ValueError: a zero in the name
-        if isinstance(error, ValueError) and "null" not in str(error):
-            raise
-        raise OutputError(f"{path}: cannot be written: {said(error)}. What was there before is unchanged.") from None
+        raise _output_error(path, error) from None
+    try:
+        try:
+            yield temporary
+        except Exception as error:
+            cause = _of_the_disk(error, temporary)
+            if cause is None:
+                raise
+            raise _output_error(path, cause) from error
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            raise _output_error(path, error) from None
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _of_the_disk(error: BaseException | None, temporary: Path) -> OSError | None:
+    """What the system said of writing `temporary`, in an error or in what it was raised for; None: another matter."""
+    while error is not None:
+        if isinstance(error, OSError):
+            if error.errno in DISK or error.filename in (temporary, str(temporary), os.fsencode(temporary)):
+                return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _output_error(path: Path, error: OSError | ValueError) -> OutputError:
+    return OutputError(f"{path}: cannot be written: {said(error)}. What was there before is unchanged.")

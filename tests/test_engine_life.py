@@ -281,3 +281,15 @@ def test_what_cannot_be_written_is_one_error_and_loses_nothing(tmp_path):
     with pytest.raises(OutputError, match="disk full"), replacing(tmp_path / "file"):
         raise OSError(28, "No space left on device")
     assert (tmp_path / "file").read_text() == "old" and sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_errors_that_are_not_of_the_disk_pass_and_hidden_ones_are_found(tmp_path):
+    for error in (ConnectionResetError(104, "reset"), FileNotFoundError(2, "none", "other"), ValueError("null")):
+        with pytest.raises(type(error)), replacing(tmp_path / "x"):
+            raise error
+    with pytest.raises(OutputError, match="disk full"), replacing(tmp_path / "x"):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("unexpected position") from error
+    assert not list(tmp_path.iterdir())

@@ -349,9 +349,16 @@ def test_a_mapped_file_is_not_copied(model, tmp_path):
     write(model, tmp_path / "m.bnnf")
     engine = load(tmp_path / "m.bnnf", ISAS[0], mapped=True)
     mapped = engine._runner.data
-    assert engine._runner.native._data.ctypes.data == mapped.ctypes.data
+    assert engine._runner.native._owner.data.ctypes.data == mapped.ctypes.data
     constant = next(t.data for t in engine.model.tensors if t.place == "constant")
     assert mapped.ctypes.data <= constant.ctypes.data < mapped.ctypes.data + len(mapped)
+
+
+def test_the_bytes_of_another_model_are_refused(model):
+    """The library would read and write by its own shapes, not by those that callers were told."""
+    other = next(each for each in map(random_net, range(99)) if each.image_shape != model.image_shape)
+    with pytest.raises(EngineError, match="they are another model's"):
+        Engine(other, ISAS[0], data=to_bytes(model))
 
 
 def test_the_file_may_be_replaced_while_a_model_of_it_runs(model, tmp_path):

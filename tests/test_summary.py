@@ -15,6 +15,7 @@ from bnnfree.analysis import summarize
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BINARIZE, BinaryConv2d, BinaryLinear, RSign, ScaledStdConv2d, Sign
 from bnnfree.train.checkpoint import save_checkpoint
+from bnnfree.train.meaning import design_of
 from bnnfree.train.recipes import load_recipe
 from models import MODELS
 
@@ -344,7 +345,8 @@ def test_tool_takes_a_run_folder_and_refuses_to_change_it(tool, tmp_path, capsys
     model = MODELS["reactnet20"](10, **options)
     data = {"classes": [str(i) for i in range(10)], "channels": 3, "image_size": [32, 32]}
     data |= {"mean": [0.5] * 3, "std": [0.2] * 3}
-    state = {"recipe": resolved.model_dump(), "data": data, "binarize": "both", "ema": None}
+    design = design_of(resolved.model, data)
+    state = {"recipe": resolved.model_dump(), "design": design, "data": data, "binarize": "both", "ema": None}
     save_checkpoint(tmp_path / "run" / "best.pt", {**state, "model": model.state_dict()})
     expected = f"{summarize(model, (32, 32)).total.ops:,.0f}"
     assert expected == ops_in(tool(tmp_path / "run")) == ops_in(tool(recipe, *names))

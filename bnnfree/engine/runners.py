@@ -13,6 +13,7 @@ import numpy as np
 
 from bnnfree.engine.binding import Bytes, NativeModel, aligned
 from bnnfree.engine.environment import check_floats
+from bnnfree.engine.errors import EngineError
 from bnnfree.engine.kernels import Kernel
 from bnnfree.engine.run import run_ops
 from bnnfree.format import PackedModel, to_bytes
@@ -83,7 +84,20 @@ class NativeRunner:
     def __init__(self, model: PackedModel, isa: str, threads: int, data: Bytes | None = None):
         self.model, self.isa, self.threads = model, isa, threads
         self.data = aligned(to_bytes(model) if data is None else data)
-        self.native = NativeModel(self.data, isa, threads)
+        self.native = self._make()
+
+    def _make(self, **options: bool) -> NativeModel:
+        """A model of the library. Errors: EngineError where its shapes are not those that callers were told."""
+        native = NativeModel(self.data, self.isa, self.threads, **options)
+        info, output = native.info, self.model.tensors[self.model.output].shape
+        inside = info.height, info.width, info.channels
+        out = info.output_height, info.output_width, info.output_channels
+        if (inside, out) != (tuple(self.model.image_shape), tuple(output)):  # a run would read and write beyond arrays
+            raise EngineError(
+                f"native engine: got the bytes of a model of {inside} to {out}, expected {self.model.image_shape} to"
+                f" {tuple(output)}: they are another model's. A mapped file must not change; load it anew."
+            )
+        return native
 
     def run(self, images: np.ndarray) -> np.ndarray:
         with self.native.session() as session:
@@ -95,7 +109,7 @@ class NativeRunner:
             if tensor.place == "activation":
                 shape = (count, *storage_shape(tensor.dtype, tensor.shape))
                 values[index] = np.empty(shape, np.dtype(DTYPES[tensor.dtype].storage))
-        with NativeModel(self.data, self.isa, self.threads, keep=True).session() as session:
+        with self._make(keep=True).session() as session:
             for number, image in enumerate(np.ascontiguousarray(images)):
                 session.run(image[None])
                 for index, value in values.items():
@@ -105,7 +119,7 @@ class NativeRunner:
 
     def seconds(self, images: np.ndarray, repeat: int) -> list[np.ndarray]:
         images, rows = np.ascontiguousarray(images), []
-        with NativeModel(self.data, self.isa, self.threads, profile=True).session() as session:
+        with self._make(profile=True).session() as session:
             for _ in range(repeat):
                 before = session.nanoseconds()
                 session.run(images)
