@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnnfree import ops
-from bnnfree.errors import BnnfreeError
+from bnnfree.errors import BnnfreeError, missing
 from bnnfree.files import replacing
 from bnnfree.format import Op, PackedModel, window_of
 from bnnfree.format.schema import OPS as RULES
@@ -77,7 +77,7 @@ def _onnx() -> Any:
     try:
         import onnx
     except ImportError:
-        raise BnnfreeError("onnx: the package is not installed. Install it: pip install onnx") from None
+        raise BnnfreeError(f"onnx: export needs {missing('onnx')}") from None
     return onnx
 
 
