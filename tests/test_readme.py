@@ -3,6 +3,7 @@
 import configparser
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,18 @@ from bnnfree.train.report import Report
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-SHRUNK = ("model.width=0.1", "stages=[{epochs: 1}]", "data.augment=[]", "free.calibration=8")
+SHRUNK = ("model.width=0.1", "stages=[{epochs: 1}]", "data.augment=[]")
+BUILD = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    net = Small()
+    for name, parameter in net.named_parameters():
+        if parameter.ndim == 1:  # at their start, sums of signs lie on thresholds
+            torch.nn.init.normal_(parameter, 0.5, 0.2)
+    return net
+"""
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
@@ -52,6 +64,8 @@ def test_every_tool_command_runs(tool, tmp_path, images, monkeypatch):  # noqa: 
     monkeypatch.setattr(Report, "draw", lambda self: None)  # test_train.py draws
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     save(tmp_path / "file.pth.tar", make_file(THEIRS["ReActNet/resnet/2_step2"], 8, seed=0))
+    own = re.findall(r"```python\n(.*?)```", TEXT, re.S)[1].split("net = Small()")[0]
+    (tmp_path / "net.py").write_text(own + BUILD)
     lines = [re.sub(r"^.*(python|torchrun [^/]*?) (?=tools/)", "", line) for line in COMMANDS if "tools/" in line]
     assert len(lines) >= 6
     for line in lines:
@@ -65,7 +79,9 @@ def test_every_tool_command_runs(tool, tmp_path, images, monkeypatch):  # noqa: 
             if "nobn" in line:
                 arguments += ["data.val_fraction=0.9", "data.batch_size=128"]
             out = [] if "--out" in line else ["--out", "runs/reactnet_nobn" if "nobn" in line else f"runs/{len(line)}"]
-            arguments += [*SHRUNK, *out]
+            file = Path(arguments[0])
+            free = "model.norm" not in line and file.exists() and "norm: free_paper" not in file.read_text()
+            arguments += [*SHRUNK, *(["free.calibration=8"] if free else []), *out]
         if name == "sweep":
             arguments += ["grid.norm={bn: {model.norm: bn}}", "grid.data.batch_size=[4]", "seeds=2"]
         code, _, errors = tool(name, *arguments)

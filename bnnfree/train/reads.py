@@ -149,6 +149,10 @@ RESCALED = _with(
 GAINS = _with(
     "layers with a gain (model.norm=free or free_paper)", lambda m: isinstance(m, WeightLayer) and m.gain is not None
 )
+GROUPED = _with(
+    "layers with centred gradients (model.norm=free)",
+    lambda m: isinstance(m, WeightLayer) and m.gradient_centre is not None,
+)
 COMMON = Reader(
     "layers with centred gradients (model.norm=free), without batch statistics and without optimizer.precondition",
     lambda recipe, layers: (
@@ -272,7 +276,7 @@ READ: dict[str, Reader] = {
     "free.freeze": TRACKED,
     "free.recalibrate": RESCALED,
     "free.reference": COMMON,
-    "free.group": COMMON,
+    "free.group": GROUPED,
     "probe.every": LATENTS,
     "probe.images": Reader("probe.every", lambda recipe, _: recipe.probe.every is not None),
     "init": ALWAYS,

@@ -108,7 +108,7 @@ class Run:
         return stage
 
     def _teacher(self) -> nn.Module | None:
-        if self.recipe.loss.teacher is None:
+        if self.recipe.loss.teacher is None or self.recipe.loss.name != "distribution":
             return None
         teacher = load_teacher(self.recipe.loss.teacher, self.builders, self.data)
         return teacher.to(self.dist.device).to(memory_format=torch.channels_last)
