@@ -16,7 +16,7 @@ from bnnfree.nn import NORMS
 from bnnfree.train import RecipeError, load_model, open_source, source_kind
 from bnnfree.train import source as source_module
 from bnnfree.train.data import CIFAR10, CIFAR100, IMAGENET, load_data
-from bnnfree.train.source import STAND_IN
+from bnnfree.train.source import STAND_IN, without_places
 from models import MODELS
 
 EVERY_KIND = r"expected a run folder, a checkpoint \(\.pt\) or a recipe \(\.yaml, \.yml\)"
@@ -226,3 +226,12 @@ def test_summary_takes_all_three_and_agrees(tool, source, run_folder):
     # the file's constants are the same, its text is not: statistics that were measured have more digits
     parts = [re.findall(r"(bits|i8|f32|i32) ([\d,]+)", line) for line in (lines[-1], packed)]
     assert parts[0] == parts[1] and len(parts[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "root", ["http://h/a.tar", "http:{//h,x}/a.tar", "{http:,x}//h/a.tar", "pipe:ls", "//h/a", "s3:{//b}/a"]
+)
+def test_no_address_of_a_file_is_kept_however_it_is_written(root):
+    kept = without_places({"data": {"name": "shards", "root": root, "test_root": root, "val_root": root}})
+    assert kept == {"data": {"name": "shards"}}
+    assert without_places({"data": {"root": "C:/images"}}) == {"data": {"root": "C:/images"}}

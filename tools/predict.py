@@ -57,7 +57,7 @@ def main() -> None:
     if args.json:
         with replacing(args.json) as temporary:
             result = {"model": args.model, "images": found, "errors": errors}
-            temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(args.json)
     if errors:
         raise DataError("\n".join(e["error"] for e in errors))

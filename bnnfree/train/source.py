@@ -99,7 +99,9 @@ def without_places(tree: dict[str, Any], local: bool = True) -> dict[str, Any]:
     """
     data = dict(tree.get("data") or {})
     for key in ("root", "test_root", "val_root"):
-        if not local or "://" in str(data.get(key)) or str(data.get(key)).startswith("pipe:"):
+        place = str(data.get(key))
+        # Why any colon but a drive's: braces of a pattern may make an address of what is none yet
+        if not local or ":" in place[2:] or place.startswith(("//", "\\\\")):
             data.pop(key, None)
     for key in ("cache", "cache_gb", "download", "workers"):
         data.pop(key, None)
