@@ -18,6 +18,7 @@ EXTRAS = {
     "webdataset": "shards",
 }
 """Package that may be missing -> the extra that brings it."""
+FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # printable by name, and invisible
 MOST_MARKS = 4  # combining characters in a row that scripts use; more climb over other lines
 
 
@@ -60,8 +61,9 @@ def printable(text: str) -> str:
     """
     made, marks = [], 0
     for character in text:
-        marks = marks + 1 if unicodedata.combining(character) else 0
-        if character in "\n\t" or (character.isprintable() and marks <= MOST_MARKS):
+        marks = marks + 1 if unicodedata.category(character) in ("Mn", "Me") else 0
+        seen = character.isprintable() and character not in FILLERS
+        if character in "\n\t" or (seen and marks <= MOST_MARKS):
             made.append(character)
         else:
             made.append(character.encode("unicode_escape", "backslashreplace").decode("ascii"))

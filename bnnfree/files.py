@@ -12,7 +12,7 @@ from pathlib import Path
 from bnnfree.errors import BnnfreeError
 
 DISK = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO") if hasattr(errno, name)}
-"""What the system says where a file has no room or may not be written, whatever was being written."""
+"""Error numbers of the system where a file has no room or may not be written, whatever was being written."""
 
 
 class OutputError(BnnfreeError):
@@ -60,7 +60,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _of_the_disk(error: BaseException | None, temporary: Path) -> OSError | None:
-    """What the system said of writing `temporary`, in an error or in what it was raised for; None: another matter."""
+    """The system's error about writing `temporary`, in an error or in what it was raised for; None: another matter."""
     while error is not None:
         if isinstance(error, OSError):
             if error.errno in DISK or error.filename in (temporary, str(temporary), os.fsencode(temporary)):

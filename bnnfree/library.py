@@ -171,7 +171,7 @@ def digest_of(path: Path) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Are the library's bytes those that were written? Why: the system maps a torn one and ends the process."""
+    """True if the library's bytes are those that were written. Why: the system maps a torn one and ends the process."""
     try:
         return digest_of(path).read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError):

@@ -62,7 +62,7 @@ class Reading:
     limits: Limits | None = None
 
     def turn(self, image: Image.Image) -> Image.Transpose | None:
-        """What sets an opened file upright, where `orientation` asks for it."""
+        """The turn that sets an opened file upright, where `orientation` asks for it."""
         if self.orientation != "exif":
             return None
         try:
@@ -72,9 +72,8 @@ class Reading:
 
     def colours(self, image: Image.Image) -> Image.Image:
         """The 8-bit image in the mode of `channels`. Grey is Pillow's 0.299 R + 0.587 G + 0.114 B."""
-        if (
-            self.channels == 4 or "transparency" in image.info
-        ):  # Why: Pillow warns about a direct way; colours are equal
+        # Why by RGBA: Pillow warns about a direct way from transparent palettes; the colours are equal
+        if self.channels == 4 or "transparency" in image.info:
             image = image.convert("RGBA")
         if self.channels == 4:
             return image
@@ -88,7 +87,7 @@ def turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
 
 
 def reading_of(metadata: Mapping[str, Any], channels: int, where: str) -> Reading:
-    """How a packed model wants image files to be read; files without `orientation` are of before EXIF was looked at.
+    """The reading of image files for a packed model; one without `orientation` is of before EXIF was looked at.
 
     Errors: DataError for what no model's metadata says, and for channels that image files do not have.
     """

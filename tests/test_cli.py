@@ -30,6 +30,7 @@ RECIPE = "recipes/reactnet_nobn.yaml"
         ("a\x1b]0;pwned\x07", r"a\x1b]0;pwned\x07"), ("\u202ecod.exe", r"\u202ecod.exe"), ("a\u200bb", r"a\u200bb"),
         ("a\u2028b", r"a\u2028b"), ("\ufeffx", r"\ufeffx"), ("\x9b2J", r"\x9b2J"), ("a\rb", r"a\rb"),
         ("\udc80", r"\udc80"), ("e" + "\u0301" * 300, "e" + "\u0301" * 4 + r"\u0301" * 296),
+        ("a" + "\u20dd" * 6, "a" + "\u20dd" * 4 + r"\u20dd" * 2), ("\u3164", r"\u3164"), ("ก" + "\u0e31", "ก\u0e31"),
         ("Gräser 日本 é \U0001f600", "Gräser 日本 é \U0001f600"), ("two\nlines\tand a tab", "two\nlines\tand a tab"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is exported computes what the network computes in eval mode, or is refused by name: never wrong silently."""
+"""Networks that are exported compute what they do in eval mode, or are refused by name: never wrong silently."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bnnfree.train.evaluation import ranks_of
+from bnnfree.train.evaluation import WRONG, ranks_of
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES, lr_factor
 
@@ -74,7 +74,7 @@ def test_a_rank_is_the_place_in_a_stable_order_and_nan_is_wrong():
         for row, rank in zip(rows, got, strict=True):
             own = row[label]
             before = [math.isnan(v) or v > own or (v == own and i < label) for i, v in enumerate(row)]
-            assert rank == (4 if math.isnan(own) else sum(before))
+            assert rank == (WRONG if math.isnan(own) else sum(before))
     constant = ranks_of(torch.zeros(10, 10), torch.arange(10))
     assert torch.equal(constant, torch.arange(10))  # top-1 of a constant: one in ten
 

@@ -55,6 +55,12 @@ def images(tmp_path):
     return root
 
 
+@pytest.mark.parametrize("threads", ["-3", "0", "100000"])
+def test_threads_that_no_machine_has_exit_2_with_one_line(tool, recipe, threads):
+    code, _, errors = tool("train", recipe, "--threads", threads, "--dry-run")
+    assert code == 2 and errors == f"error: --threads: got {threads}, expected 1 to 1024.\n"
+
+
 def test_a_misspelt_key_exits_2_with_one_line_that_proposes_the_right_one():
     command = [sys.executable, "tools/train.py", "recipes/reactnet_nobn.yaml", "model.nrom=free"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -50,14 +50,17 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """What is left when the command line is read."""
+    """Train as the command line says."""
     import torch
 
+    from bnnfree.errors import BnnfreeError
     from bnnfree.train import dist as processes
     from bnnfree.train import fit, load_recipe
     from models import MODELS
 
-    if args.threads:
+    if args.threads is not None:
+        if not 1 <= args.threads <= 1024:
+            raise BnnfreeError(f"--threads: got {args.threads}, expected 1 to 1024.")
         torch.set_num_threads(args.threads)
     path, out = paths_of(args)
     recipe = load_recipe(path, args.overrides, MODELS)

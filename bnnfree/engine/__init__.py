@@ -93,7 +93,7 @@ class Engine:
         return self._open
 
     def _running(self) -> Runner:
-        """What runs the model; a local name of it keeps it through a `close` of another thread."""
+        """The runner of the model; a local name of it keeps it through a `close` of another thread."""
         runner = self._runner
         if runner is None:
             raise EngineError(CLOSED)

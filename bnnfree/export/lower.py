@@ -152,7 +152,7 @@ class Lowering:
         return taken
 
     def is_flat(self, node: fx.Node, x: Value) -> bool:
-        """Is x, the value of `node`, one vector per image made of maps larger than 1x1?
+        """True where x, the value of `node`, is one vector per image made of maps larger than 1x1.
 
         Its values then stand position by position, in torch channel by channel.
         """
@@ -182,7 +182,7 @@ class Lowering:
 
 
 def _remedy(name: str) -> str:
-    """What to do about a layer or function that has no op."""
+    """The remedy for a layer or function that has no op."""
     return f"{REMEDIES[name]} {_known()}" if name in REMEDIES else _known()
 
 

@@ -76,7 +76,7 @@ class _Watch(fx.Interpreter):
 
 
 def state_versions(module: nn.Module) -> dict[str, int]:
-    """How often each parameter and buffer of `module` has been changed."""
+    """The number of changes of each parameter and buffer of `module`."""
     return {name: tensor._version for name, tensor in state_of(module)}
 
 
@@ -165,7 +165,7 @@ def _make_pure(traced: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _pure_function(node: fx.Node) -> Any:
-    """What the function of `node` computes, as a function that changes nothing; None where there is none."""
+    """The function that computes what that of `node` does and changes nothing; None where there is none."""
     target: Any = node.target
     if target in IN_PLACE:
         return IN_PLACE[target]
@@ -183,7 +183,7 @@ def _pure_function(node: fx.Node) -> Any:
 
 
 def described(node: fx.Node) -> str:
-    """How messages name a node: the layer's path, or the call, and the line of the user's code."""
+    """The name of a node in messages: the layer's path, or the call, and the line of the user's code."""
     called = getattr(node.target, "__name__", str(node.target))
     what = f"layer {node.target}" if node.op == "call_module" else f"node {node.name} ({called})"
     where = line_of(node)

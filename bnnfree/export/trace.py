@@ -83,7 +83,7 @@ class Traced:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def between_sign_and(self, node: fx.Node) -> str | None:
-        """What stands between the signs that `node` reads and `node`; None where no sign is that near.
+        """The layers between `node` and the signs that it reads; None where no sign is that near.
 
         Followed back through whatever has no weights.
         """

@@ -48,7 +48,7 @@ def group_of_each(count: int, size: int) -> Tensor:
 
 
 def taken_alone(own: Tensor, size: int) -> Tensor:
-    """What samples lose whose groups are of this pass alone: [N, C, ...] like `own`, their means over positions."""
+    """Amounts to take from samples whose groups are of this pass alone: [N, C, ...] like `own`, position means."""
     groups = own.tensor_split(groups_of(len(own), size))
     return torch.cat([(group.sum(0) - group) * weight_of_each(len(group) - 1) for group in groups])
 
@@ -80,7 +80,7 @@ class Again(NamedTuple):
 
 
 class GradientCentre:
-    """What is taken from the gradient of one layer's inputs: as `part` says, or (None) by groups of the pass alone."""
+    """The mean to take from the gradient of a layer's inputs: as `part` says, or (None) by groups of the pass alone."""
 
     def __init__(self) -> None:
         self.size = GROUP

@@ -26,7 +26,7 @@ RANGE = re.compile(r"\{([^{},.]*)\.\.([^{},.]*)(?:\.\.([^{},.]*))?\}")
 
 
 def is_url(place: str) -> bool:
-    """Is it a URL and no path?
+    """True for a URL, False for a path.
 
     Errors: DataError for a scheme that is not one of SCHEMES and for characters that a URL cannot have.
     """
@@ -47,7 +47,7 @@ def is_url(place: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Is it the name of a file: without folders, control characters, quotes, spaces, and a dash in front?"""
+    """True for the name of a file without folders, control characters, quotes, spaces, and a dash in front."""
     return bool(re.fullmatch(r"[\w.~+@%=,][\w.~+@%=,-]*", name)) and name not in (".", "..")
 
 

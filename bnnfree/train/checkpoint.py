@@ -66,7 +66,7 @@ def find_checkpoint(path: str | Path, prefer: str = "best.pt") -> Path:
 
 
 def load_checkpoint(path: str | Path, prefer: str = "best.pt") -> dict[str, Any]:
-    """What `save_checkpoint` wrote. Errors: CheckpointError when it is missing, damaged, foreign or too new."""
+    """Read what `save_checkpoint` wrote. Errors: CheckpointError when it is missing, damaged, foreign or too new."""
     path = find_checkpoint(path, prefer)
     state, sealed = read_state(path)
     if not isinstance(state, dict) or state.get("kind") != KIND:

@@ -198,7 +198,7 @@ def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
 
 
 def check_files(options: DataOptions, where: str = "data") -> None:
-    """What is cheaply seen of bad files, before a training: errors as load_data's."""
+    """Look for bad files, as far as is cheap before a training: errors as load_data's."""
     if options.name == "image_folder":
         check_folder(options, where)
 

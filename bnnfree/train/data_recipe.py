@@ -60,7 +60,7 @@ class Part(BaseModel):
 
 
 class DataRecipe(Part):
-    """What it is trained on."""
+    """The data to train on."""
 
     name: one_of(DATASETS)  # type: ignore[valid-type]
     """data set: digits | cifar10 | cifar100 | imagenet | image_folder | shards | arrays | fake"""

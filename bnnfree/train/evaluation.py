@@ -8,15 +8,19 @@ from torch import Tensor, nn
 from bnnfree.train.dist import Dist
 from bnnfree.train.images import Split
 
+WRONG = 2**31 - 1
+
 
 def ranks_of(logits: Tensor, labels: Tensor) -> Tensor:
     """The place of each label among its row's logits, 0 first: of equal ones the lower class comes first, as in argmax.
 
-    NaN comes before every number, and a label whose logit is NaN comes last. Shapes: [N, C], [N] -> [N].
+    NaN comes before every number. A label whose logit is NaN has the rank WRONG, which no k is above.
+    Shapes: [N, C], [N] -> [N].
     """
     own = logits.gather(1, labels[:, None])
     classes = torch.arange(logits.shape[1], device=logits.device)
-    return (~(logits <= own) | (logits == own) & (classes < labels[:, None])).sum(1)
+    ranks = (~(logits <= own) | (logits == own) & (classes < labels[:, None])).sum(1)
+    return ranks.masked_fill(own[:, 0].isnan(), WRONG)
 
 
 @torch.no_grad()

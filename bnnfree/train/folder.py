@@ -234,7 +234,7 @@ def decode(
 def decode_cached(
     files: list[str], size: Size, reading: Reading, on_bad: Callable[[str, str], None], cache: str | None
 ) -> tuple[np.ndarray, list[int]]:
-    """What `decode` returns, from the cache file of exactly these files, size and reading where there is one.
+    """The result of `decode`, from the cache file of exactly these files, size and reading where there is one.
 
     A damaged cache is rebuilt and an unwritable folder is gone without, each with a BnnfreeWarning.
     """

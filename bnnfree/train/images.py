@@ -197,7 +197,7 @@ class Split:
         return digest.hexdigest()
 
     def _listing(self) -> Iterable[bytes]:
-        """What tells the images from others."""
+        """Bytes that tell the images from others."""
         raise NotImplementedError
 
     def _order(self, generator: torch.Generator) -> Tensor:

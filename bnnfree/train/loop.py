@@ -258,7 +258,7 @@ class Stage:
         return peak * lr_factor(step=self.epoch * self.steps + self.step, **self._course())
 
     def _course(self) -> dict[str, Any]:
-        """What `lr_factor` needs to know beside the step: the schedule, and the steps that it spans."""
+        """Arguments of `lr_factor` beside the step: the schedule, and the steps that it spans."""
         schedule, before, epochs = self.recipe.schedule, 0, self.epochs
         if schedule.over == "run":
             before, epochs = self.first_epoch, sum(stage.epochs for stage in self.recipe.stages)

@@ -1,4 +1,4 @@
-"""What data sets are made of: the options they read, what they return, and statistics of pixels.
+"""Parts of data sets: the options they read, what they return, and statistics of pixels.
 
 Must not import bnnfree.nn, models, export or engine.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.preprocess import DECODED_SIZE, NARROW, Reading, Size, check_limits, square
+from bnnfree.preprocess import DECODED_SIZE, MODES, NARROW, Reading, Size, check_limits, square
 from bnnfree.train.streamed import Files
 
 LONGEST_NAME = 1024  # bytes of a class name; the packed format's MAX_LINE
@@ -57,7 +57,7 @@ class DataOptions(Protocol):
 
 @dataclass
 class Source:
-    """What a data set function returns: parts[train|test|val] = (images, labels) as the file's head says.
+    """The result of a data set function: parts[train|test|val] = (images, labels), see data.py.
 
     `stats` None means: measured on the training images. `files` opens images that are not pixels.
     """
@@ -72,7 +72,7 @@ class Source:
     reading: Reading = Reading()  # noqa: RUF009
 
     def opened(self, images: np.ndarray) -> Files:
-        """What reads these images, which are not pixels."""
+        """The reader of these images, which are not pixels."""
         files = self.files(images)
         files.reading = self.reading
         return files
@@ -87,13 +87,13 @@ def size_of(image_size: int | Sequence[int] | None) -> Size | None:
 
 
 def is_decoded(size: Size) -> bool:
-    """Whether image files become this size once, to be held in memory; larger ones are read for each batch."""
+    """True where image files become this size once, to be held in memory; larger ones are read for each batch."""
     return max(size) <= DECODED_SIZE
 
 
 def reading_of(options: DataOptions, where: str) -> Reading:
-    """How the options want image files to be read. Errors: DataError."""
-    if options.channels not in (1, 3, 4):
+    """The reading of image files that the options ask for. Errors: DataError."""
+    if options.channels not in MODES:
         raise DataError(f"{where}: channels: got {options.channels}, expected 1 (grey), 3 (RGB) or 4 (RGBA) of files.")
     limits = None if options.range is None else check_limits(options.range, f"{where}: range")
     return Reading(options.channels, options.orientation, limits)

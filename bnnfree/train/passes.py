@@ -42,7 +42,7 @@ class Passes:
             centre.size = recipe.free.group
 
     def asks_before(self, count: int) -> bool:
-        """Is a step of so many images centred by images of steps before?"""
+        """True where a step of so many images is centred by images of steps before."""
         wanted = self.recipe.free.reference > 0 and count < FEW
         return wanted and self.shows_again and self.dist.world == 1 and bool(self.centres)
 

@@ -65,7 +65,7 @@ def _one_block(classes: int, channels: int, width: float, stem: str, **options) 
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads a key: in the words of a recipe, and as a test of a recipe and the layers of its networks."""
+    """The reader of a key: in the words of a recipe, and as a test of a recipe and the layers of its networks."""
 
     name: str
     reads: Callable[[Recipe, list[nn.Module]], bool]
@@ -104,7 +104,7 @@ def _balances(layer: nn.Module) -> bool:
 
 
 def _has_constants(layer: nn.Module) -> bool:
-    """Does calibration set anything of it?"""
+    """True where calibration sets anything of it."""
     if isinstance(layer, WeightLayer):
         return layer.centre is not None or layer.unit_output
     return isinstance(layer, BinaryBlock) and layer.measured

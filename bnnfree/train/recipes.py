@@ -96,7 +96,7 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, jud
 
 
 def _is_option(override: str) -> bool:
-    """Does it set an option of the norm? Why: those of another norm go with that, and these come after it."""
+    """True for an option of the norm. Why: those of another norm go with that, and these come after it."""
     return override.strip().startswith("model.norm_options")
 
 
@@ -132,7 +132,7 @@ def _judge(recipe: Recipe, models, written: Mapping[str, Any], where: str) -> No
 
 
 def _is_resolved(tree: Any) -> bool:
-    """Does the tree hold every key, as what `save_recipe` writes does?"""
+    """True where the tree holds every key, as what `save_recipe` writes does."""
 
     def whole(node: Any, section: type[BaseModel]) -> bool:
         if not isinstance(node, dict) or section.model_fields.keys() - node.keys():

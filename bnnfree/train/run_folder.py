@@ -94,7 +94,7 @@ def _busy(folder: Path, holder: str) -> BnnfreeError:
 
 
 def open_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """What last.pt of a taken folder holds, None for a run at its start. Errors: BnnfreeError: it holds another's run.
+    """The contents of last.pt, None for a run at its start. Errors: BnnfreeError: the folder holds another's run.
 
     Torn temporary files of processes that are gone are deleted.
     """

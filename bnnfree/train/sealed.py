@@ -67,7 +67,7 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 
 def read_state(path: str | Path) -> tuple[Any, bool]:
-    """What a file of torch.save holds, tensors and plain values only, and True if it has a seal (which is right).
+    """The contents of a file of torch.save, tensors and plain values only, and True if it has a seal (which is right).
 
     A file without one is read by the archive's own checksums, which leave out its directory.
     Errors: CheckpointError for a damaged, compressed or foreign file, and for tensors that claim more than is there.

@@ -50,7 +50,7 @@ class Network:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What else its training takes into account of image files: keys of a packed model's metadata."""
+        """Further choices of its training about image files: keys of a packed model's metadata."""
         data = self.recipe.data
         return {"orientation": data.orientation} | ({} if data.range is None else {"range": data.range})
 

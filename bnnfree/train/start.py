@@ -28,7 +28,7 @@ WEIGHTS_ONLY = ("kind", "recipe", "design", "binarize", "data", "origin", "best"
 
 @dataclass(frozen=True)
 class Taken:
-    """What a network took of a checkpoint's weights.
+    """The weights that a network took of a checkpoint.
 
     tensors  names of what was taken
     new      layer -> reason why it starts anew
@@ -54,7 +54,7 @@ class Taken:
         return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint and result.json keep."""
+        """The record that a checkpoint and result.json keep."""
         return {"source": self.source, "taken": self.tensors, "new": self.new, "unused": self.unused}
 
 

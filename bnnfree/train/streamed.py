@@ -97,7 +97,7 @@ class Files:
             return file.read()
 
     def checked(self, index: int) -> Image.Image | str:
-        """What bnnfree.preprocess makes of an image that is no usual JPEG, or what is wrong with it."""
+        """An image that is no usual JPEG, read by bnnfree.preprocess, or what is wrong with it."""
         return read_image(self.name(index), self.reading)
 
     def order(self, generator: torch.Generator) -> Tensor:
@@ -105,7 +105,7 @@ class Files:
         return torch.randperm(len(self), generator=generator)
 
     def listing(self) -> Iterator[bytes]:
-        """What tells these images from others, without reading them: names below their common folder, and sizes."""
+        """Bytes that tell these images from others, unread: names below their common folder, and sizes."""
         common = os.path.dirname(os.path.commonprefix(self.paths.tolist()))
         for path in self.paths.tolist():
             try:
@@ -284,7 +284,7 @@ def collate(images: Sequence[Tensor]) -> Tensor:
 
 
 def room_for_processes(count: int) -> bool:
-    """Is there room for the locks of so many reading processes? They lie in shared memory."""
+    """True where there is room for the locks of so many reading processes. They lie in shared memory."""
     try:
         _ = [torch.multiprocessing.Semaphore() for _ in range(4 * count + 8)]  # three a queue, some for events
     except OSError:

@@ -81,7 +81,7 @@ def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
 
 
 def parse_yaml(text: str) -> Any:
-    """What `text` says. Errors: RecipeError, of one line."""
+    """Parse `text` as YAML. Errors: RecipeError, of one line."""
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
