@@ -107,9 +107,9 @@ def program(folder: Path, command: list[str], *flags: str) -> Path:
     return link(folder / "suite", command, flags, objects(folder, command, sources, "-pthread", *flags))
 
 
-def check(command, cases: Path, isas: int, **more: str) -> None:
+def check(command, cases: Path, isas: int) -> None:
     """Every line of the list is run, with every instruction set and number of threads, or refused as it should be."""
-    settings = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1", **more}
+    settings = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
     said = output_of(*command, cases.name, cwd=cases.parent, env=settings)
     kinds = [line.split()[0] for line in cases.read_text().splitlines()]
     count, runs, refusals, wrong = map(int, re.findall(r"\d+", said.splitlines()[-1]))

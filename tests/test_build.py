@@ -57,6 +57,13 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else(library):
     assert len(declared) >= 13 and exported == declared
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+def test_the_library_reads_no_environment_and_a_monotonic_clock(library):
+    used = output_of(tool_of("nm"), "-D", "--undefined-only", library)
+    names = {line.split()[-1].partition("@")[0] for line in used.splitlines()}
+    assert "clock_gettime" in names and not names & {"timespec_get", "getenv", "secure_getenv"}
+
+
 # -- in C
 
 

@@ -21,9 +21,9 @@ the engine's. memory: of a session all that it allocates, the stacks of its thre
 multiply-accumulates per second, those on padding too, as papers count. % of peak: only those inside the image, and
 % nominal: all of them, over what xor, popcount and add (avx2, and AVX-512 without VPOPCNTDQ: its table look-ups) do on
 registers alone, measured in the same run on as many threads; a kernel that saves some of these can pass 100.
---kernels takes single ops of usual shapes with each instruction set ("avx512 base": AVX-512 made to do without
-VPOPCNTDQ and VNNI; "sign": a threshold and bits out, "float": scale and bias, floats out, "block": the whole end of a
-block, floats and bits out). With --json the file's path is printed last.
+--kernels takes single ops of usual shapes with each instruction set ("avx512 base": AVX-512 without VPOPCNTDQ and
+VNNI, where that differs; "sign": a threshold and bits out, "float": scale and bias, floats out, "block": the whole
+end of a block, floats and bits out). With --json the file's path is printed last.
 
 --train lets contenders take whole training steps in turns, on the recipe's data (data.name=fake: noise), last stage:
   ours            the recipe as it is
@@ -308,12 +308,12 @@ def bench_kernels(args) -> dict:
     peaks: dict[str, Peak] = {}
     rows = []
     for case in cases(names, args.threads):
-        if case.isa not in peaks:
-            peaks[case.isa] = Peak(case.isa, args.threads)
+        if case.label not in peaks:
+            peaks[case.label] = Peak(case.isa, args.threads)
         image = random_images(case.engine.model, 1)
         whole = figures(measure({"": functools.partial(case.engine.run, image)}, 0, 1)[""])
-        row = layers(case.engine, image, TIMES * whole["median_ms"], peaks[case.isa])[case.number]
-        rows.append({**row, "shape": case.shape.text, "isa": case.isa})
+        row = layers(case.engine, image, TIMES * whole["median_ms"], peaks[case.label])[case.number]
+        rows.append({**row, "shape": case.shape.text, "isa": case.label})
     for name, peak in peaks.items():
         if peak.best is not None:
             print(f"peak      {peak.best:.0f} GMAC/s by popcount, {name}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,8 +13,6 @@ from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
 from bnnfree.format.check import count_classes, sides_of
 from bnnfree.format.schema import NORMS, OPS
 from bnnfree.ops import Window, pack_bits, pool_output
-
-BASE_ONLY = "BNNF_AVX512_BASE"  # of the environment: AVX-512 then does without VPOPCNTDQ and VNNI
 
 
 @dataclass
@@ -74,7 +70,7 @@ SHAPES = [
 
 @dataclass
 class Case:
-    """A shape and what runs it; isa: the backend, or BASE; number: of the op that is meant."""
+    """A shape and the engine that runs it; isa: its backend; number: of the op that is meant."""
 
     shape: Shape
     isa: str
@@ -85,34 +81,24 @@ class Case:
     def kernel(self) -> str:
         return self.engine.kernels()[self.number]
 
+    @property
+    def label(self) -> str:
+        """Name of the instruction set in reports, the same in those of every version."""
+        return "avx512 base" if self.isa == BASE else self.isa
+
 
 def cases(backends: Iterable[str], threads: int = 1) -> Iterator[Case]:
-    """Each shape with each backend, and with AVX-512 as BASE where other kernels run then: to be measured before the
-    next one is asked for, as the environment says which it is."""
+    """Each shape with each backend; with BASE only where other kernels run than with avx512."""
     backends = list(backends)
     for shape in SHAPES:
         model, number = model_of(shape)
+        seen = None
         for name in backends:
-            case = Case(shape, "", Engine(model, name, threads), number)
-            case.isa = case.engine.backend
-            yield case
-            if case.isa == "avx512":
-                with _base_only():
-                    base = Case(shape, BASE, Engine(model, name, threads), number)
-                    if base.kernel != case.kernel:
-                        yield base
-
-
-@contextmanager
-def _base_only() -> Iterator[None]:
-    before = os.environ.get(BASE_ONLY)
-    os.environ[BASE_ONLY] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(BASE_ONLY)
-        if before is not None:
-            os.environ[BASE_ONLY] = before
+            engine = Engine(model, name, threads)
+            case = Case(shape, engine.backend, engine, number)
+            if case.isa != BASE or case.kernel != seen:
+                yield case
+            seen = case.kernel if case.isa == "avx512" else seen
 
 
 @dataclass

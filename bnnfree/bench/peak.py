@@ -19,7 +19,7 @@ import numpy as np
 
 from bnnfree.library import compile_library
 
-BASE = "avx512 base"  # AVX-512 where it is made to do without VPOPCNTDQ and VNNI
+BASE = "avx512base"  # AVX-512 without VPOPCNTDQ and VNNI
 CODES = {"scalar": 0, "avx2": 1, "avx512": 2, BASE: 3}
 SECONDS = 0.002  # of one sample: short, so that most are undisturbed
 SAMPLES = 15

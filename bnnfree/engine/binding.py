@@ -21,7 +21,7 @@ import numpy as np
 from bnnfree.engine.errors import EngineError
 from bnnfree.library import ENGINE, BuildFailure
 
-ISAS = ("avx512", "avx2", "scalar")  # names that the library may know, run here or not
+ISAS = ("avx512", "avx512base", "avx2", "scalar")  # names that the library may know, run here or not
 MESSAGE = 256  # bytes
 ALIGN = 64
 MOST = (1 << 31) - 1  # of C's int; the library says how many threads it takes

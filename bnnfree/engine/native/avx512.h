@@ -7,7 +7,6 @@
 
 #ifdef BNNF__X86
 #include <immintrin.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
@@ -178,9 +177,6 @@ INLINE_AVX512 void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, 
 }
 
 /* -- packing signs */
-
-/* For the tests: with BNNF_AVX512_BASE in the environment the CPU counts as one without VPOPCNTDQ and VNNI. */
-static inline int base_only(void) { return getenv("BNNF_AVX512_BASE") != NULL; }
 
 static inline size_t class_count(const bnnf__op *op) { return (size_t)op->row_band_count * op->column_band_count; }
 

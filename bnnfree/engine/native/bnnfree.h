@@ -98,7 +98,8 @@ typedef struct bnnf_info {
 
 BNNF_API bnnf_params bnnf_default_params(void);
 
-/* Instruction sets that this CPU runs, the best first: "avx512", "avx2", "scalar"; NULL from the first i beyond. */
+/* Instruction sets that this CPU runs, the best first: "avx512", "avx512base" (without VPOPCNTDQ and VNNI),
+   "avx2", "scalar"; NULL from the first i beyond. */
 BNNF_API const char *bnnf_isa_name(int i);
 
 /* Makes a model of the bytes of a file, which must stay where they are until the model is freed. params may be NULL;

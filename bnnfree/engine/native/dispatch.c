@@ -17,7 +17,8 @@ static const bnnf__kernel kernels[] = {BNNF__KERNELS(LINE)};
 
 #define KERNELS (sizeof kernels / sizeof kernels[0])
 
-static const char *const isas[] = {"avx512", "avx2", "scalar"};
+/* avx512base: as if the CPU had neither VPOPCNTDQ nor VNNI; what avx512 is on a CPU that has neither. */
+static const char *const isas[] = {"avx512", "avx512base", "avx2", "scalar"};
 
 #define ISAS ((int)(sizeof isas / sizeof isas[0]))
 
@@ -27,7 +28,7 @@ int bnnf__cpu_runs(const char *isa) {
 #ifdef BNNF__X86
     __builtin_cpu_init();
 #ifdef BNNF__HAVE_AVX512
-    if (!strcmp(isa, "avx512"))
+    if (!strcmp(isa, "avx512") || !strcmp(isa, "avx512base"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif

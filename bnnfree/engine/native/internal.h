@@ -73,7 +73,7 @@ typedef int (*bnnf__fits)(const bnnf__op *op);
 /* One line of kernels.h. */
 typedef struct bnnf__kernel {
     uint32_t code;     /* BNNF_OP_... */
-    const char *isa;   /* "scalar", "avx2", "avx512" */
+    const char *isa;   /* "scalar", "avx2", "avx512base", "avx512" */
     const char *name;  /* bnnf_binary_conv2d__avx512vpopcnt_7x32 */
     bnnf__fits fits;   /* can it run this op? */
     bnnf__pack pack;

@@ -348,7 +348,7 @@ int bnnf_binary_conv2d__avx512_7x16_fits(const bnnf__op *op) {
 }
 
 int bnnf_binary_conv2d__avx512vpopcnt_12x16_fits(const bnnf__op *op) {
-    return __builtin_cpu_supports("avx512vpopcntdq") && !base_only() && bnnf_binary_conv2d__avx512_7x16_fits(op);
+    return __builtin_cpu_supports("avx512vpopcntdq") && bnnf_binary_conv2d__avx512_7x16_fits(op);
 }
 
 size_t bnnf_binary_conv2d__avx512vpopcnt_12x16_pack(bnnf__op *op, void *memory) {
@@ -386,7 +386,7 @@ static size_t pack_pixel(bnnf__op *op, char *memory, int kind) {
 }
 
 int bnnf_pixel_conv2d__avx512vnni_6x32_fits(const bnnf__op *op) {
-    return __builtin_cpu_supports("avx512vnni") && !base_only() && can_gather(op, op->channels);
+    return __builtin_cpu_supports("avx512vnni") && can_gather(op, op->channels);
 }
 
 size_t bnnf_pixel_conv2d__avx512vnni_6x32_pack(bnnf__op *op, void *memory) { return pack_pixel(op, memory, BYTES); }

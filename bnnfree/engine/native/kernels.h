@@ -1,5 +1,6 @@
 /* One line per kernel: op, instruction set, tile, fits, pack, run. The first that fits is taken, so the faster stand
-   first; the scalar ones fit everything. dispatch.c, the tests and the benchmark go through this table.
+   first; the scalar ones fit everything. Instruction sets stand in the order of dispatch.c. The file dispatch.c, the
+   tests and the benchmark go through this table.
 
    To add a kernel: its functions in kernel_<isa>.c and a line here. A line K(OP, isa, name) stands for three functions
    with external linkage, which dispatch.c declares: bnnf_<name>_fits, bnnf_<name>_pack and bnnf_<name>_run. */
@@ -23,16 +24,16 @@
 #define BNNF__KERNELS_AVX512(K) \
     K(BINARY_CONV2D, "avx512", binary_conv2d__avx512vpopcnt_rows_14x16) \
     K(BINARY_CONV2D, "avx512", binary_conv2d__avx512vpopcnt_12x16) \
-    K(BINARY_CONV2D, "avx512", binary_conv2d__avx512_7x16) \
     K(PIXEL_CONV2D, "avx512", pixel_conv2d__avx512vnni_6x32) \
-    K(PIXEL_CONV2D, "avx512", pixel_conv2d__avx512_6x32) \
-    K(CONV2D, "avx512", conv2d__avx512_grouped_8x16) \
-    K(CONV2D, "avx512", conv2d__avx512_6x32) \
-    K(POINTWISE, "avx512", pointwise__avx512) \
-    K(MAX_POOL2D, "avx512", max_pool2d__avx512) \
-    K(AVG_POOL2D, "avx512", avg_pool2d__avx512) \
-    K(GROUP_NORM, "avx512", group_norm__avx512) \
-    K(RMS_NORM, "avx512", rms_norm__avx512)
+    K(BINARY_CONV2D, "avx512base", binary_conv2d__avx512_7x16) \
+    K(PIXEL_CONV2D, "avx512base", pixel_conv2d__avx512_6x32) \
+    K(CONV2D, "avx512base", conv2d__avx512_grouped_8x16) \
+    K(CONV2D, "avx512base", conv2d__avx512_6x32) \
+    K(POINTWISE, "avx512base", pointwise__avx512) \
+    K(MAX_POOL2D, "avx512base", max_pool2d__avx512) \
+    K(AVG_POOL2D, "avx512base", avg_pool2d__avx512) \
+    K(GROUP_NORM, "avx512base", group_norm__avx512) \
+    K(RMS_NORM, "avx512base", rms_norm__avx512)
 #else
 #define BNNF__KERNELS_AVX512(K)
 #endif
