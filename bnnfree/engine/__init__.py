@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bnnfree.engine.binding import ISAS, Bytes, isa_names, load_library
+from bnnfree.engine.binding import ISAS, Bytes, aligned, isa_names, load_library
 from bnnfree.engine.errors import EngineError
 from bnnfree.engine.kernels import FAST, REFERENCE, Kernel
 from bnnfree.engine.runners import NativeRunner, NumpyRunner, Runner
@@ -65,7 +65,8 @@ class Engine:
     A run leaves no trace in it: threads may share it. A native backend keeps, for each run that there ever was at
     one time, the memory and the threads that it works with. `close()`, the end of a `with` block, or dropping the
     engine gives them back. It can be copied and pickled: what travels is the file's bytes and the options, so the
-    process that gets it needs no file, and takes its own best backend where that was left open.
+    process that gets it needs no file, and takes its own best backend where that was left open. Copies within a
+    process share the bytes.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class Engine:
         self._asked, self._data = backend, data
         self._runner: Runner | None
         if self.backend in BACKENDS:
-            self._runner = NumpyRunner(model, BACKENDS[self.backend], threads, self.backend)
+            self._runner = NumpyRunner(model, BACKENDS[self.backend], self.threads, self.backend)
         else:
-            self._runner = NativeRunner(model, self.backend, threads, data)
+            self._runner = NativeRunner(model, self.backend, self.threads, data)
 
     @property
     def model(self) -> PackedModel:
@@ -109,9 +110,19 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __copy__(self) -> Engine:
+        return _from_bytes(type(self), self._bytes(), self._asked, self.threads)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return self.__copy__()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        data = to_bytes(self.model) if self._data is None else bytes(self._data)
-        return _from_bytes, (data, self._asked, self.threads)
+        return _from_bytes, (type(self), bytes(self._bytes()), self._asked, self.threads)
+
+    def _bytes(self) -> Bytes:
+        """The model's file. Errors: EngineError once the engine is closed."""
+        data, model = self._data, self.model  # in this order: another thread may close it between
+        return to_bytes(model) if data is None else data
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Logits of images: uint8 [N, H, W, C] -> float32 [N, classes] ([N, H', W', C'] where maps come out)."""
@@ -192,11 +203,12 @@ class Engine:
         return images
 
 
-def _from_bytes(data: bytes, backend: str, threads: int) -> Engine:
-    """An engine that was pickled."""
+def _from_bytes(kind: type[Engine], data: Bytes, backend: str, threads: int) -> Engine:
+    """An engine that was copied or pickled. Its model and its runner share one array of the bytes."""
+    data = memoryview(aligned(data)).toreadonly()
     model = from_bytes(data)
     check_model(model)
-    return Engine(model, backend, threads, data=data)
+    return kind(model, backend, threads, data=data)
 
 
 def _checked_threads(threads: Any) -> int:

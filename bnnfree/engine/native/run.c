@@ -104,7 +104,11 @@ static int make_model(bnnf_model **made, const void *bytes, size_t size, void *o
     model->size = size;
     model->own_bytes = own;
     int status = take_params(model, params, message);
+    fenv_t environment; /* see bnnf_run: floats are checked and converted here too */
+    fegetenv(&environment);
+    fesetenv(FE_DFL_ENV);
     if (!status) status = fill_model(model, message);
+    fesetenv(&environment);
     if (status) bnnf_model_free(model);
     else *made = model;
     return status;
