@@ -100,7 +100,7 @@ class Library:
         """The first folder that can be written. Error: BuildFailure."""
         for place in self._places():
             try:
-                place.mkdir(mode=0o700 if place == cache() else 0o777, parents=True, exist_ok=True)
+                place.mkdir(mode=0o700 if place == cache() else 0o755, parents=True, exist_ok=True)
                 os.unlink(_temporary(place / "probe"))
             except OSError:
                 continue
@@ -144,13 +144,18 @@ LIBRARIES = (ENGINE, FUSED)
 
 
 def cache() -> Path | None:
-    """The user's folder for what can be made again; None where there is no home."""
+    """The user's folder for what can be made again; None where there is no home.
+
+    A relative path, another folder for each working directory, does not count.
+    """
     usual = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}
     variable, folder = usual.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+    place = Path(os.environ.get(variable, ""))
     try:
-        return Path(os.environ.get(variable) or Path.home() / folder) / "bnnfree"
+        place = place if place.is_absolute() else Path.home() / folder
     except RuntimeError:
-        return None
+        pass
+    return place / "bnnfree" if place.is_absolute() else None
 
 
 def is_ours(path: Path) -> bool:
@@ -181,7 +186,7 @@ def _is_whole(path: Path) -> bool:
 def _temporary(path: Path) -> Path:
     """A new file beside `path`, whose name nobody could guess."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o644))
     return temporary
 
 
@@ -230,7 +235,8 @@ def _compile(sources: Iterable[Path], path: Path, flags: list[str], verbose: boo
 
 
 def _keep(temporary: Path, path: Path) -> None:
-    """Rename the library and put its digest beside it, all of it on the disk first."""
+    """Rename the library and put its digest beside it, all of it on the disk first, written by nobody else."""
+    temporary.chmod(stat.S_IMODE(temporary.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))  # linkers go by the umask
     with open(temporary, "rb+") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
         os.fsync(file.fileno())

@@ -213,6 +213,37 @@ def test_a_library_that_others_may_write_is_not_loaded(places, tmp_path):
 
 
 @native
+@needs_posix
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
+def test_a_library_is_compiled_once_under_any_umask(places, tmp_path, mask):
+    """A file or folder that others may write would be refused, and compiled anew at every start."""
+    before = os.umask(mask)
+    try:
+        path = places.path()
+        stamp = path.stat().st_mtime_ns
+        assert places.path() == path and path.stat().st_mtime_ns == stamp
+    finally:
+        os.umask(before)
+    assert path.parent == tmp_path / "_native"
+    for made in (path, path.parent, build.digest_of(path)):
+        assert not made.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="reads XDG_CACHE_HOME")
+def test_a_cache_that_is_no_absolute_path_does_not_count(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for given in ("", "cache", "./cache", "../cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert build.cache() == Path("/home/somebody/.cache/bnnfree")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/x")
+    assert build.cache() == Path("/var/cache/x/bnnfree")
+    for given in ("cache", ""):
+        monkeypatch.setenv("HOME", "somewhere")
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert build.cache() is None
+
+
+@native
 @pytest.mark.parametrize("damage", ["cut", "changed", "no digest", "empty"])
 def test_a_torn_library_is_made_again(places, damage):
     path = places.path()

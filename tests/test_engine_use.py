@@ -1,4 +1,4 @@
-"""Engines in use: bytes that change while a model is made, closing under way, copies, the caller's floating-point mode."""
+"""Engines in use: bytes that change while a model is made, closing under way, copies, floating-point modes."""
 
 from __future__ import annotations
 

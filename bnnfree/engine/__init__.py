@@ -205,7 +205,7 @@ class Engine:
 
 def _from_bytes(kind: type[Engine], data: Bytes, backend: str, threads: int) -> Engine:
     """An engine that was copied or pickled. Its model and its runner share one array of the bytes."""
-    data = memoryview(aligned(data)).toreadonly()
+    data = aligned(data).data.toreadonly()
     model = from_bytes(data)
     check_model(model)
     return kind(model, backend, threads, data=data)
