@@ -85,6 +85,62 @@ def test_texts_that_change_while_a_model_is_made_do_no_harm(change, tmp_path, nu
         assert statuses[(size // 5 + 1) * 8] == 0  # room for its keys, which is made once the text is copied
 
 
+# -- what a caller gives
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_no_images_give_empty_arrays_of_the_right_shape(path, backend):
+    engine = load(path, backend, threads=2)
+    pixels = pixels_of(engine, 2)
+    assert engine.run(pixels[:0]).shape == (0, *engine.run(pixels).shape[1:])
+    full = engine.trace(pixels)
+    empty = engine.trace(pixels[:0])
+    assert {name: (0, *value.shape[1:]) for name, value in full.items()} == {n: v.shape for n, v in empty.items()}
+    assert all(value.dtype == empty[name].dtype for name, value in full.items())
+    assert len(engine.profile(pixels[:0], 1)) == len(engine.model.ops)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_no_array_of_pixels_is_an_error_that_names_it(path, backend):
+    torch = pytest.importorskip("torch")
+    engine = load(path, backend)
+    shape = (1, *engine.model.image_shape)
+    for given in (
+        [[1], [1, 2]],
+        torch.zeros(shape, requires_grad=True),
+        None,
+        "pixels",
+        np.zeros(shape),
+        [np.int64(3)],
+    ):
+        for use in (engine.run, engine.trace, engine.profile):
+            with pytest.raises(EngineError, match=r"images: got .* expected uint8 \[N, "):
+                use(given)
+    equal(engine.run(torch.zeros(shape, dtype=torch.uint8)), engine.run(np.zeros(shape, np.uint8)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_images_than_memory_holds_are_an_error_at_once(path, backend):
+    engine = load(path, backend, threads=2)
+    with pytest.raises(MemoryError):
+        engine.run(np.broadcast_to(pixels_of(engine, 1), (1 << 50, *engine.model.image_shape)))
+    engine.run(pixels_of(engine, 1))
+
+
+@pytest.mark.parametrize("repeat", [0, -1, 1.5, "2", None, True])
+def test_repeats_that_are_no_number_are_refused(path, repeat):
+    engine = load(path, "numpy")
+    with pytest.raises(EngineError, match="repeat: got"):
+        engine.profile(pixels_of(engine, 1), repeat)
+    assert len(engine.profile(pixels_of(engine, 1), np.int64(1))) == len(engine.model.ops)
+
+
+def test_a_path_in_place_of_a_model_is_an_error_that_names_load(path):
+    for given in (str(path), path, None, path.read_bytes()):
+        with pytest.raises(EngineError, match=r"model: got a .*load\(path\)"):
+            Engine(given)
+
+
 # -- the end of an engine
 
 

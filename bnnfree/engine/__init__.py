@@ -53,7 +53,7 @@ def load(path: str | Path, backend: str = "auto", threads: int = 1, *, mapped: b
     several processes then share; its bytes must not change as long as the engine lives.
     Errors: FormatError for a file that is damaged or no packed model, EngineError, UnknownNameError.
     """
-    threads = _checked_threads(threads)
+    threads = _count("threads", threads)
     _resolve(backend)  # Why first: what is wrong with it needs no file
     model, data = read_with_bytes(path, mapped)
     return Engine(model, backend, threads, data=data)
@@ -77,7 +77,9 @@ class Engine:
         *,
         data: Bytes | None = None,
     ):
-        self.threads, self.backend = _checked_threads(threads), _resolve(backend)
+        if not isinstance(model, PackedModel):
+            raise EngineError(f"model: got a {type(model).__name__}, expected a PackedModel. load(path) takes a file.")
+        self.threads, self.backend = _count("threads", threads), _resolve(backend)
         self._open: PackedModel | None = model
         self._asked, self._data = backend, data
         self._runner: Runner | None
@@ -172,9 +174,7 @@ class Engine:
     def profile(self, images: np.ndarray, repeat: int = 5) -> list[dict[str, Any]]:
         """Per op, in order: name of what it writes, op, shape, macs per image, kernel (its name, or that of the
         backend), ms (median of `repeat` runs of all `images`; a native backend uses its threads, numpy one)."""
-        images = self._checked(images)
-        if repeat < 1:
-            raise EngineError(f"repeat: got {repeat}, expected 1 or more.")
+        images, repeat = self._checked(images), _count("repeat", repeat)
         milliseconds = 1e3 * np.median(self._running().seconds(images, repeat), axis=0)
         rows = []
         for op, kernel, taken in zip(self.model.ops, self.kernels(), milliseconds.tolist(), strict=True):
@@ -192,14 +192,18 @@ class Engine:
         return self._running().kernels()
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
-        images = np.asarray(images)
         expected = self.model.image_shape
+        shape = ", ".join(map(str, expected))
+        allowed = (
+            f"expected uint8 [N, {shape}]: pixels from 0 to 255, height, width and channels as the model was exported."
+        )
+        try:
+            images = np.asarray(images)
+        except (TypeError, ValueError, RuntimeError) as error:  # a list of lists of odd lengths, a tensor of a GPU
+            raise EngineError(f"images: got a {type(images).__name__} ({error}), {allowed}") from None
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
-            shape = ", ".join(map(str, expected))
-            raise EngineError(
-                f"images: got {images.dtype} {list(images.shape)}, expected uint8 [N, {shape}]: pixels from 0 to 255, "
-                "height, width and channels as the model was exported. tools/predict.py resizes image files."
-            )
+            got = f"{images.dtype} {list(images.shape)}"
+            raise EngineError(f"images: got {got}, {allowed} tools/predict.py resizes image files.")
         return images
 
 
@@ -211,13 +215,13 @@ def _from_bytes(kind: type[Engine], data: Bytes, backend: str, threads: int) -> 
     return kind(model, backend, threads, data=data)
 
 
-def _checked_threads(threads: Any) -> int:
+def _count(what: str, given: Any) -> int:
     try:
-        count = 0 if isinstance(threads, bool) else operator.index(threads)  # numpy's whole numbers too
+        count = 0 if isinstance(given, bool) else operator.index(given)  # numpy's whole numbers too
     except TypeError:
         count = 0
     if count < 1:
-        raise EngineError(f"threads: got {threads!r}, expected a whole number of 1 or more.")
+        raise EngineError(f"{what}: got {given!r}, expected a whole number of 1 or more.")
     return count
 
 

@@ -93,7 +93,7 @@ def _tiles(shape: tuple[int, int, int], positions: int) -> Iterator[tuple[slice,
     n, height, width = shape
     across = min(width, positions)
     down = min(height, max(1, positions // width))
-    deep = min(n, max(1, positions // (width * height)))
+    deep = max(1, positions // (width * height))
     for image in range(0, n, deep):
         for top in range(0, height, down):
             for left in range(0, width, across):

@@ -49,11 +49,20 @@ class NumpyRunner:
     def run(self, images: np.ndarray) -> np.ndarray:
         check_floats()
         together = max(1, min(WORKING_SET // max(1, self.model.arena_bytes), -(-len(images) // self.threads)))
-        parts = [images[i : i + together] for i in range(0, len(images), together)]
-        if self.threads == 1 or len(parts) == 1:
-            return np.concatenate(list(map(self._run, parts)))
-        with ThreadPoolExecutor(self.threads) as pool:
-            return np.concatenate(list(pool.map(self._run, parts)))
+        output = np.empty((len(images), *self.model.tensors[self.model.output].shape), np.float32)
+
+        def run_part(start: int) -> None:
+            part = slice(start, start + together)
+            output[part] = run_ops(self.model, self.table, images[part])[self.model.output]
+
+        starts = range(0, len(images), together)
+        if self.threads == 1 or len(starts) == 1:
+            for start in starts:
+                run_part(start)
+        else:
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(run_part, starts))  # a list: errors of the parts are raised here
+        return output
 
     def trace(self, images: np.ndarray) -> dict[int, np.ndarray]:
         check_floats()
@@ -70,9 +79,6 @@ class NumpyRunner:
 
     def memory(self) -> dict[str, int | None]:
         return dict.fromkeys(("session_bytes", "scratch_bytes", "packed_bytes"))
-
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        return run_ops(self.model, self.table, images)[self.model.output]
 
 
 class NativeRunner:
