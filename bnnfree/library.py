@@ -115,8 +115,10 @@ class Library:
             yield place
 
     def _remove_others(self, path: Path) -> None:
-        """Libraries of earlier sources beside `path`, in the package only: checkouts share the cache."""
-        others = path.parent.glob(f"{self.stem}-*{SUFFIX}") if path.parent == self.place else ()
+        """Old temporaries beside `path`, and in the package libraries of earlier sources: checkouts share the cache."""
+        others = list(path.parent.glob(f".{self.stem}-*.tmp"))
+        if path.parent == self.place:
+            others += path.parent.glob(f"{self.stem}-*{SUFFIX}")
         for other in others:
             try:
                 if other != path and time.time() - other.stat().st_mtime > OLD:
@@ -192,7 +194,10 @@ def _temporary(path: Path) -> Path:
 
 def compiler() -> list[str]:
     """The command of the C compiler: $CC, with its options, or the first of COMPILERS. Error: BuildFailure."""
-    command = shlex.split(os.environ.get("CC", ""))
+    try:
+        command = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise BuildFailure(f"CC: got {os.environ['CC']}, expected a command ({error}).") from None
     if command:
         if shutil.which(command[0]) is None:
             raise BuildFailure(f"CC: got {command[0]}, which is no command, expected a C compiler.")
@@ -225,6 +230,8 @@ def _compile(sources: Iterable[Path], path: Path, flags: list[str], verbose: boo
             lines = done.stderr.splitlines()
             said = [line for line in lines if "error" in line or "undefined" in line.lower()] or lines[-1:]
             raise BuildFailure(f"{command[0]} failed: {' '.join(said[:1])[:300] or done.returncode}")
+        if not temporary.stat().st_size:  # it would be kept, with its digest, and never be made again
+            raise BuildFailure(f"{command[0]} wrote nothing, expected a C compiler.")
         _keep(temporary, path)
     except OSError as error:
         raise BuildFailure(f"{path}: cannot be made ({error.strerror}).") from None

@@ -192,10 +192,14 @@ def test_changed_sources_are_compiled_again_and_old_libraries_go(tmp_path, monke
     monkeypatch.setattr(build, "cache", lambda: None)
     first = ENGINE.path()
     assert ENGINE.path() == first and first.parent == tmp_path / "_native"
-    os.utime(first, (0, 0))
+    torn, going_on = (first.with_name(f".{first.name}.{number}.00.tmp") for number in (1, 2))
+    torn.touch()
+    going_on.touch()
+    for old in (first, torn):
+        os.utime(old, (0, 0))
     (little / "x.c").write_text("int bnnf_x(void) { return 2; }\n")
     second = ENGINE.path()
-    assert second != first and sorted(second.parent.iterdir()) == [second, build.digest_of(second)]
+    assert second != first and sorted(second.parent.iterdir()) == sorted([going_on, second, build.digest_of(second)])
 
 
 def test_where_the_package_cannot_be_written_the_cache_takes_it(tmp_path, monkeypatch, little):
@@ -208,7 +212,9 @@ def test_where_the_package_cannot_be_written_the_cache_takes_it(tmp_path, monkey
     assert (tmp_path / "cache") in path.parents and ENGINE.path() == path
 
 
-@pytest.mark.parametrize(("variable", "said"), [("none-such", "none-such"), ("false", "false failed")])
+@pytest.mark.parametrize(("variable", "said"), [
+    ("none-such", "none-such"), ("false", "false failed"), ("true", "true wrote nothing"), ('cc "-O2', "No closing quot"),
+])  # fmt: skip
 def test_a_compiler_that_is_none_is_named(monkeypatch, tmp_path, capsys, variable, said):
     tool_of("false")
     monkeypatch.setenv("CC", variable)
