@@ -213,7 +213,7 @@ def test_where_the_package_cannot_be_written_the_cache_takes_it(tmp_path, monkey
 
 
 @pytest.mark.parametrize(("variable", "said"), [
-    ("none-such", "none-such"), ("false", "false failed"), ("true", "true wrote nothing"), ('cc "-O2', "No closing quot"),
+    ("none-such", "none-such"), ("false", "false failed"), ("true", "wrote nothing"), ('cc "-O2', "No closing"),
 ])  # fmt: skip
 def test_a_compiler_that_is_none_is_named(monkeypatch, tmp_path, capsys, variable, said):
     tool_of("false")
