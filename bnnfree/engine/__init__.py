@@ -200,7 +200,8 @@ class Engine:
         try:
             images = np.asarray(images)
         except (TypeError, ValueError, RuntimeError) as error:  # a list of lists of odd lengths, a tensor of a GPU
-            raise EngineError(f"images: got a {type(images).__name__} ({error}), {allowed}") from None
+            said = " ".join(str(error).split())
+            raise EngineError(f"images: got a {type(images).__name__} ({said}), {allowed}") from None
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
             got = f"{images.dtype} {list(images.shape)}"
             raise EngineError(f"images: got {got}, {allowed} tools/predict.py resizes image files.")

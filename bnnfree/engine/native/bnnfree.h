@@ -102,7 +102,8 @@ BNNF_API bnnf_params bnnf_default_params(void);
    "avx2", "scalar"; NULL from the first i beyond. */
 BNNF_API const char *bnnf_isa_name(int i);
 
-/* Makes a model of the bytes of a file, which must stay where they are until the model is freed. params may be NULL;
+/* Makes a model of the bytes of a file, which must stay where they are, unchanged, until the model is freed: a mapped
+   file that is written to gives other results, one that is cut short ends the process. params may be NULL;
    message (may be NULL) receives one line that says what is wrong. */
 BNNF_API int bnnf_model_create(bnnf_model **model, const void *data, size_t size, const bnnf_params *params,
                                char *message, size_t message_size);
