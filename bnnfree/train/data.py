@@ -166,7 +166,7 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
 
 
 def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
-    """What a network must know of the data, without reading it: classes, channels, image_size, samples.
+    """Description of the data as a network needs it, images unread: classes, channels, image_size, samples.
 
     samples: training images, validation included. Only image_folder and an imagenet that is there are looked
     at (the names in their folders, and the size of one image), and shards (their index). Errors: as load_data.

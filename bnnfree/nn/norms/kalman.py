@@ -33,7 +33,7 @@ TRUSTED = 100.0  # the prior's variance may differ from the batch's by this fact
 
 
 class Belief(NamedTuple):
-    """What is believed of a map, [C] each: activation(N(mean, var)); activation None or Identity: a Gaussian."""
+    """Assumed distribution of a map, [C] each: activation(N(mean, var)); activation None or Identity: a Gaussian."""
 
     mean: Tensor
     var: Tensor
@@ -143,7 +143,7 @@ def run_believing(layers: nn.Sequential, x: Tensor, ghost: Tensor) -> tuple[Tens
 
 
 def first_belief(layers: nn.Module) -> Belief | None:
-    """What is believed of the output of a stem: its KalmanNorm2d's moments, and the activation that follows it.
+    """Belief about the output of a stem: its KalmanNorm2d's moments, and the activation that follows it.
 
     None where there is no such layer, or its prior counts for nothing: then no belief is threaded.
     """
