@@ -193,5 +193,5 @@ def test_no_docstring_opens_with_a_question_word():
 
 def test_a_question_is_found(tmp_path):
     path = tmp_path / "asks.py"
-    path.write_text('"""What: it asks."""\n\n\nclass A:\n    """Whatever it says."""\n\n    def f(self):\n        "How?"\n')
-    assert [found.split(":")[1] for found in questions(path)] == ["1", "8"]
+    path.write_text('"""What: it asks."""\nclass A:\n    """Whatever."""\n\n    def f(self):\n        "How?"\n')
+    assert [found.split(":")[1] for found in questions(path)] == ["1", "6"]
