@@ -52,7 +52,7 @@ from bnnfree.train.subset import SPLIT_SEED, carve, thin
 __all__ = ["CIFAR10", "CIFAR100", "IMAGENET", "Data", "DataOptions", "Source", "Stats", "describe", "load_data"]
 
 KNOWN = {  # classes, channels, side, training images
-    "digits": (10, 1, 16, 1437),
+    "digits": (10, 1, 16, 1438),
     "cifar10": (10, 3, 32, 50_000),
     "cifar100": (100, 3, 32, 50_000),
     "imagenet": (1000, 3, STREAMED_SIZE, 1_281_167),
