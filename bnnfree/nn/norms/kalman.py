@@ -12,7 +12,8 @@ A trunk of blocks hands a `Belief` about its map from block to block (values, be
                variances of branch and shortcut, a pool keeps them, a shortcut's activation changes them in closed form
 
 Where this differs from the authors' code: there the un-normalised moments go on, although what the next layer reads is
-normalised; a sign would make one bit of that. One sample map is drawn a pass, there one for each group of 2. Gradients flow through prior, sample and shared weights.
+normalised; a sign would make one bit of that. One sample map is drawn a pass, there one for each group of 2.
+Gradients flow through prior, sample and shared weights.
 Outside a trunk (models.stem.Trunk) nobody hands a belief, and the layer is batch normalisation.
 Ref: Wang et al. 2018, "Kalman Normalization: Normalizing Internal Representations Across Network Layers".
 """
