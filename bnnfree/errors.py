@@ -1,4 +1,4 @@
-"""How bnnfree says that something is wrong. Standard library only; every room may import this file.
+"""Errors of bnnfree, and the parts of their messages. Standard library only; every room may import this file.
 
 The house form of a message is: what, where, the value received, what is allowed, and a hint.
 """

@@ -38,7 +38,7 @@ OLD = 24 * 3600  # seconds after which the library of other sources is removed: 
 
 
 class BuildFailure(Exception):
-    """Why there is no library, as a sentence."""
+    """Reason that there is no library, as a sentence."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How an image file becomes the uint8 pixels that a network takes; training and prediction both use it.
+"""Decode an image file to the uint8 pixels that a network takes; training and prediction both use it.
 
 Images become 8-bit RGB, grey or RGBA: grey is repeated, palettes are looked up, transparency is dropped (but for
 RGBA), the first frame of an animation counts. `Reading` says the rest: the turn that a camera noted, and which

@@ -1,4 +1,4 @@
-"""What every model here has in common: stems, widths, and the head. Imports torch and bnnfree.nn only."""
+"""Shared parts of all models: stem, width scaling, trunk and head. Imports torch and bnnfree.nn only."""
 
 from __future__ import annotations
 

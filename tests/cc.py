@@ -62,7 +62,7 @@ def tool_of(name: str) -> str:
 
 
 def done(*command, **options) -> subprocess.CompletedProcess:
-    """What the command did; one that hangs is an error after five minutes, unless another `timeout` is given."""
+    """Result of the command; one that hangs is an error after five minutes, unless another `timeout` is given."""
     options = {"timeout": 300, **options}
     parts = [str(part) for part in command]
     return subprocess.run(parts, capture_output=True, text=True, errors="replace", **options)
@@ -89,7 +89,7 @@ def engine_sources() -> list[Path]:
 
 @functools.cache
 def lacks(command: tuple[str, ...], flags: tuple[str, ...], kinds: str, run: tuple[str, ...], folder: Path) -> str:
-    """Why a compiler cannot be used with these flags, "" if it can."""
+    """Reason that a compiler cannot be used with these flags, "" if it can."""
     source, program = folder / "wrong.c", folder / "wrong"
     source.write_text(WRONG)
     said = " ".join([*command, *flags])

@@ -1,4 +1,4 @@
-"""What several test files need: noise, narrow models, tiny recipes, and a stage in float64."""
+"""Helpers of several test files: noise, narrow models, tiny recipes, and a stage in float64."""
 
 import json
 import mmap

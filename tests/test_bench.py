@@ -287,7 +287,7 @@ AVX2 = 450 / 1238  # least share of the AVX-512 peak
 
 
 def speeds(report) -> dict[str, float]:
-    """What is measured over the least that it should be."""
+    """Measured speeds over the least that they should be."""
     rows = {(row["op"], row["shape"], row["isa"]): row for row in report["kernels"]}
     found = {}
     for (op, shape, isa), row in rows.items():

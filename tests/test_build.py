@@ -1,4 +1,4 @@
-"""How the native library is made, what it is, what happens where it cannot be made; and the header for users in C."""
+"""The native library: its build, its contents, a build that fails; and the header for users in C."""
 
 import os
 import re
@@ -271,7 +271,7 @@ def test_without_a_compiler_a_native_backend_is_an_error_that_says_why(bare, bac
 
 @pytest.fixture
 def sources(tmp_path):
-    """What an install needs, as in a clean checkout; its C code is next to nothing."""
+    """The files that an install needs, as in a clean checkout; its C code is next to nothing."""
     pytest.importorskip("setuptools")
     clean = shutil.ignore_patterns("_native", "__pycache__")
     shutil.copytree(ROOT / "bnnfree", tmp_path / "checkout" / "bnnfree", ignore=clean)

@@ -1,4 +1,4 @@
-"""What watching, centring and new constants cost in training: ratios of medians, in turns in one process. All slow:
+"""Cost of watching, centring and new constants in training: ratios of medians, in turns in one process. All slow:
 
 python -m pytest -m slow -n 0 -s tests/test_cost.py
 """

@@ -154,7 +154,7 @@ class Loose(nn.Module):
 
 
 def check_pieces(rank, folder):
-    """What is asserted within each of two processes."""
+    """Assertions within each of two processes."""
     dist = processes.start("cpu")
     stage = float_stage(dist)
     before = {key: value.clone() for key, value in stage.model.state_dict().items()}

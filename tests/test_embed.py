@@ -104,7 +104,7 @@ def test_cmake_optimises_unless_it_is_told_otherwise(tmp_path):
 
 @pytest.mark.thorough
 def test_make_builds_and_installs(tmp_path):
-    """What it installs is enough for one line of the compiler."""
+    """The installed files are enough for one line of the compiler."""
     tool_of("make")
     shutil.copytree(NATIVE, tmp_path / "native", ignore=shutil.ignore_patterns("build"))
     command = compiler()

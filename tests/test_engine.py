@@ -22,7 +22,7 @@ OTHERS = [name for name in backends() if name not in ("reference", "native")]
 
 
 def words(array):
-    """What is compared: the bits of every value, all NaN being one. Why: which NaN two NaN add to is not defined."""
+    """The bits of every value, all NaN being one. Why: which NaN two NaN add to is not defined."""
     if array.dtype == F32:
         return np.where(np.isnan(array), F32(np.nan), array).view(np.uint32)
     return array

@@ -188,7 +188,7 @@ def test_rounding_to_bfloat16_is_torchs(native):
 @pytest.mark.thorough
 @pytest.mark.parametrize("command", ["gcc", pytest.param("clang", marks=pytest.mark.slow)])
 def test_no_pass_touches_memory_that_is_not_its_own(command, tmp_path):
-    """Why -O0: nothing wrong is optimised away, and it compiles in a third of the time."""
+    """Compiled with -O0, so that no fault is optimised away, in a third of the time."""
     needs([command], ASAN, ASAN_FINDS, tmp_path)
     flags = ["-std=c11", "-O0", "-fno-math-errno", "-fno-trapping-math", *ASAN, f"-I{FUSED.sources}"]
     output_of(command, *flags, HERE / "passes.c", "-o", tmp_path / "passes", "-lm")

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; skipped, with that reason, where there is none."""
+"""Properties that only a CUDA device can show; skipped, with that reason, where there is none."""
 
 import pytest
 import torch

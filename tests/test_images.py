@@ -41,7 +41,7 @@ def joined(batches):
 
 
 def same(left, right):
-    """Whether two (images, labels) are equal to the last bit."""
+    """True if two (images, labels) are equal to the last bit."""
     return torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
 
 

@@ -1,8 +1,9 @@
-"""Who may import whom: the rules of the house as one table, checked against every import statement."""
+"""Allowed imports between rooms: one table, checked against every import statement; and openings of docstrings."""
 
 import ast
 import graphlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,7 +156,7 @@ LIGHT = (
 
 @pytest.mark.parametrize("module", [*LIGHT, "bnnfree.engine"])
 def test_light_modules_pull_in_no_heavy_package(module):
-    """What a module may import and is not installed is stood in for: what else it pulls in is seen all the same."""
+    """Allowed packages that are not installed are mocked: what else a module pulls in is seen all the same."""
     may = RULES[module][0]
     heavy = {"torch", "torchvision", "yaml", "pydantic", "tqdm", "PIL", "numpy"} - may
     absent = [package for package in may if importlib.util.find_spec(package) is None]
@@ -173,3 +174,24 @@ def test_a_tool_hides_no_standard_module_and_starts_with_the_path(path):
     assert "_cli" in names
     first_ours = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith("bnnfree")]
     assert all(line > tree.body[0].end_lineno for line in first_ours)
+
+
+QUESTIONS = {"What", "How", "Which", "Where", "Who", "Whose", "Whether", "Why", "When"}
+
+
+def questions(path: Path) -> list[str]:
+    """Each docstring of a file that opens with a question word, with its line."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, documented)]
+    said = [(node.body[0].lineno, ast.get_docstring(node)) for node in nodes if ast.get_docstring(node)]
+    return [f"{path}:{line}: {text.split(chr(10))[0]}" for line, text in said if re.match(r"\w*", text)[0] in QUESTIONS]
+
+
+def test_no_docstring_opens_with_a_question_word():
+    assert [line for path in sources() for line in questions(path)] == []
+
+
+def test_a_question_is_found(tmp_path):
+    path = tmp_path / "asks.py"
+    path.write_text('"""What: it asks."""\nclass A:\n    """Whatever."""\n\n    def f(self):\n        "How?"\n')
+    assert [found.split(":")[1] for found in questions(path)] == ["1", "6"]

@@ -33,7 +33,7 @@ ISAS = isa_names()
 
 
 def words(array):
-    """What is compared: the bits of every value, all NaN being one. Why: which NaN two NaN add to is not defined."""
+    """The bits of every value, all NaN being one. Why: which NaN two NaN add to is not defined."""
     if array.dtype == F32:
         return np.where(np.isnan(array), F32(np.nan), array).view(np.uint32)
     return array

@@ -1,4 +1,4 @@
-"""What a session takes is what bnnf_info says, a run allocates nothing and stays within the arena; and the arena is
+"""A session takes the memory that bnnf_info says, a run allocates nothing and stays within the arena; and the arena is
 what the lifetimes of the activations ask for."""
 
 import sys

@@ -1,4 +1,4 @@
-"""What each operation means, against loops over single values; float results equal to the bit."""
+"""Meaning of each operation, against loops over single values; float results equal to the bit."""
 
 import itertools
 

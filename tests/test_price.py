@@ -27,7 +27,7 @@ def model_of(net: Net) -> PackedModel:
 
 
 def more(net: Net, add) -> int:
-    """How many float operations the ops that `add(net)` appends come to."""
+    """Number of float operations of the ops that `add(net)` appends."""
     before = float_ops(model_of(net))
     add(net)
     return float_ops(model_of(net)) - before

@@ -44,7 +44,7 @@ def parse(*overrides, tree=SMALL):
 
 
 def message(*overrides, tree=SMALL, lines=1) -> str:
-    """What `parse` complains, in so many lines."""
+    """Message of `parse`, which has so many lines."""
     with pytest.raises(RecipeError) as caught:
         parse(*overrides, tree=tree)
     text = str(caught.value)
@@ -60,7 +60,7 @@ def written(tmp_path, text, name="x.yaml"):
 
 
 def complaint(path, *overrides) -> str:
-    """What `load_recipe` complains, in one line."""
+    """Message of `load_recipe`, which has one line."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides, MODELS)
     assert len(str(caught.value).splitlines()) == 1, str(caught.value)

@@ -165,7 +165,7 @@ def test_rescaled_moments_are_those_of_gradients_in_the_new_unit(name):
     [(0, []), (80, [5]), (40, [3, 5, 8]), (17, [2, 3, 4, 5, 6, 7, 8, 9]), (1, list(range(1, 10))), (160, [])],
 )
 def test_a_stage_rescales_each_so_many_samples(monkeypatch, every, before):
-    """What the loss of the step after is shows nothing of it."""
+    """The loss of the step after shows nothing of it."""
     losses, changes = [], []
     for count in (0, every):
         stage = double_stage(monkeypatch, tiny(f"free.recalibrate={count}", "ema.decay=0.5"))

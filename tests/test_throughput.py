@@ -1,4 +1,4 @@
-"""What tools/bench.py --train measures: whole steps of training, in turns, whose parts and ratios are what they say."""
+"""Measurements of tools/bench.py --train: whole training steps, in turns, whose parts and ratios are what they say."""
 
 import importlib
 import json

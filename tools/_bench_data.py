@@ -7,7 +7,7 @@ SECONDS = 20.0  # for all measurements, where --seconds does not say
 
 
 def bench_data(args) -> dict:
-    """How fast the recipe `args.source` (with `args.overrides`) reads its training images, printed and returned.
+    """Measure how fast the recipe `args.source` (with `args.overrides`) reads its training images; print and return it.
 
     `args.seconds` are shared by all measurements; `args.feeds` (images per second) is what a GPU trains at.
     Errors: BnnfreeError for images that are held in memory, and what load_recipe and load_data raise.

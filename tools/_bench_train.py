@@ -21,7 +21,7 @@ LAYERS = ("speed=layers",)  # changes to a recipe that make it run module by mod
 
 @dataclass(frozen=True)
 class Request:
-    """What all contenders of one race share: the same for this process and for those that measure memory."""
+    """Settings that all contenders of one race share, here and in the processes that measure memory."""
 
     source: str
     overrides: list[str]
@@ -263,7 +263,7 @@ def open_contenders(request: Request, data, device, names: list[str], feed) -> t
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, as one line."""
+    """Message of an exception, as one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -296,7 +296,7 @@ def print_race(title: str, race: dict, print_table: Callable[..., None]) -> None
 
 
 def held_alone(name: str, request: Request) -> dict[str, Any]:
-    """What `bnnfree.train.throughput.held` says of the contender in a fresh process, or memory_not_measured: why."""
+    """Memory of the contender in a fresh process (`throughput.held`), or memory_not_measured: why."""
     asked = json.dumps({"name": name, **asdict(request)})
     threads = {key: str(request.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, str(Path(__file__).resolve()), asked]

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def facts(path: str, model) -> dict:
-    """What stands in the header, and the file's size."""
+    """Facts from the header, and the file's size."""
     from bnnfree.format import VERSION
 
     output = model.tensors[model.output]
@@ -161,7 +161,7 @@ def print_description(about: dict) -> None:
 
 
 def differences(path_a: str, path_b: str, a, b) -> dict:
-    """What differs: facts and metadata by key, ops by the name of what they write, constants by op and field."""
+    """Differences of files: facts and metadata by key, ops by their output's name, constants by op and field."""
     mine, theirs = named_ops(a), named_ops(b)
     changed, constants = {}, []
     for name in [name for name in mine if name in theirs]:

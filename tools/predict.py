@@ -72,7 +72,7 @@ def images_of(paths):
 
 
 def reader(model, path):
-    """How an image file becomes what `model` takes. Errors: a model that takes no images, or gives no classes."""
+    """Function from an image file to `model`'s input. Errors: a model that takes no images, or gives no classes."""
     from bnnfree.errors import BnnfreeError, pick
     from bnnfree.preprocess import RESIZES, load_image, reading_of
 

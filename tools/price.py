@@ -1,4 +1,4 @@
-"""What each normaliser costs, at inference after folding and in training: one network, every normaliser.
+"""Measure the cost of each normaliser, at inference after folding and in training: one network, every normaliser.
 
 examples:
   python tools/price.py recipes/cifar10_reactnet18.yaml
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def overrides_of(name: str, args) -> list[str]:
-    """What makes the recipe one of this normaliser's."""
+    """Overrides that give the recipe this normaliser."""
     own = [f"model.norm={NO_NORM}", "optimizer.precondition=bnp"] if name == BNP else [f"model.norm={name}"]
     return [*args.overrides, *own]
 

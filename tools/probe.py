@@ -44,7 +44,7 @@ COURSE = 5  # lines of a course in the table, at most
 
 @dataclass
 class Look:
-    """What was seen of one network: `layers` initial and trained, `course` the records of its training."""
+    """Measurements of one network: `layers` initial and trained, `course` the records of its training."""
 
     signals: list
     layers: dict[str, list] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Look:
         return {"signals": [signal.to_dict() for signal in self.signals], **layers, "course": self.course}
 
     def records(self) -> list[dict]:
-        """What is drawn: the course, or else what was measured here."""
+        """Records to draw: the course of the training, or else the measurements made here."""
         times = [{"step": None, "layers": [layer.to_dict() for layer in found]} for found in self.layers.values()]
         return self.course or times
 

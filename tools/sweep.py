@@ -83,7 +83,7 @@ def read_all(sweep, out: Path) -> dict:
 
 
 def command_of(sweep, run, out: Path) -> str:
-    """What trains one run by itself."""
+    """Command that trains one run by itself."""
     return shlex.join(["python", "tools/train.py", str(sweep.base), *run.overrides, "--out", str(out / run.folder)])
 
 
@@ -177,7 +177,7 @@ def write_tables(sweep, out: Path, states: dict) -> str:
 
 
 def notes(states: dict) -> str:
-    """What the figures are, on what they were measured, and the first error of each kind."""
+    """Notes under a table: meaning of the figures, machines, and the first error of each kind."""
     done = [outcome for outcome in states.values() if outcome.state == "done"]
     lines = ["Mean and sample deviation (n - 1) over seeds, of the epoch best by validation; minutes are wall clock."]
     places = {(r["device"], r["machine"]["processor"], r["threads"]) for r in (outcome.result for outcome in done)}

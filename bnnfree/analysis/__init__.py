@@ -1,4 +1,4 @@
-"""What a network is made of. Imports torch, bnnfree.errors, bnnfree.nn; never train, export, engine, models.
+"""Analysis of networks. Imports torch, bnnfree.errors, bnnfree.nn; never train, export, engine, models.
 
 summary: parameters, bytes and multiply-accumulates, layer by layer. memory: what training keeps for its backward pass.
 """

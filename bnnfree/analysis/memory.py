@@ -1,4 +1,4 @@
-"""What a training step keeps from its forward pass for its backward pass. Imports torch only."""
+"""Memory that a training step keeps from its forward pass for its backward pass. Imports torch only."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class PlainConv(nn.Module):
         self.centre_gradient = layer.gradient_centre is not None
 
     def latent(self) -> Tensor:
-        """What: the weight, standardised if the layer has it."""
+        """The weight, standardised if the layer standardises."""
         if not self.standardize:
             return self.weight
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
@@ -301,7 +301,7 @@ PLAIN: dict[type, type] = {
 
 @torch.no_grad()
 def move_input_means(model: nn.Module, window: float = 256.0) -> None:
-    """What bnnfree.nn.update_input_means does, for a plain model: mu <- mu + (1 - exp(-n / window)) (mean - mu)."""
+    """Counterpart of bnnfree.nn.update_input_means for a plain model: mu <- mu + (1 - exp(-n / window)) (mean - mu)."""
     for layer in model.modules():
         if isinstance(layer, PlainConv | PlainLinear) and layer.centre == "input" and layer.input_count > 0:
             mean = layer.input_sum / layer.input_count

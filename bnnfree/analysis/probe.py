@@ -1,4 +1,4 @@
-"""What the binary layers of a network lose: numbers per layer, at any time of a training.
+"""Losses of the binary layers of a network: numbers per layer, at any time of a training.
 
 A layer here is a sign with the binary convolutions (or linear layers) that read its bits. Of t, the values that a sign
 compares with 0 (its threshold added), come the numbers about the bits; of the convolutions' outputs and latent weights
@@ -225,7 +225,7 @@ def _scaled(sign: Sign, t: Tensor) -> Tensor:
 
 
 def _smooth(sign: Sign, x: Tensor) -> Tensor:
-    """What stands for `sign` in the smooth network."""
+    """Output of the smooth function that replaces `sign` in the smooth network."""
     t = sign.compared(x)
     return STES[sign.ste].smooth(_scaled(sign, t), sign.parameter.to(t.dtype))
 

@@ -1,4 +1,4 @@
-"""What enters each activation of a network: how large it is, and what it is made of.
+"""Inputs of each activation of a network: their power, and the parts that it consists of.
 
 Imports torch, bnnfree.errors and bnnfree.nn only.
 
@@ -47,7 +47,7 @@ class Power:
 
 @dataclass(frozen=True, kw_only=True)
 class Signal(Power):
-    """What enters the activation at `path`; `type` is its class, `call` counts from 1 where it runs several times."""
+    """Input of the activation at `path`; `type` is its class, `call` counts from 1 where it runs several times."""
 
     path: str
     type: str
@@ -79,7 +79,7 @@ def split_power(means: Tensor, deviations: Tensor) -> Power:
 
 
 def trace_signals(model: nn.Module, images: Tensor, batch: int | None = None) -> list[Signal]:
-    """What enters each activation in the order of a forward pass, over all `images` [N, C, H, W], `batch` at once.
+    """Inputs of each activation in the order of a forward pass, over all `images` [N, C, H, W], `batch` at once.
 
     The model is copied and runs in the mode it is in: in training mode a batch is what batch statistics see, and
     random numbers are drawn (from a copy of torch's state). Memory: two floats per sample and channel beside one
@@ -121,7 +121,7 @@ def bare_copy(model: nn.Module) -> nn.Module:
 
 
 def own_random(device: torch.device) -> AbstractContextManager:
-    """What is drawn inside is drawn from a copy of torch's random state: the same each time, and nothing outside."""
+    """Context that draws from a copy of torch's random state: the same numbers each time, none taken from outside."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 

@@ -1,4 +1,4 @@
-"""What a network holds and what one image costs, layer by layer. Imports torch, bnnfree.errors, bnnfree.nn.
+"""Contents of a network and cost of one image, layer by layer. Imports torch, bnnfree.errors, bnnfree.nn.
 
 `summarize` runs one zero image through a copy and counts what ran; `Summary` says what the counts mean.
 To count another kind of layer: its class in LAYERS, if its MACs are the values of its output times the
@@ -28,7 +28,7 @@ _MARK = "_bnnfree_is_sign"
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a layer, a group or a network holds and costs; units as in `Summary`."""
+    """Parameters, bytes and operations of a layer, a group or a network; units as in `Summary`."""
 
     bit_parameters: int = 0
     float_parameters: int = 0
@@ -80,7 +80,7 @@ class Group(Costs):
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summarize` found: image (channels, H, W), layers in the order they ran, groups, their total.
+    """Result of `summarize`: image (channels, H, W), layers in the order they ran, groups, their total.
 
     Units:
       MAC           one multiplication and one addition, counted once, for one image. Taps on padding count
@@ -181,7 +181,7 @@ class Summary:
 
 
 def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> Summary:
-    """What `model` holds and what one image [channels, H, W] costs; `Summary` defines the units.
+    """Count the contents of `model` and the cost of one image [channels, H, W]; `Summary` defines the units.
 
     The image runs through a copy on the CPU in eval mode: the model, its training flag and the random state
     stay as they are. `model` takes [N, C, H, W]; give the bare one, not a compiled or wrapped one.

@@ -1,4 +1,4 @@
-"""How fast the engine is, beside others that run the same network in the same minutes; tools/bench.py prints it.
+"""Speed of the engine beside runtimes that run the same network in the same minutes; tools/bench.py prints it.
 
 rounds (interleaved timing), machine, peak (what the processor's popcount could do), kernels (single ops of usual
 shapes), costs (float operations of a packed model), peers and openvino_graph (the same packed model in ONNX Runtime

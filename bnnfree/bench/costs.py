@@ -1,4 +1,4 @@
-"""How much float arithmetic a packed model leaves to the engine, counted from its ops."""
+"""Float arithmetic that a packed model leaves to the engine, counted from its ops."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def _epilogue(model: PackedModel, op: Op) -> int:
 
 
 def op_counts(model: PackedModel) -> dict[str, int]:
-    """How many ops of each name."""
+    """Number of ops of each name."""
     return dict(Counter(op.name for op in model.ops))

@@ -1,4 +1,4 @@
-"""What each op of a model takes, and how near to the processor's limit it comes."""
+"""Time of each op of a model, and its share of the processor's limit."""
 
 from __future__ import annotations
 

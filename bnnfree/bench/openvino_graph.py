@@ -140,7 +140,7 @@ def just_below(threshold: np.ndarray) -> np.ndarray:
 
 
 def said_of(model: PackedModel) -> str:
-    """What should be known of the graph of `model`; "" where its binary convolutions are all binary."""
+    """Remark on the graph of `model`; "" where its binary convolutions are all binary."""
     binary = [op for op in model.ops if op.name == "binary_conv2d"]
     floats = sum(_is_left_to_floats(model, op) for op in binary)
     taken = f"its binary kernel takes multiples of {WHOLE} channels, without groups"
@@ -180,7 +180,7 @@ def _window(op: Op) -> tuple[list[int], list[int], list[int]]:
 
 
 def _pool(graph: _Graph, op: Op) -> Any:
-    """Why far padding: with ceil the last window hangs over, and what a runtime makes of that differs."""
+    """Pool with far padding. Why: with ceil the last window hangs over, and runtimes differ in what they make of it."""
     strides, near, dilations = _window(op)
     (height, width, _), kernel = graph.model.tensors[op.input].shape, [op.kernel_h, op.kernel_w]
     counts = ops.pool_output(window_of(op), height, width, bool(op.ceil))

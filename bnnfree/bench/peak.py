@@ -1,4 +1,4 @@
-"""What the processor could do at most: products of signs per second, by what counts them on registers alone.
+"""Peak of the processor: products of signs per second, counted in loops on registers alone.
 
 avx512, scalar: xor, popcount, add. avx2 and avx512 without VPOPCNTDQ, which have no popcount: the table look-ups and
 sums of their kernels. A kernel that counts with fewer instructions than these can be above: that of avx512 takes 10

@@ -35,7 +35,7 @@ class Peer:
     note: Callable[[PackedModel], str] = lambda model: ""
 
     def missing(self) -> list[str]:
-        """What pip must install."""
+        """Packages that pip must install."""
         return [pip for module, pip in self.needs.items() if importlib.util.find_spec(module) is None]
 
 

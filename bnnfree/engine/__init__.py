@@ -1,4 +1,4 @@
-"""How a packed file runs: `load(path).run(images)`. Imports numpy, bnnfree.ops and bnnfree.format; never torch.
+"""Run a packed file: `load(path).run(images)`. Imports numpy, bnnfree.ops and bnnfree.format; never torch.
 
     engine = load("model.bnnf")
     logits = engine.run(pixels)          # uint8 [N, H, W, C] -> float32 [N, classes]
@@ -141,7 +141,7 @@ class Engine:
         return {self.model.tensors[index].name: value for index, value in values.items()}
 
     def info(self) -> dict[str, Any]:
-        """What the model is: image_size (H, W), channels, classes, ops, bytes, arena_bytes, and how it runs.
+        """Description of the model: image_size (H, W), channels, classes, ops, bytes, arena_bytes, and how it runs.
 
         bytes: of the constants, as stored; arena_bytes: of the activations of one image. Of a native backend, else
         None: session_bytes, what one run at a time takes (arena_bytes, scratch_bytes for the kernels, and the pool; not

@@ -95,7 +95,7 @@ def isa_names() -> tuple[str, ...]:
 
 
 class RefusedError(EngineError):
-    """What the library said no to; `status` is of enum bnnf_status."""
+    """A call that the C library refused. `status` is a value of `enum bnnf_status`."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What the engine says when something cannot be."""
+"""Errors of the engine."""
 
 from bnnfree.errors import BnnfreeError
 

@@ -1,4 +1,4 @@
-"""How the engine computes an op in numpy, twice: as bnnfree.ops says it, and fast. Imports numpy, ops and format.
+"""Kernels of the ops in numpy, each twice: as bnnfree.ops defines it, and fast. Imports numpy, ops and format.
 
 A kernel takes the op, its input [N, H, W, ...] and its constants by field, and returns what the epilogue starts
 from: whole numbers or float32 (a pooling, concat and softmax return their result). REFERENCE calls bnnfree.ops and
@@ -80,7 +80,7 @@ REFERENCE: dict[str, Kernel] = {
 
 
 def _seen(padded: np.ndarray, op: Op) -> np.ndarray:
-    """What each output position sees, as a view. Shapes: [N, H + 2p, W + 2p, K] -> [N, H', W', kh, kw, K]."""
+    """Windows that the output positions see, as a view. Shapes: [N, H + 2p, W + 2p, K] -> [N, H', W', kh, kw, K]."""
     window = window_of(op)
     (rows, columns), (down, across) = window.stride, window.dilation
     span = [d * (k - 1) + 1 for d, k in zip(window.dilation, window.size, strict=True)]
@@ -180,8 +180,8 @@ def _binary_sums(op: Op, x: np.ndarray, weights: np.ndarray, channels: int) -> n
 
 
 def _padding_sums(op: Op, weights: np.ndarray, channels: int, height: int, width: int) -> np.ndarray:
-    """What words of 0 on the padding have added: the weights' sums over the taps outside, from running sums over
-    rows and columns of the kernel. Shapes: weights [O, kh, kw, K] -> [H', W', O]."""
+    """Sums added by words of 0 on the padding: the weights' over the taps outside, from running sums over rows
+    and columns of the kernel. Shapes: weights [O, kh, kw, K] -> [H', W', O]."""
     signs = channels - 2 * np.bitwise_count(weights).sum(3, dtype=np.int32)  # [O, kh, kw]: a tap on a word of 0
     running = np.zeros((op.kernel_h + 1, op.kernel_w + 1, len(weights)), np.int32)
     running[1:, 1:] = signs.cumsum(1, dtype=np.int32).cumsum(2, dtype=np.int32).transpose(1, 2, 0)

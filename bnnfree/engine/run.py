@@ -44,7 +44,7 @@ def run_ops(
 
 
 def constants_of(model: PackedModel, op: Op, values: Mapping[int, np.ndarray]) -> Constants:
-    """What a kernel of `op` needs beside its input."""
+    """Values that a kernel of `op` needs beside its input."""
     constants: Constants = {name: model.tensors[index].data for name, index in op.constants().items()}
     constants["channels"] = model.tensors[op.input].shape[2]
     if op.other is not None:
@@ -55,14 +55,14 @@ def constants_of(model: PackedModel, op: Op, values: Mapping[int, np.ndarray]) -
 def first_values(
     model: PackedModel, op: Op, kernels: Mapping[str, Kernel], values: Mapping[int, np.ndarray]
 ) -> np.ndarray:
-    """What the epilogue of `op` starts from: for a binary or a pixel convolution its whole numbers."""
+    """Values that the epilogue of `op` starts from: for a binary or a pixel convolution its whole numbers."""
     return kernels[op.name](op, values[op.input], constants_of(model, op, values))
 
 
 def run_op(
     model: PackedModel, op: Op, kernels: Mapping[str, Kernel], values: Mapping[int, np.ndarray]
 ) -> dict[int, np.ndarray]:
-    """What one op writes, given the activations it reads."""
+    """Run one op on the activations that it reads; returns those that it writes."""
     x, constants = values[op.input], constants_of(model, op, values)
     with np.errstate(all="ignore"):  # what an infinity or no number becomes is part of an op's meaning
         return _finish(op, x, kernels[op.name](op, x, constants), constants)

@@ -31,10 +31,10 @@ class Runner(Protocol):
         """The image and every activation by tensor, with a first axis for the images."""
 
     def seconds(self, images: np.ndarray, repeat: int) -> list[np.ndarray]:
-        """What each op took for all images; one array of all ops per repetition."""
+        """Seconds of each op for all images; one array of all ops per repetition."""
 
     def kernels(self) -> list[str]:
-        """What runs each op."""
+        """Name of the kernel of each op."""
 
     def memory(self) -> dict[str, int | None]:
         """session_bytes, scratch_bytes, packed_bytes, as Engine.info has them."""

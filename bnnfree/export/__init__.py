@@ -81,7 +81,7 @@ def pack(
 
 
 class Network(Protocol):
-    """What `pack_network` takes: a network with its data, as bnnfree.train.open_source gives it."""
+    """Argument of `pack_network`: a network with its data, as bnnfree.train.open_source gives it."""
 
     model: nn.Module
     recipe: Any  # has model_dump(); None: a network of its own

@@ -160,7 +160,7 @@ class Builder:
         return whole.like(value)
 
     def share(self, value: Value) -> Value:
-        """What several nodes will read: made real at once where that is free."""
+        """Prepare a value that several nodes will read: made real at once where that is free."""
         if self._draft(value, SUM) is not None:
             value = self.settle(value)
         return replace(value, open=False)
@@ -306,7 +306,7 @@ class Builder:
 
 
 def _flags(*values: Value, least: int = 0) -> dict[str, Any]:
-    """What may be there when values are joined or added."""
+    """Flags of values that are joined or added: of each the largest."""
     return {
         "scaled": max(least, *(v.scaled for v in values)),
         "signed": any(v.signed or bool((v.scale < 0).any()) for v in values),

@@ -1,4 +1,4 @@
-"""How a convolution or a linear layer becomes ops. Imports numpy, torch, bnnfree.ops and its own room.
+"""Lower convolutions and linear layers to ops. Imports numpy, torch, bnnfree.ops and its own room.
 
 A sign by a sign is a binary_conv2d, pixels by int8 weights a pixel_conv2d, anything else a conv2d; a linear layer
 is a convolution whose kernel is the whole map.

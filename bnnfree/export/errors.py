@@ -1,4 +1,4 @@
-"""What the exporter raises."""
+"""Errors of the exporter."""
 
 from bnnfree.errors import BnnfreeError
 

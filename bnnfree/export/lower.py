@@ -138,7 +138,7 @@ class Lowering:
         return table[node.target](self, node)
 
     def take(self, argument: Any) -> Any:
-        """What an argument of a node became; a list by its parts."""
+        """Return the lowered value of a node's argument (element by element for a list)."""
         if isinstance(argument, (list, tuple)):
             return [self.take(part) for part in argument]
         return self.values[argument] if isinstance(argument, fx.Node) else argument

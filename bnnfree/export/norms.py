@@ -1,4 +1,4 @@
-"""How a normaliser becomes ops. Imports numpy, torch, bnnfree.nn and its own room.
+"""Lower normalisers to ops. Imports numpy, torch, bnnfree.nn and its own room.
 
 Statistics of the training are constants: an affine, deferred. Statistics of the image are an op, group_norm or
 rms_norm, whose gain and bias are deferred. Of proxy normalisation its activation stays, between two affines.

@@ -137,7 +137,7 @@ class _Graph:
         return array
 
     def name_of(self, op: Op) -> str:
-        """What the nodes and constants of `op` are called after: the activation it writes."""
+        """Name for the nodes and constants of `op`: that of the activation it writes."""
         return self.values[op.writes()[0]]
 
     def finish(self) -> Any:
@@ -179,7 +179,7 @@ def _add_op(graph: _Graph, op: Op) -> None:
 
 
 def _epilogue(graph: _Graph, op: Op) -> list[Step]:
-    """What follows the sum, a node per step that is there."""
+    """Steps after the sum, a node for each that is there."""
     name = graph.name_of(op)
     steps: list[Step] = []
     for field, kind in EPILOGUE:
@@ -257,7 +257,7 @@ def _pad(graph: _Graph, op: Op, pads: list[int], value: float) -> Step:
 
 
 def _pool_pads(graph: _Graph, op: Op) -> list[int]:
-    """What to pad: top, left, bottom, right. With ceil the far side gets what the last window hangs over.
+    """Padding: top, left, bottom, right. With ceil the far side gets what the last window hangs over.
 
     Why not ONNX's ceil_mode: it once kept windows that start beyond the image, and runtimes differ.
     """

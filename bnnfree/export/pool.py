@@ -1,4 +1,4 @@
-"""How pooling becomes ops: maxima and averages over windows. Imports numpy, torch, bnnfree.ops and its own room."""
+"""Lower pooling to ops: maxima and averages over windows. Imports numpy, torch, bnnfree.ops and its own room."""
 
 from __future__ import annotations
 

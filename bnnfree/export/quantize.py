@@ -26,7 +26,7 @@ PRECISIONS = {"int8": "8 bits with a scale per output channel", "float": "32 bit
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution moves: what a Window needs, and groups and pad value."""
+    """Geometry of a convolution: that of a Window, groups and pad value."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)

@@ -233,7 +233,7 @@ def _untraceable(error: BaseException) -> str:
 
 
 def path_of(node: fx.Node) -> str:
-    """How messages and tensors name a node: the layer's path in the module, or the node's own name."""
+    """Name of a node in messages and tensors: the layer's path in the module, or the node's own name."""
     return str(node.target) if node.op == "call_module" else node.name
 
 

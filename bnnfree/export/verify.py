@@ -68,7 +68,7 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """What `verify` found; `equal` says yes or no, `first_difference` where it begins."""
+    """Result of `verify`: `equal` is its verdict, `first_difference` the place where a difference begins."""
 
     images: int
     agreement: float  # share of images whose class is the same in torch and in the engine, run freely
@@ -208,7 +208,7 @@ def _batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def normalised(packed: Packed, images: np.ndarray) -> Tensor:
-    """What the torch network takes: float32 [N, C, H, W], (pixel / 255 - mean) / std as in training."""
+    """Input of the torch network: float32 [N, C, H, W], (pixel / 255 - mean) / std as in training."""
     mean, std = (torch.tensor(packed.model.metadata[key], dtype=torch.float32) for key in ("mean", "std"))
     return ((torch.from_numpy(images).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
@@ -278,7 +278,7 @@ def _against_torch(
 
 
 def _before_sign(layer: Any, x: np.ndarray) -> np.ndarray:
-    """What a sign layer takes the sign of."""
+    """Values that a sign layer takes the sign of."""
     if not isinstance(layer, Sign):
         raise BnnfreeError("verify: bits that do not come from a Sign.")
     return x + layer.bias.numpy() if isinstance(layer, RSign) else x
@@ -338,7 +338,7 @@ def _against_double(model: PackedModel, images: np.ndarray, traced, layers: dict
 
 
 def _double_sum(model: PackedModel, op: Op, values: dict[int, Tensor]) -> Tensor:
-    """What the epilogue starts from, or the result of an op without one."""
+    """Values that the epilogue starts from, or the result of an op without one."""
     x = values[op.input]
     if op.name == "pointwise":
         return x

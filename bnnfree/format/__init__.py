@@ -1,4 +1,4 @@
-"""What a packed file is: `read`, `write`, `PackedModel`; the specification is FORMAT.md.
+"""The packed file: `read`, `write`, `PackedModel`; the specification is FORMAT.md.
 
 schema (the one table), packed (the model in memory), check (what must hold), plan (the arena), file (its bytes),
 errors (one name per rule). Standard library, numpy and bnnfree.ops (geometry) only; never torch or engine.

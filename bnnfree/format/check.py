@@ -1,4 +1,4 @@
-"""What must hold of a packed model beyond its layout. Imports numpy, bnnfree.ops (geometry) and bnnfree.format.
+"""Checks of a packed model: shapes, graph, limits. Imports numpy, bnnfree.ops (geometry) and bnnfree.format.
 
 `check_model` is what a reader trusts a file by: after it, an engine may run the ops without a look at their
 numbers. Each rule has one named error. Its time and memory are in proportion to the file's size, whatever that says.
@@ -249,7 +249,7 @@ def _work(model: PackedModel, op: Op, shape: Shape) -> int:
 
 
 def inside_taps(side: Side, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which taps of a window lie inside the image, along one axis: at each of `positions` those from the first
+    """Taps of a window that lie inside the image, along one axis: at each of `positions` those from the first
     result up to, without, the second; 0 and 0 where there is none. Shapes: [R] -> [R], [R]."""
     size, kernel, stride, padding, dilation = side
     start = positions * stride - padding
@@ -266,7 +266,7 @@ def sides_of(window: Window, height: int, width: int) -> list[Side]:
 
 
 def count_classes(side: Side) -> int:
-    """How many different sets of taps inside there are, along one axis. Error: LimitError."""
+    """Number of different sets of taps inside the image, along one axis. Error: LimitError."""
     size, kernel, stride, padding, dilation = side
     span = dilation * (kernel - 1) + 1
     count = (size + 2 * padding - span) // stride + 1

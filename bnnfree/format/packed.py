@@ -80,7 +80,7 @@ def make_op(name: str, **fields: Any) -> Op:
 
 @dataclass
 class PackedModel:
-    """What a file holds. `metadata` is free JSON; the exporter puts mean, std, resize and the recipe there."""
+    """Contents of a packed file. `metadata` is free JSON; the exporter puts mean, std, resize and the recipe there."""
 
     tensors: list[Tensor]
     ops: list[Op]

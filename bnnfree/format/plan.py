@@ -1,4 +1,4 @@
-"""Where each activation lives: lifetimes and arena offsets. Standard library and bnnfree.format only.
+"""Memory plan of the activations: lifetimes and arena offsets. Standard library and bnnfree.format only.
 
 An activation is alive from the op that writes it to the last op that reads it, both included; the output lives
 to the end. Two that are alive at one time share no byte, but for one case: `real` of an op may take the place of its

@@ -14,7 +14,7 @@ _NESTING = re.compile(r'\\.|"|[\[{][ \t\n\r]*[\]}]|[\[{\]}]', re.DOTALL)  # an e
 
 
 def has_control(text: str) -> bool:
-    """Whether `text` could move a terminal: U+0000 to U+001F, U+007F to U+009F."""
+    """True if `text` could move a terminal: U+0000 to U+001F, U+007F to U+009F."""
     return _CONTROL.search(text) is not None
 
 

@@ -25,7 +25,7 @@ SCALES = ("fan_in", "mean_abs", "learned", "none")
 
 
 class _BinaryWeight(WeightLayer):
-    """What a binary convolution and a binary linear layer share: the latent's start, its sign and scale."""
+    """Base of the binary convolution and linear layer: start of the latents, their sign and scale."""
 
     scale: nn.Parameter | None
     binary: bool

@@ -39,7 +39,7 @@ def check_activation(place: str | None, norm: str) -> None:
 
 @dataclass(frozen=True)
 class Design:
-    """What all layers of one network share; None where the normaliser decides.
+    """Design shared by all layers of one network; None where the normaliser decides.
 
     norm        a name of bnnfree.nn.norms.NORMS; norm_options: keyword arguments of its builder
     binarize    "none" | "activations" | "weights" | "both"
@@ -172,7 +172,7 @@ class Design:
         return kind(channels, input_shift=not self.binary_options.get("bias"))
 
     def make_tail(self, channels: int) -> nn.Module | None:
-        """What stands between the last block and the head's pool: the normaliser of a trunk that has none."""
+        """Normaliser between the last block and the head's pool, where blocks have theirs before signs; else None."""
         return make_norm(self.norm, channels, None, **self.norm_options) if self.rule.before else None
 
     def make_unit(self, cin: int, cout: int, kernel: int, stride: int, last: bool) -> list[nn.Module]:

@@ -100,7 +100,7 @@ def identity_smooth(t: Tensor, _: Tensor) -> Tensor:
 
 
 def log_linear(first: float, last: float, progress: float) -> float:
-    """What a parameter is after a share `progress` in [0, 1] of its way from `first` to `last`, both above 0."""
+    """Value of a parameter after a share `progress` in [0, 1] of its way from `first` to `last`, both above 0."""
     return first * (last / first) ** progress
 
 

@@ -24,7 +24,7 @@ Preconditioner = Callable[[Tensor, Tensor | None, Tensor | None, bool], tuple[Te
 
 
 def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
-    """What = (W - mean_o W) / ((std_o W + eps) sqrt(fan_in)), gradient through mean and std.
+    """Standardised weight (W - mean_o W) / ((std_o W + eps) sqrt(fan_in)), gradient through mean and std.
 
     Every output channel o gets mean 0 and (biased) deviation 1/sqrt(fan_in), so that inputs of unit
     second moment give outputs of unit variance. Shapes: [O, ...] -> [O, ...], fan_in = values per row.
@@ -155,7 +155,7 @@ class WeightLayer(nn.Module):
         return y if bias is None else y + bias.view(shape)
 
     def counted(self, samples: int) -> int:
-        """How many of so many, from the last, move the running mean of inputs: not images seen in an earlier pass."""
+        """Number of the last samples that move the running mean of inputs: images of an earlier pass do not."""
         if self.centre != "input":
             return 0
         part = None if self.gradient_centre is None else self.gradient_centre.part

@@ -25,7 +25,7 @@ BETA_MODES = {
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What the bookkeeping needs of a block: residual units in it, and whether its first is a transition.
+    """Shape of a block for the bookkeeping: residual units in it, and whether its first is a transition.
 
     ref_resets: the released code sets v back to 1 after this block (ReActNet-18: the first block of every
     stage; ReActNet-A: every block of stride 2).

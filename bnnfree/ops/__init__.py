@@ -1,4 +1,4 @@
-"""What every operation of a packed model means, in numpy: the reference all else is tested against.
+"""Meaning of every operation of a packed model, in numpy: the reference all else is tested against.
 
 Written to be read, never to be fast. Arrays are NHWC; a pixel's channels are what is packed into words.
 `binary` works on signs and bits, and is exact integers; `real` works on float32, where the order of every

@@ -20,7 +20,7 @@ WORD = 64  # bits
 
 @dataclass(frozen=True)
 class Window:
-    """How a kernel moves over an image: (rows, columns) each of size, stride, padding and dilation."""
+    """Geometry of a kernel over an image: (rows, columns) each of size, stride, padding and dilation."""
 
     size: tuple[int, int]
     stride: tuple[int, int] = (1, 1)

@@ -62,7 +62,7 @@ def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, scale: np.ndar
 
 
 def border_classes(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which taps lie inside the image, along one axis.
+    """Taps that lie inside the image, along one axis.
 
     Returns (index, patterns): output position r sees the taps patterns[index[r]]; patterns are in the order in
     which they first occur. Shapes: index [H'], patterns bool [classes, kernel].
@@ -128,7 +128,7 @@ def epilogue(
     low: np.ndarray | None = None,
     high: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What follows a sum, as far as given, each step rounded on its own:
+    """Steps after a sum, those that are given, each rounded on its own:
 
         v <- fl(v scale);  v <- fl(v + bias);  v <- fl(v + other)
         v <- v where v >= 0, else fl(v slope);  v <- v where v > low, else low;  v <- v where v < high, else high

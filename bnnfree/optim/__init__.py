@@ -1,4 +1,4 @@
-"""How weights move: clipping, preconditioning, the flip optimiser, and who gets which. Torch and bnnfree.nn only."""
+"""Updates of weights: clipping, preconditioning, the flip optimiser, parameter groups. Torch and bnnfree.nn only."""
 
 from bnnfree.optim.agc import ClipRate, adaptive_grad_clip
 from bnnfree.optim.bop import Bop

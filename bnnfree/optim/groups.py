@@ -1,4 +1,4 @@
-"""Which parameter gets which treatment, decided by the type of its module, and the optimisers made of that.
+"""Groups of parameters, by the type of their module, and the optimisers made of them.
 
 Imports torch, bnnfree.errors and bnnfree.nn only. To add an optimiser: a function from groups and options
 to a list of torch optimisers, and its line in OPTIMIZERS.

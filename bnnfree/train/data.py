@@ -52,7 +52,7 @@ from bnnfree.train.subset import SPLIT_SEED, carve, thin
 __all__ = ["CIFAR10", "CIFAR100", "IMAGENET", "Data", "DataOptions", "Source", "Stats", "describe", "load_data"]
 
 KNOWN = {  # classes, channels, side, training images
-    "digits": (10, 1, 16, 1437),
+    "digits": (10, 1, 16, 1438),
     "cifar10": (10, 3, 32, 50_000),
     "cifar100": (100, 3, 32, 50_000),
     "imagenet": (1000, 3, STREAMED_SIZE, 1_281_167),
@@ -166,7 +166,7 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
 
 
 def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
-    """What a network must know of the data, without reading it: classes, channels, image_size, samples.
+    """Description of the data as a network needs it, images unread: classes, channels, image_size, samples.
 
     samples: training images, validation included. Only image_folder and an imagenet that is there are looked
     at (the names in their folders, and the size of one image), and shards (their index). Errors: as load_data.

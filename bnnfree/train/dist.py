@@ -270,7 +270,7 @@ def data_parallel(model: nn.Module, dist: Dist, image: tuple[int, ...]) -> nn.Mo
 
 
 def job() -> str | None:
-    """What tells this torchrun from every other, the same after it restarts its processes; None without one.
+    """Identifier of the current torchrun job, unchanged when it restarts its processes. None outside torchrun.
 
     Why not TORCHELASTIC_RUN_ID alone: it is "none" or a name given by hand, which the next torchrun may have too.
     Nor TORCHELASTIC_RESTART_COUNT: torchrun also restarts processes that refused a folder of another run.
@@ -323,7 +323,7 @@ def _lost(error: RuntimeError) -> LostError | None:
 
 
 def _first_line(error: BaseException) -> str:
-    """What torch says, without the place in its sources in front and the trace behind."""
+    """First sentence of torch's message, without the source location before it and the trace after it."""
     return str(error).strip().split("\n")[0].rsplit("] ", 1)[-1].split(". ")[0].rstrip(". ")[:160]
 
 

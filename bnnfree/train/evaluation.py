@@ -1,4 +1,4 @@
-"""How right a network is over a split of the data. Imports torch and its own room; never models, export, engine."""
+"""Loss and accuracy of a network over a split of data. Imports torch and its own room; no models, export, engine."""
 
 from __future__ import annotations
 

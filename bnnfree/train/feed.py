@@ -1,4 +1,4 @@
-"""How fast images come: by phase, by number of processes, and how many cores feed a GPU; and trees to try it on.
+"""Speed of reading images: by phase, by number of processes, cores to feed a GPU; and synthetic trees to measure it on.
 
 Must not import bnnfree.nn, models, export or engine.
 """
@@ -201,7 +201,7 @@ def rate(split: FileSplit, workers: int, seconds: float, *, batch_size: int = 32
 
 
 def cores_needed(images_per_second: float, per_core: float) -> int:
-    """How many cores deliver so many images per second."""
+    """Number of cores that deliver so many images per second."""
     return math.ceil(images_per_second / per_core)
 
 

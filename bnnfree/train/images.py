@@ -1,4 +1,4 @@
-"""What a split is, and the kind whose pixels are held in memory; streamed.py has the kind that reads files.
+"""Splits of a data set: their interface, and the kind that holds pixels in memory; streamed.py reads files.
 
 Everything random about a training sample is a function of (seed, epoch) and of its position in the epoch's
 order, never of the batch it falls into, the rank, the worker or the device. So four batches of 32 in a row
@@ -205,7 +205,7 @@ class Split:
         return torch.randperm(len(self), generator=generator)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
-        """What augmentation needs to know about every position of an epoch. Shapes: [N, ...]."""
+        """Random numbers of the augmentation, one row for each position of an epoch. Shapes: [N, ...]."""
         raise NotImplementedError
 
     def _fill(self) -> tuple[int, ...]:

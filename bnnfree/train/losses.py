@@ -1,4 +1,4 @@
-"""What is minimised. Imports torch only."""
+"""Loss functions and their targets. Imports torch only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of run folders: one run, a point of a sweep (a run per seed), and a whole sweep's folder.
+"""Read finished and unfinished runs: one run, one sweep point (all its seeds), or a whole sweep.
 
 Imports its own room.
 """
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def read_run(folder: str | Path, expected: Recipe | None = None) -> Outcome:
-    """What `folder` holds; a folder that is missing or empty is a new run.
+    """Read the run in `folder`; a folder that is missing or empty is a new run.
 
     Errors: OutcomeError where it holds another recipe's run than `expected`, with what differs, or a damaged file.
     """
@@ -132,7 +132,7 @@ def differing(recipes: list[dict[str, Any]], ignore: Iterable[str] = MAY_CHANGE)
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands in one row: a name, its place in the grid if it has one, and the runs (one per seed) behind it."""
+    """One row of a table: a name, its point of the grid if it has one, and its runs (one per seed)."""
 
     name: str
     outcomes: list[Outcome]
@@ -155,7 +155,7 @@ class Entry:
 
     @property
     def runs(self) -> str:
-        """How many are behind the means, and what became of the others: `2 of 3, 1 diverged`."""
+        """Count of the runs behind the means, and the states of the others: `2 of 3, 1 diverged`."""
         done, all_ = self.count("done"), len(self.outcomes)
         parts = [str(done) if done == all_ else f"{done} of {all_}"]
         parts += [f"{n} {state}" for state in ("diverged", "failed") if (n := self.count(state))]  # type: ignore[arg-type]

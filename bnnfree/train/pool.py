@@ -42,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs: the recipe's device (None: as the recipe says) and changes to the environment."""
+    """Device of a worker (None: as the recipe says) and changes to its environment."""
 
     device: str | None = None
     environment: dict[str, str] = field(default_factory=dict)

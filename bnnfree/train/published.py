@@ -136,7 +136,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Found:
-    """What keys and shapes say of a file: `stored` is one of Variant.stored."""
+    """Identity of a published checkpoint, from its keys and shapes. `stored` is a value of `Variant.stored`."""
 
     model: str
     norm: str
@@ -177,7 +177,7 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
 
 
 def inspect(theirs: Mapping[str, Tensor], where: str) -> Found:
-    """What a state dict of theirs shows. Errors: CheckpointError where it is of neither repository."""
+    """Identify a published state dict. Errors: CheckpointError where it is of neither repository."""
     starts = {"feature": "reactnet_a", "layer1": "reactnet18"}
     model = next((starts[key.split(".")[0]] for key in theirs if key.split(".")[0] in starts), None)
     if model is None:

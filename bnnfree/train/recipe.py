@@ -44,7 +44,7 @@ def _options_of_norms() -> str:
 
 
 class ModelRecipe(Part):
-    """What is trained."""
+    """Network: architecture, normaliser, and what of it is binary."""
 
     name: str
     """architecture: a name of models.MODELS"""
@@ -120,7 +120,7 @@ class StageRecipe(Part):
 
 
 class OptimizerRecipe(Part):
-    """How weights move."""
+    """Optimiser: which one, its learning rates, decay and moments."""
 
     name: one_of(OPTIMIZERS) = "adam"  # type: ignore[valid-type]
     """adam | adamw | sgd | bop (Bop on binary weights, Adam on the rest)"""
@@ -155,7 +155,7 @@ class OptimizerRecipe(Part):
 
 
 class ScheduleRecipe(Part):
-    """How the learning rate moves within a stage; its last step is never at zero."""
+    """Learning rate over a stage or a run; its last step is never at zero."""
 
     name: one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
     """linear | cosine | step | constant"""
@@ -179,7 +179,7 @@ class AgcRecipe(Part):
 
 
 class LossRecipe(Part):
-    """What is minimised."""
+    """Loss function and its targets."""
 
     name: one_of(LOSSES) = "cross_entropy"  # type: ignore[valid-type]
     """cross_entropy | distribution (cross entropy against a teacher's probabilities)"""
@@ -225,7 +225,7 @@ class FreeRecipe(Part):
 
 
 class ProbeRecipe(Part):
-    """What is measured of binary layers while they train: key `probe` of metrics.jsonl, probe.png."""
+    """Measurements of binary layers while they train: key `probe` of metrics.jsonl, probe.png."""
 
     every: int | None = Field(default=None, ge=1, le=MOST)
     """optimiser steps between two probes; the first comes before a stage's first step; null: none"""

@@ -244,7 +244,7 @@ def _explain(error: ValidationError) -> list[str]:
 
 
 def _expected(item) -> str:
-    """What pydantic would have taken."""
+    """Description of the values that pydantic accepts in place of the refused one."""
     kind, limits = item["type"], item.get("ctx", {})
     if kind == "model_type":
         return "keys with values"

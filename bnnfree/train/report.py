@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: metrics.jsonl, curves.png, probe.png, result.json, TensorBoard if installed.
+"""Files of a run beside its weights: metrics.jsonl, curves.png, probe.png, result.json, TensorBoard if installed.
 
 Imports matplotlib and tensorboard lazily, bnnfree.files; no torch beyond that.
 """

@@ -1,4 +1,4 @@
-"""How much memory this process holds, bytes. Standard library and bnnfree.errors only."""
+"""Memory that this process holds, bytes. Standard library and bnnfree.errors only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bnnfree.errors import BnnfreeError
 
 
 def resident() -> int:
-    """What it holds now; where the system does not say, the most that it held. Errors: BnnfreeError."""
+    """Bytes held now; where the system does not tell them, the most that were held. Errors: BnnfreeError."""
     return told("VmRSS") or _most_resident()
 
 

@@ -114,7 +114,7 @@ class Run:
         return teacher.to(self.dist.device).to(memory_format=torch.channels_last)
 
     def state(self) -> dict[str, Any]:
-        """What last.pt holds. With several processes: called by each at the same time, for the same is in each."""
+        """Contents of last.pt. With several processes all call it at the same time and hold the same."""
         recipe = self.recipe
         return {
             **self.stage.state(),

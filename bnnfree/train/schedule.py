@@ -1,4 +1,4 @@
-"""How the learning rate moves within a stage. Standard library only.
+"""Schedules of the learning rate within a stage. Standard library only.
 
 A schedule maps the share of the stage that is done, t in [0, 1), to a factor on the peak rate. Step s of S
 has t = s/S, so the last step runs at t = 1 - 1/S: above zero, no dead last epoch.

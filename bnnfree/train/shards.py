@@ -58,7 +58,7 @@ class Shard(BaseModel):
 
 
 class Index(BaseModel):
-    """What index.json holds."""
+    """Contents of index.json."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal["bnnfree shards 1"]
@@ -78,7 +78,7 @@ class Found:
     limit: int | None
 
     def files(self, members: np.ndarray) -> Members:
-        """What reads these images."""
+        """Reader of these images."""
         return Members(self.places, self.sizes, members, self.cache, self.limit)
 
 

@@ -1,4 +1,4 @@
-"""What a tool may be given in place of a network: a checkpoint, a run folder (its best) or a recipe.
+"""Sources of a network for the tools: a checkpoint, a run folder (its best checkpoint) or a recipe.
 
 A recipe stands for its last stage's network with random weights, so that any network can be exported, verified
 and measured without training. Imports torch, bnnfree.nn and its own room; the model builders are passed in.
@@ -56,7 +56,7 @@ class Network:
 
 
 def source_kind(source: str | Path) -> Literal["checkpoint", "recipe"]:
-    """What `source` is; a run folder counts as its checkpoint. Errors: CheckpointError for anything else."""
+    """Kind of `source`; a run folder counts as its checkpoint. Errors: CheckpointError for anything else."""
     path = Path(source)
     if path.is_dir():
         return "checkpoint"

@@ -75,7 +75,7 @@ FILE_AUGMENTS = CHANGES | FRAMES  # the names
 
 
 class Files:
-    """Where the images of a FileSplit are, by number: here, files of their own. Worker processes get a copy."""
+    """Images of a FileSplit by number: here, files of their own. Worker processes get a copy."""
 
     reading = Reading()  # how they become pixels
 
@@ -88,7 +88,7 @@ class Files:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """What to call an image in messages."""
+        """Name of an image in messages."""
         return os.fsdecode(self.paths[index])
 
     def read(self, index: int) -> bytes:
@@ -147,7 +147,7 @@ class FileSplit(Split):
 
     @property
     def skipped(self) -> int:  # type: ignore[override]
-        """How many files have been found unreadable and dropped so far."""
+        """Number of files found unreadable and dropped so far."""
         return len(self._bad)
 
     def resized(self, size: Size) -> FileSplit:
@@ -306,7 +306,7 @@ def shared(pixels: Tensor) -> Tensor | np.ndarray:
 
 
 class _Tasks:
-    """What a loader hands out: lists of (image, seed or -1), one a batch; set anew for each pass."""
+    """Tasks of a loader: one list of (image, seed or -1) per batch; set anew for each pass."""
 
     order: Tensor
     seeds: Tensor
@@ -319,7 +319,7 @@ class _Tasks:
 
 
 class Reader(torch.utils.data.Dataset):
-    """What a worker process runs: the images of `files` that a batch asks for, read, decoded and augmented."""
+    """Data set of a worker process: reads, decodes and augments the images of `files` that a batch asks for."""
 
     def __init__(self, files: Files, size: Size, augment: tuple[str, ...], fill: tuple[int, ...] = (0, 0, 0)):
         self.files, self.size, self.augment, self.fill = files, size, augment, fill

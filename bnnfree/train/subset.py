@@ -1,4 +1,4 @@
-"""Which images of a data set are held out or left out: the same ones for every seed.
+"""Choice of the images that are held out or left out: the same ones for every seed.
 
 Must not import torch, bnnfree.nn, models, export or engine.
 """

@@ -277,7 +277,7 @@ def _merged(axes: list[Axis], point: Mapping[str, str], here: str) -> dict[str, 
 
 
 class _Names(Mapping[str, Any]):
-    """What formulas may name: constants, changed keys (computed when asked for), keys of the base recipe."""
+    """Names that formulas may use: constants, changed keys (computed when asked for), keys of the base recipe."""
 
     def __init__(self, known: Mapping[str, Any], changes: Mapping[str, Any], constants: Iterable[str], where: str):
         self.known, self.where = known, where

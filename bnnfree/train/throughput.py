@@ -1,4 +1,4 @@
-"""How fast training goes and what it holds: contenders that take whole training steps in turns.
+"""Speed and memory of training: contenders that take whole training steps in turns.
 
 A step is what training does between two batches: taking a ready batch, forward with loss, backward, AGC, optimiser
 and what follows it. A shared machine disturbs all contenders evenly when they take turns, so what counts is the
@@ -49,7 +49,7 @@ class Clock:
         self.marks: list[tuple[str, Any]] = [("", self._now())]
 
     def done(self, part: str) -> None:
-        """What happened since the last mark was `part`."""
+        """Set a mark: the time since the last one was spent on `part`."""
         self.marks.append((part, self._now()))
 
     def _now(self) -> Any:
@@ -69,7 +69,7 @@ class Clock:
 
 
 class Contender(Protocol):
-    """What takes training steps. `net` is the network as it runs, maybe compiled; precision as in a recipe."""
+    """A contender in the training benchmark. `net`: the network as it runs, or compiled; precision as in a recipe."""
 
     net: nn.Module
     precision: str
@@ -168,7 +168,7 @@ class ReleasedContender:
 
 
 def data_info(data: Data) -> dict[str, Any]:
-    """What a builder must know of the data: classes, channels, image_size."""
+    """Description of the data for a model builder: classes, channels, image_size."""
     return {"classes": list(data.classes), "channels": data.channels, "image_size": list(data.image_size)}
 
 
@@ -278,7 +278,7 @@ def ratios(times: Mapping[str, Times], base: str = "ours") -> dict[str, float]:
 
 
 def held(make: Callable[[], Contender], feed: Feed, data: Data, device: torch.device, batch: int) -> dict[str, float]:
-    """What a contender alone in this process holds.
+    """Memory of a contender that is alone in this process.
 
     peak_memory_bytes       growth of the process from before `make` to the peak of two steps, after one that is not
                             counted (where the system forgets old peaks; a compiler's own memory stays in it); of a GPU
@@ -353,7 +353,7 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
 def shares(
     step: float, images: int, macs: int, parameters: int, saved: Mapping[str, float] | None, peak: Mapping[str, float]
 ) -> dict[str, float]:
-    """How much of what the device can do a step of `step` seconds makes use of, 0 to 1.
+    """Shares (0 to 1) of the device's peak rates that a step of `step` seconds reaches.
 
     matmul_share     6 flops per multiply-accumulate of one image's forward pass (`macs`), two forward and four
                      backward, over the product's speed

@@ -24,7 +24,7 @@ from bnnfree.nn.sign import Sign
 
 @dataclass(frozen=True)
 class Fusion:
-    """How blocks are fused: by which passes, and the dtypes of trunk and signs (None: as the trunk comes).
+    """Settings of fused blocks: passes, and the dtypes of trunk and signs (None: as the trunk comes).
 
     int8: products of signs and binary weights in float32 blocks are 8-bit whole numbers (see `int8`).
     shared: the weights of a step for all its micro-batches; who sets it says `shared.forget()` after each step.
@@ -38,7 +38,7 @@ class Fusion:
 
 
 def unfusible(block: nn.Module) -> str | None:
-    """Why a block cannot be one node per convolution; None where it can."""
+    """Reason that a block cannot be one node per convolution; None where it can."""
     if not isinstance(block, BinaryBlock):
         return f"a {type(block).__name__} is no BinaryBlock"
     hooked = [m for m in block.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
@@ -66,7 +66,7 @@ def unfusible(block: nn.Module) -> str | None:
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, fusion: Fusion) -> Tensor:
-    """What the blocks give for x, in training; those that cannot be fused run as they are.
+    """Run the blocks on x, in training; those that cannot be fused run as they are.
 
     Equal to running them one by one but for rounding. Signs are taken from values that are rounded alike.
     Shapes: [N, C, H, W] -> [N, C', H', W'], x's dtype.

@@ -67,7 +67,7 @@ class NativePasses(Passes):
         return self
 
     def unknown(self, model: nn.Module) -> str | None:
-        """What of a network the library does not know, as a text; None: nothing."""
+        """Name the part of a network that the library does not know, as a text; None: it knows all."""
         for module in model.modules():
             if isinstance(module, Sign) and module.ste not in KINDS:
                 return f"the library does not know the estimator {module.ste!r}"

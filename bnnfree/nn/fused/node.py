@@ -33,7 +33,7 @@ SMALL = 16  # positions of a map: below, a product of matrices finds the weights
 
 
 class Step(NamedTuple):
-    """What is fixed of a node.
+    """Constants of a node.
 
     passes    those of `native` or of `passes`
     signs     dtype of signs, weights and their products, and of gradients with respect to them

@@ -28,7 +28,7 @@ class Activation(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """What stands before a binary convolution: t = beta act(v) + threshold, s = sign(t), and its estimator.
+    """Activation and sign before a binary convolution: t = beta act(v) + threshold, s = sign(t), and its estimator.
 
     beta, parameter: numbers as 0-dim tensors, beta None for 1. ste: a name of STES. per_sample: its window is that of
     each sample, see `bnnfree.nn.Sign`.
@@ -42,7 +42,7 @@ class Gate(NamedTuple):
 
 
 class Latent(NamedTuple):
-    """What becomes of latent weights: standardised or not, their signs or not, with mean |z| beside them or not."""
+    """Treatment of latent weights: standardised or not, their signs or not, with mean |z| beside them or not."""
 
     standardize: bool
     binary: bool
@@ -73,7 +73,7 @@ class Shared:
         self._made: dict[int, Prepared] = {}
 
     def get(self, latents: Tensor, make: Callable[[], Prepared]) -> Prepared:
-        """What was made of these latents since the last `forget`, else what `make` gives."""
+        """Prepared weights of these latents: the ones made since the last `forget`, else the result of `make`."""
         if id(latents) not in self._made:
             self._made[id(latents)] = make()
         return self._made[id(latents)]

@@ -1,4 +1,4 @@
-"""Where a convolution's kernel goes. Imports torch only."""
+"""Geometry of a convolution: stride, padding, dilation, groups. Imports torch only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """How a kernel moves over the map."""
+    """Geometry of a convolution and the value of its padding."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]

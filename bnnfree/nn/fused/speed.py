@@ -1,4 +1,4 @@
-"""How a network is run in training: one of SPEEDS, chosen by what is there. Imports torch and bnnfree.nn only.
+"""Ways to run a network in training: one of SPEEDS, chosen by what is there. Imports torch and bnnfree.nn only.
 
     layers           module by module: the readable formulation, and what everything else is compared with
     fused            one autograd node per binary convolution: C passes on a CPU, torch's own operations elsewhere
@@ -31,7 +31,7 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # dtyp
 
 @dataclass(frozen=True)
 class Speed:
-    """What was chosen: a name of SPEEDS, whether the network is to be wrapped in torch.compile, and why, as a text."""
+    """The choice: a name of SPEEDS, whether the network is to be wrapped in torch.compile, and the reason as a text."""
 
     name: str
     compiled: bool

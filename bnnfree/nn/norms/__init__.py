@@ -1,4 +1,4 @@
-"""What a network has in place of batch normalisation. Imports torch, bnnfree.errors and bnnfree.nn only.
+"""Normalisers: the layers in place of batch normalisation. Imports torch, bnnfree.errors and bnnfree.nn only.
 
 A normaliser is a `Norm`: the layer, where it stands, and how the convolutions and blocks around it are made.
 
@@ -49,7 +49,7 @@ def _nothing(channels: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Norm:
-    """How a network is normalised.
+    """A normaliser: its layer, its place, and the options of the layers around it.
 
     binary   options of its binary convolutions (BinaryConv2d)
     real     options of its real convolutions (ScaledStdConv2d)

@@ -12,7 +12,8 @@ A trunk of blocks hands a `Belief` about its map from block to block (values, be
                variances of branch and shortcut, a pool keeps them, a shortcut's activation changes them in closed form
 
 Where this differs from the authors' code: there the un-normalised moments go on, although what the next layer reads is
-normalised; a sign would make one bit of that. Gradients flow through prior, sample and shared weights.
+normalised; a sign would make one bit of that. One sample map is drawn a pass, there one for each group of 2.
+Gradients flow through prior, sample and shared weights.
 Outside a trunk (models.stem.Trunk) nobody hands a belief, and the layer is batch normalisation.
 Ref: Wang et al. 2018, "Kalman Normalization: Normalizing Internal Representations Across Network Layers".
 """
@@ -33,7 +34,7 @@ TRUSTED = 100.0  # the prior's variance may differ from the batch's by this fact
 
 
 class Belief(NamedTuple):
-    """What is believed of a map, [C] each: activation(N(mean, var)); activation None or Identity: a Gaussian."""
+    """Assumed distribution of a map, [C] each: activation(N(mean, var)); activation None or Identity: a Gaussian."""
 
     mean: Tensor
     var: Tensor
@@ -143,7 +144,7 @@ def run_believing(layers: nn.Sequential, x: Tensor, ghost: Tensor) -> tuple[Tens
 
 
 def first_belief(layers: nn.Module) -> Belief | None:
-    """What is believed of the output of a stem: its KalmanNorm2d's moments, and the activation that follows it.
+    """Belief about the output of a stem: its KalmanNorm2d's moments, and the activation that follows it.
 
     None where there is no such layer, or its prior counts for nothing: then no belief is threaded.
     """

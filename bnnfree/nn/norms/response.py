@@ -53,7 +53,7 @@ class FilterResponseNorm(nn.Module):
         self.eps_l = nn.Parameter(torch.tensor(EPS_START)) if learnable_eps else None
 
     def effective_eps(self) -> Tensor:
-        """What is added to the mean square: a scalar, never below 0."""
+        """Term added to the mean square: a scalar, never below 0."""
         if self.eps_l is None:
             return self.weight.new_tensor(abs(self.eps))
         return abs(self.eps) + self.eps_l.abs()
