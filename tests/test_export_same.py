@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import numpy as np
@@ -13,9 +14,8 @@ from torch import nn
 from bnnfree import preprocess
 from bnnfree.engine import Engine
 from bnnfree.errors import BnnfreeError
-from bnnfree.export import ExportError, check_packed, export, pack
+from bnnfree.export import ExportError, check_packed, export, options, pack
 from bnnfree.export import check as checking
-from bnnfree.export import options
 from bnnfree.export.verify import sample_images, verify
 from bnnfree.nn import BinaryConv2d, BinaryLinear, RPReLU, RSign, Sign
 
@@ -156,6 +156,62 @@ def test_what_cannot_be_taken_out_is_refused_with_the_line(name, tmp_path):
     stateful = name.startswith("a ") and "parameter" in name or "buffer" in name
     assert re.search("changes its (weight|count)" if stateful else r"test_export_same\.py:\d+", str(caught.value))
     assert list(tmp_path.iterdir()) == []
+
+
+PERHAPS = {  # the tensor itself, a view of it, or a copy, by what tensor it is
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "float": lambda x: x.float(),
+    "double": lambda x: x.double(),
+    "to a type": lambda x: x.to(torch.float32),
+    "to a device": lambda x: x.to("cpu"),
+    "cpu": lambda x: x.cpu(),
+    "type": lambda x: x.type(torch.float32),
+    "type_as": lambda x: x.type_as(x),
+    "reshape": lambda x: x.reshape(x.shape),
+    "reshape_as": lambda x: x.reshape_as(x),
+    "torch.reshape": lambda x: torch.reshape(x, x.shape),
+    "flatten": lambda x: x.flatten(1, 1),
+    "torch.flatten": lambda x: torch.flatten(x, 1, 1),
+    "a chain": lambda x: x.detach().contiguous().view(x.shape).float(),
+}
+
+
+@pytest.mark.parametrize("name", PERHAPS)
+def test_a_change_of_what_may_be_a_copy_is_refused_with_the_lines(name):
+    def of_the_copy(n, x):
+        y = PERHAPS[name](x)
+        y.relu_()
+        return y + x
+
+    def of_the_tensor(n, x):
+        y = PERHAPS[name](x)
+        n.relu(x)
+        return n.conv(n.sign(y - 0.37))
+
+    for body in (of_the_copy, of_the_tensor):
+        with pytest.raises(ExportError, match=r"test_export_same\.py:\d+ reads what is the same tensor or a copy"):
+            pack(Net(body), **DATA)
+
+
+@pytest.mark.parametrize("name", [name for name in PERHAPS if "type" not in name and name not in (
+    "double", "cpu", "to a device", "reshape_as")])  # fmt: skip
+def test_a_copy_that_is_changed_and_alone_read_is_exported(name):
+    def body(n, x):
+        residual = x.clone()
+        x = PERHAPS[name](x)
+        x = n.relu(x)
+        return n.conv(n.sign(x - 0.37)) + residual + PERHAPS[name](x)
+
+    assert_same(Net(body))
+
+
+def test_a_view_that_is_certain_and_a_clone_are_told_apart():
+    for view in (lambda x: x.detach(), lambda x: x.view(x.shape), lambda x: x.view_as(x), lambda x: x.expand(x.shape)):
+        with contextlib.suppress(ExportError):  # of a function without a rule
+            assert_same(Net(lambda n, x: view(x).relu_() + x))  # noqa: B023
+    assert_same(Net(lambda n, x: x.clone().relu_() + x))
+    assert_same(Net(lambda n, x: n.relu(x.clone(memory_format=torch.channels_last)) + x))
 
 
 def test_dropout_that_is_active_in_eval_mode_is_refused_and_one_that_is_not_passes():
