@@ -189,7 +189,12 @@ def test_a_change_of_what_may_be_a_copy_is_refused_with_the_lines(name):
         n.relu(x)
         return n.conv(n.sign(y - 0.37))
 
-    for body in (of_the_copy, of_the_tensor):
+    def of_one_by_the_other(n, x):
+        y = PERHAPS[name](x)
+        x.sub_(y)
+        return y + x
+
+    for body in (of_the_copy, of_the_tensor, of_one_by_the_other):
         with pytest.raises(ExportError, match=r"test_export_same\.py:\d+ reads what is the same tensor or a copy"):
             pack(Net(body), **DATA)
 
@@ -230,6 +235,53 @@ def test_a_forward_that_depends_on_what_tracing_cannot_see_is_refused():
 
     with pytest.raises(ExportError, match="computes something else than the graph"):
         pack(Net(body), **DATA)
+
+
+def counted(n, x):
+    n.calls = getattr(n, "calls", 0) + 1
+    return x * n.calls
+
+
+def first_otherwise(n, x):
+    before, n.before = getattr(n, "before", None), True
+    return x if before is None else x + 1.0
+
+
+def remembered(n, x):
+    n.kept = [*getattr(n, "kept", []), 1.0]
+    return x + sum(n.kept)
+
+
+def hidden(n, x):
+    n.count.data = n.count.data + 1
+    return x + n.count
+
+
+def trained(n, x):
+    n.weight.data.mul_(1.01)
+    return x * n.weight
+
+
+@pytest.mark.parametrize("body", [counted, first_otherwise, remembered, hidden, trained])
+def test_a_network_whose_second_call_gives_something_else_is_refused(body):
+    with pytest.raises(
+        ExportError, match="computes something else than the graph.* from call to call|cannot be traced"
+    ):
+        pack(Net(body), **DATA)
+
+
+@pytest.mark.parametrize("method", ["forward", "_call_impl"])
+def test_a_method_put_on_a_layer_is_followed_or_refused(method):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    setattr(net[1], method, lambda x: x * 3)
+    try:
+        assert_same(net)
+    except ExportError as error:
+        assert "a method put on an object" in str(error)
+    binary = nn.Sequential(nn.Conv2d(3, 4, 3), Sign(), BinaryConv2d(4, 4, 3))
+    setattr(binary[2], method, lambda x: x * 3)
+    with pytest.raises(ExportError, match=rf"layer 2 .* with {method} of its own"):
+        pack(binary, **DATA)
 
 
 # -- numbers that are none

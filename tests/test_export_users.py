@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import OrderedDict
 
 import numpy as np
@@ -458,13 +459,13 @@ STATEMENTS = [
 def test_statements_at_random_give_the_same_numbers_or_the_line_that_changes_a_part():
     refused = 0
     pixels, images = pixels_and_images()
-    images = images.contiguous()  # Why: of others contiguous() is a copy, of these the same memory
+    assert not images.is_contiguous()  # of these contiguous() is a copy, of those that are traced the same memory
     for seed in range(40):
         made = Statements(seed).eval()
         try:
             packed = pack(made, **DATA, **FLOAT)
         except ExportError as error:
-            assert "reads another view of it" in str(error) and "test_export_users.py:" in str(error), (seed, error)
+            assert re.search(r"_users\.py:\d+ reads (another view|what is the same)", str(error)), (seed, error)
             refused += 1
             continue
         with torch.no_grad():

@@ -118,9 +118,9 @@ def without_mutation(name: str, traced: fx.GraphModule, image: Tensor) -> None:
                 "of a negative variance, or its numbers are too large."
             )
     place = {node: i for i, node in enumerate(traced.graph.nodes)}
-    memory = _Memory(traced, watch.values, place)
-    for node, changed in watch.changes:
-        memory.check_certain(node, changed)
+    memory = _Memory(traced, watch, place)
+    for node, _ in watch.changes:
+        memory.check_certain(node)
     for node, changed in watch.changes:
         _rewrite(traced, node, changed, watch.values, place)
     traced.graph.lint()
@@ -130,13 +130,14 @@ def without_mutation(name: str, traced: fx.GraphModule, image: Tensor) -> None:
 class _Memory:
     """Which nodes share memory for certain, and which by what their tensors are like."""
 
-    def __init__(self, traced: fx.GraphModule, values: dict[fx.Node, list[Tensor]], place: dict[fx.Node, int]):
+    def __init__(self, traced: fx.GraphModule, watch: _Watch, place: dict[fx.Node, int]):
+        values, changes = watch.values, dict(watch.changes)
         self.values, self.place = values, place
         self.block: dict[fx.Node, int] = {}  # nodes of one block share memory, whatever the image
         self.perhaps: list[tuple[fx.Node, fx.Node]] = []  # of these blocks it is not known
         for node in values:
             self.block[node] = place[node]
-            for source in node.all_input_nodes:
+            for source in [_changed_by(node)] if node in changes else node.all_input_nodes:
                 if _may_copy(traced, node):
                     self.perhaps.append((source, node))
                 elif _addresses(values[source]) & _addresses(values[node]):
@@ -145,11 +146,9 @@ class _Memory:
     def _join(self, old: int, new: int) -> None:
         self.block = {node: old if block == new else block for node, block in self.block.items()}
 
-    def check_certain(self, node: fx.Node, changed: list[fx.Node]) -> None:
+    def check_certain(self, node: fx.Node) -> None:
         """Errors: ExportError where `node` changes a tensor of which a later reader reads what may be a copy."""
-        given = [source for source in node.all_input_nodes if source in changed]
-        sure = {self.block[source] for source in given or changed}
-        reached, by = set(sure), dict[int, fx.Node]()
+        reached, by = {self.block[_changed_by(node)]}, dict[int, fx.Node]()
         links = [pair for pair in self.perhaps if self.place[pair[1]] < self.place[node]]
         for _ in links:  # as often as a chain of them may be long
             for source, copy in links:
@@ -164,6 +163,12 @@ class _Memory:
                     f"same tensor or a copy of it, by what tensor {described(by[self.block[other]])} is given. Write "
                     "it without the change: y = x + 1, relu(x, inplace=False). Or copy with x.clone()."
                 )
+
+
+def _changed_by(node: fx.Node) -> fx.Node:
+    """The argument that a call changes: its `out`, else its first; the other arguments may be the same memory."""
+    out = node.kwargs.get("out")
+    return out if isinstance(out, fx.Node) else node.all_input_nodes[0]
 
 
 def _may_copy(traced: fx.GraphModule, node: fx.Node) -> bool:
