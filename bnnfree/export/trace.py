@@ -112,8 +112,8 @@ def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Trac
     if not isinstance(output, fx.Node):
         got = "a dict" if isinstance(output, dict) else f"a {type(output).__name__.removeprefix('immutable_')}"
         raise ExportError(
-            f"export: {name} gives {got}, expected one tensor: the logits. Export a module whose forward returns that "
-            "one of them."
+            f"export: {name} gives {got}, expected one tensor: the logits. Put it into "
+            "a module that returns that tensor alone."
         )
     if output.op == "placeholder":
         raise ExportError(f"export: {name} gives its image back; there is nothing to export.")
@@ -149,7 +149,7 @@ def _graph_module(name: str, twin: nn.Module) -> fx.GraphModule:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [p for p in forward if p.default is p.empty and p.kind not in several]
     if len(needed) > 1 or not any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in forward):
-        raise ExportError(f"export: {name} takes {len(needed)} inputs, expected one: the image.")
+        raise ExportError(f"export: {name} takes {len(needed)} inputs, expected one, by place: the image.")
     tracer, before = _Tracer(), state_versions(twin)
     try:
         graph = tracer.trace(twin)
