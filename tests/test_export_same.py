@@ -474,6 +474,9 @@ CALLS = {
     "floor": (lambda x: x // 2, "divides an activation without a rest"),
     "by the image": (lambda x: x if x.mean() > 0 else -x, "decides by a value of the image"),
     "alpha": (lambda x: torch.add(x, x, alpha=2), "has alpha"),
+    "permute": (lambda x: x.permute(0, 2, 3, 1), r"calls permute.*maps as \[N, C, H, W\]"),
+    "assert": (lambda x: (torch._assert(x.size(1) == 3, ""), x)[1], "calls eq.*Leave checks of the image"),
+    "a dict": (lambda x: {"out": x}, "gives a dict, expected one tensor.*returns that tensor alone"),
     "data": (lambda x: x.data, "takes a part|cannot be traced"),
 }
 
