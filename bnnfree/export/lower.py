@@ -216,7 +216,9 @@ REMEDIES = {
         "GroupNorm(1, C), a Linear as a Conv2d with a kernel of 1.",
     ),
     **dict.fromkeys(("eq", "ne", "_assert"), "Leave checks of the image (torch._assert) out."),
-    **dict.fromkeys(("MultiheadAttention", "matmul", "bmm", "scaled_dot_product_attention"), "It has no attention."),
+    **dict.fromkeys(
+        ("MultiheadAttention", "matmul", "bmm", "scaled_dot_product_attention"), "The engine has no attention."
+    ),
     **dict.fromkeys(("interpolate", "Upsample", "ConvTranspose2d"), "The engine makes no map larger."),
     **dict.fromkeys(("Conv1d",), "Use Conv2d with a kernel of (1, k)."),
     **dict.fromkeys(("LogSoftmax", "log_softmax"), "Return the logits: their order is the same."),
