@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import OrderedDict
 
 import numpy as np
@@ -348,9 +349,9 @@ def test_what_cannot_be_exported_is_one_line_with_the_place(name, tmp_path):
     [
         ({"std": "abc"}, "std: got 'abc'"), ({"mean": "0.5"}, "mean: got '0.5'"), ({"mean": [0.1, "x", 0.2]}, "mean: "),
         ({"mean": [0.1, [0.2], 0.3]}, "mean: got"), ({"mean": 1j}, "mean: got 1j"), ({"channels": True}, "channels: "),
-        ({"image_size": (True, 3)}, "image_size: got"), ({"image_size": (10**6, 10**6)}, "fails on an image"),
+        ({"image_size": (True, 3)}, "image_size: got"), ({"image_size": (10**6, 10**6)}, "expected at most"),
         ({"stem": ["int8"]}, "stem: got"), ({"classes": b"abcd"}, "classes: got b'abcd'"),
-        ({"classes": ["a", "b", "c", b"d"]}, "bytes among the names"),
+        ({"classes": ["a", "b", "c", b"d"]}, "classes: got b.d., expected names that are texts"),
     ],
 )  # fmt: skip
 def test_odd_options_are_one_line(options, words, tmp_path):
@@ -458,13 +459,13 @@ STATEMENTS = [
 def test_statements_at_random_give_the_same_numbers_or_the_line_that_changes_a_part():
     refused = 0
     pixels, images = pixels_and_images()
-    images = images.contiguous()  # Why: of others contiguous() is a copy, of these the same memory
+    assert not images.is_contiguous()  # of these contiguous() is a copy, of those that are traced the same memory
     for seed in range(40):
         made = Statements(seed).eval()
         try:
             packed = pack(made, **DATA, **FLOAT)
         except ExportError as error:
-            assert "reads another view of it" in str(error) and "test_export_users.py:" in str(error), (seed, error)
+            assert re.search(r"_users\.py:\d+ reads (another view|what is the same)", str(error)), (seed, error)
             refused += 1
             continue
         with torch.no_grad():

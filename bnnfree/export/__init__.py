@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from bnnfree.errors import BnnfreeError, lacking
+from bnnfree.errors import lacking
 
 try:
     import torch  # noqa: F401
@@ -26,12 +24,12 @@ import bnnfree
 from bnnfree.export.check import check_packed
 from bnnfree.export.errors import ExportError
 from bnnfree.export.lower import Lowering
+from bnnfree.export.options import Options, file_name, truth
 from bnnfree.export.packed import Packed
 from bnnfree.export.quantize import quantize_ends
 from bnnfree.export.trace import trace
 from bnnfree.export.twin import plain_mode
 from bnnfree.format import PackedModel, to_bytes, write
-from bnnfree.format.text import join_lines
 
 __all__ = ["ExportError", "Packed", "check_packed", "export", "pack", "pack_network", "packed_bytes"]
 
@@ -52,27 +50,17 @@ def pack(
     recipe: dict[str, Any] | None = None,
 ) -> Packed:
     """The packed model of `module`, in memory; arguments as `export`."""
-    height, width = _size(image_size)
-    channels = _whole(channels, f"export: channels: got {channels!r}, expected a whole number above 0.")
-    means, deviations = _per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")
-    if (means < 0).any() or (means > 1).any():
-        raise BnnfreeError(f"export: mean: got {means.tolist()}, expected 0 to 1: {_OF_PIXELS}")
-    if (deviations <= 0).any() or (deviations > 1).any():
-        raise BnnfreeError(f"export: std: got {deviations.tolist()}, expected above 0 and at most 1: {_OF_PIXELS}")
-    names = _class_names(classes)
-    traced = trace(module, (height, width), channels)
-    quantize_ends(traced, deviations.tolist(), stem, head)
-    lowering = Lowering(traced, means, deviations)
+    options = Options(image_size, channels, mean, std, classes, stem, head, resize, reading, recipe)
+    traced = trace(module, options.image_size, options.channels)
+    quantize_ends(traced, options.std.tolist(), stem, head)
+    lowering = Lowering(traced, options.mean, options.std)
     model = lowering.model()
     outputs = model.tensors[model.output].shape[-1]
-    if names and len(names) != outputs:
-        raise BnnfreeError(f"export: classes: got {len(names)} names for {outputs} outputs of the network.")
-    model.classes = names
+    if options.classes and len(options.classes) != outputs:
+        raise ExportError(f"export: classes: got {len(options.classes)} names for {outputs} outputs of the network.")
+    model.classes = options.classes
     model.producer = f"bnnfree {bnnfree.__version__}"
-    model.metadata = {"mean": means.tolist(), "std": deviations.tolist(), "stem": stem, "head": head}
-    model.metadata |= {"resize": resize} if resize else {}
-    model.metadata |= {"orientation": "exif", **(reading or {})}
-    model.metadata |= {"recipe": recipe} if recipe else {}
+    model.metadata = options.metadata
     number = lowering.builder.number
     meaning = {
         model.tensors[number[old]].name: found for old, found in lowering.meaning.items() if old in number and old
@@ -146,6 +134,7 @@ def export(
     computes is tried in any case.
     Example: export(net, "net.bnnf", image_size=(32, 32), mean=0.5, std=0.25, classes=["cat", "dog"])
     """
+    path, check = file_name(path), truth("check", check)
     packed = pack(
         module,
         image_size=image_size,
@@ -173,45 +162,3 @@ def packed_bytes(model: PackedModel) -> dict[str, int]:
             sizes[tensor.dtype] += tensor.bytes
     total = len(to_bytes(model))
     return {**sizes, "rest": total - sum(sizes.values()), "total": total}
-
-
-_OF_PIXELS = "they are of pixels scaled to 0..1. Divide those of pixels from 0 to 255 by 255."
-
-
-def _class_names(classes: Sequence[str] | None) -> list[str]:
-    """The names as texts that a file can hold."""
-    if classes is None:
-        return []
-    if isinstance(classes, str | bytes) or not isinstance(classes, Sequence | np.ndarray):
-        raise BnnfreeError(f"export: classes: got {classes!r}, expected a list of names, or None.")
-    if any(isinstance(name, bytes) for name in classes):
-        raise BnnfreeError("export: classes: got bytes among the names, expected texts.")
-    names = [str(name) for name in classes]
-    join_lines(names, "class name")  # refuses what no file can hold
-    return names
-
-
-def _size(image_size: tuple[int, int]) -> tuple[int, int]:
-    message = f"export: image_size: got {image_size!r}, expected (height, width) in pixels."
-    sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if len(sizes) != 2:
-        raise BnnfreeError(message)
-    return _whole(sizes[0], message), _whole(sizes[1], message)
-
-
-def _whole(value: Any, message: str) -> int:
-    """A number above 0 that is whole, numpy's too. Errors: BnnfreeError with `message`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise BnnfreeError(message)
-    return int(value)
-
-
-def _per_channel(value: Sequence[float] | float, channels: int, name: str) -> np.ndarray:
-    message = f"export: {name}: got {value!r}, expected one number, or one per channel ({channels})."
-    try:
-        array = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
-        raise BnnfreeError(message) from None
-    if isinstance(value, str) or array.shape not in ((), (channels,)) or not np.isfinite(array).all():
-        raise BnnfreeError(message)
-    return np.broadcast_to(array, (channels,)).copy()

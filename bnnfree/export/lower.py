@@ -210,6 +210,16 @@ REMEDIES = {
     **dict.fromkeys(("InstanceNorm2d", "instance_norm"), "GroupNorm(C, C) computes the same."),
     **dict.fromkeys(("LayerNorm", "layer_norm"), "GroupNorm(1, C) normalises over channels and positions."),
     **dict.fromkeys(("ZeroPad2d", "pad"), "Use the padding of the convolution."),
+    **dict.fromkeys(
+        ("permute", "transpose", "movedim", "mT"),
+        "The engine keeps maps as [N, C, H, W]: write it for that order, a LayerNorm over channels as BatchNorm2d or "
+        "GroupNorm(1, C), a Linear as a Conv2d with a kernel of 1.",
+    ),
+    **dict.fromkeys(("eq", "ne", "_assert"), "Leave checks of the image (torch._assert) out."),
+    **dict.fromkeys(
+        ("MultiheadAttention", "matmul", "bmm", "scaled_dot_product_attention"), "The engine has no attention."
+    ),
+    **dict.fromkeys(("interpolate", "Upsample", "ConvTranspose2d"), "The engine makes no map larger."),
     **dict.fromkeys(("Conv1d",), "Use Conv2d with a kernel of (1, k)."),
     **dict.fromkeys(("LogSoftmax", "log_softmax"), "Return the logits: their order is the same."),
 }

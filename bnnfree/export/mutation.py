@@ -6,7 +6,9 @@ what was changed. Here each change becomes a value of its own, and all later rea
 What changes what is seen by running the graph once: torch counts the changes of each tensor's memory (`_version`), and
 tensors that share memory have one address. So an operation need not be known by name to be noticed. Where a reader
 looks at another part or shape of the changed memory (a slice, a view), or where a parameter or buffer is changed,
-there is no such value, and an ExportError names the line.
+there is no such value, and an ExportError names the line. So it does where a call gives its tensor itself or a copy of
+it, whichever the order of its memory, its type or its device asks for (`contiguous`, `float`, `reshape`), one of
+the two is changed, and the other is read: the network then computes this or that by what it is given.
 """
 
 from __future__ import annotations
@@ -39,6 +41,13 @@ IN_PLACE = {  # what Python's own in-place operators compute
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
     operator.imatmul: operator.matmul,
+}
+# What gives its tensor, a view of it, or a copy, by the tensor's order in memory, its type, device or shape
+PERHAPS_COPIES = {
+    *("contiguous", "reshape", "reshape_as", "flatten", "Flatten", "ravel", "resolve_conj", "resolve_neg", "to_dense"),
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "short", "bool", "char", "byte"),
+    *("cpu", "cuda", "xpu", "pin_memory", "asarray", "as_tensor", "PixelShuffle", "PixelUnshuffle", "pixel_shuffle"),
+    *("pixel_unshuffle", "einsum"),
 }
 
 
@@ -109,10 +118,68 @@ def without_mutation(name: str, traced: fx.GraphModule, image: Tensor) -> None:
                 "of a negative variance, or its numbers are too large."
             )
     place = {node: i for i, node in enumerate(traced.graph.nodes)}
+    memory = _Memory(traced, watch, place)
+    for node, _ in watch.changes:
+        memory.check_certain(node)
     for node, changed in watch.changes:
         _rewrite(traced, node, changed, watch.values, place)
     traced.graph.lint()
     traced.recompile()
+
+
+class _Memory:
+    """Which nodes share memory for certain, and which by what their tensors are like."""
+
+    def __init__(self, traced: fx.GraphModule, watch: _Watch, place: dict[fx.Node, int]):
+        values, changes = watch.values, dict(watch.changes)
+        self.values, self.place = values, place
+        self.block: dict[fx.Node, int] = {}  # nodes of one block share memory, whatever the image
+        self.perhaps: list[tuple[fx.Node, fx.Node]] = []  # of these blocks it is not known
+        for node in values:
+            self.block[node] = place[node]
+            for source in [_changed_by(node)] if node in changes else node.all_input_nodes:
+                if _may_copy(traced, node):
+                    self.perhaps.append((source, node))
+                elif _addresses(values[source]) & _addresses(values[node]):
+                    self._join(self.block[source], self.block[node])
+
+    def _join(self, old: int, new: int) -> None:
+        self.block = {node: old if block == new else block for node, block in self.block.items()}
+
+    def check_certain(self, node: fx.Node) -> None:
+        """Errors: ExportError where `node` changes a tensor of which a later reader reads what may be a copy."""
+        reached, by = {self.block[_changed_by(node)]}, dict[int, fx.Node]()
+        links = [pair for pair in self.perhaps if self.place[pair[1]] < self.place[node]]
+        for _ in links:  # as often as a chain of them may be long
+            for source, copy in links:
+                pair = {self.block[source], self.block[copy]}
+                for block in pair - reached if pair & reached else ():
+                    reached, by[block] = reached | {block}, copy
+        for other in (other for other in self.block if self.block[other] in by):
+            later = [u for u in other.users if self.place[u] > self.place[node] and self.values.get(u, True)]
+            if later and self.place[other] < self.place[node]:
+                raise ExportError(
+                    f"export: {described(node)} changes a value in place, and {described(later[0])} reads what is the "
+                    f"same tensor or a copy of it, by what tensor {described(by[self.block[other]])} is given. Write "
+                    "it without the change: y = x + 1, relu(x, inplace=False). Or copy with x.clone()."
+                )
+
+
+def _changed_by(node: fx.Node) -> fx.Node:
+    """The argument that a call changes: its `out`, else its first; the other arguments may be the same memory."""
+    out = node.kwargs.get("out")
+    return out if isinstance(out, fx.Node) else node.all_input_nodes[0]
+
+
+def _may_copy(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """True for a call that gives its tensor or a copy of it."""
+    layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+    called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (called if layer is None else type(layer).__name__) in PERHAPS_COPIES and not node.kwargs.get("copy")
+
+
+def _addresses(tensors: list[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
 
 
 def _rewrite(

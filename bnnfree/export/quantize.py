@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bnnfree.errors import pick
 from bnnfree.export.errors import ExportError
 from bnnfree.export.trace import Traced, first_layers, last_layer, path_of
 from bnnfree.export.twin import kind_of
 from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
 from bnnfree.nn.standard import ConvLayer
-
-PRECISIONS = {"int8": "8 bits with a scale per output channel", "float": "32 bits"}
 
 
 @dataclass(frozen=True)
@@ -166,8 +163,6 @@ class Int8Layer(nn.Module):
 
 def quantize_ends(traced: Traced, std: Sequence[float], stem: str, head: str) -> None:
     """Replace the first and the last layer with real weights by Int8Layer, where asked to ("int8" or "float")."""
-    pick(PRECISIONS, stem, "stem")
-    pick(PRECISIONS, head, "head")
     last = last_layer(traced)
     for node in first_layers(traced) if stem == "int8" else []:
         _replace(traced, node, 255 * np.asarray(std, np.float64))

@@ -31,7 +31,7 @@ from bnnfree.export.mutation import (
     state_versions,
     without_mutation,
 )
-from bnnfree.export.twin import check_finite, check_unchanged, kind_of, reason, twin_of
+from bnnfree.export.twin import check_finite, check_unchanged, kind_of, methods_put_on, reason, twin_of
 from bnnfree.nn import Sign
 
 BATCH = 2  # images that a network is traced with
@@ -58,7 +58,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         check_unchanged(m, module_qualified_name)
-        own = "forward" in vars(m) or parametrize.is_parametrized(m)
+        own = methods_put_on(m) or parametrize.is_parametrized(m)
         return kind_of(m) is not None or (not own and super().is_leaf_module(m, module_qualified_name))
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -110,7 +110,11 @@ def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Trac
     graph = traced.graph
     output = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(output, fx.Node):
-        raise ExportError(f"export: {name} gives {type(output).__name__}, expected one tensor: the logits.")
+        got = "a dict" if isinstance(output, dict) else f"a {type(output).__name__.removeprefix('immutable_')}"
+        raise ExportError(
+            f"export: {name} gives {got}, expected one tensor: the logits. Put it into "
+            "a module that returns that tensor alone."
+        )
     if output.op == "placeholder":
         raise ExportError(f"export: {name} gives its image back; there is nothing to export.")
     for node in graph.nodes:
@@ -145,7 +149,7 @@ def _graph_module(name: str, twin: nn.Module) -> fx.GraphModule:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [p for p in forward if p.default is p.empty and p.kind not in several]
     if len(needed) > 1 or not any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in forward):
-        raise ExportError(f"export: {name} takes {len(needed)} inputs, expected one: the image.")
+        raise ExportError(f"export: {name} takes {len(needed)} inputs, expected one, by place: the image.")
     tracer, before = _Tracer(), state_versions(twin)
     try:
         graph = tracer.trace(twin)
@@ -190,7 +194,7 @@ def _drops_at_random(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _check_same(name: str, module: nn.Module, traced: fx.GraphModule, image: Tensor) -> None:
-    """Errors: ExportError where the graph does not give what the module itself gives in eval mode.
+    """Errors: ExportError where the graph does not give what the module itself gives in eval mode, call after call.
 
     Where the two round differently (proxies that became constants), float64 decides.
     """
@@ -198,15 +202,17 @@ def _check_same(name: str, module: nn.Module, traced: fx.GraphModule, image: Ten
         try:
             with torch.random.fork_rng(devices=[]):
                 mine = copy.deepcopy(traced).to(dtype)(image.to(dtype))
-                expected = twin_of(module).to(dtype)(image.to(dtype))
+                twin = twin_of(module).to(dtype)
+                expected = [twin(image.to(dtype)) for _ in range(2)]  # Why two: state that forward changes shows then
         except Exception:  # Why: code that does not run in float64 has no second chance; it differed in float32
             break
-        if mine.shape == expected.shape and (mine - expected).abs().max() <= limit * expected.abs().max():
+        if all(mine.shape == e.shape and (mine - e).abs().max() <= limit * e.abs().max() for e in expected):
             return
     raise ExportError(
         f"export: {name} computes something else than the graph that was traced of it: its forward depends on what "
-        "tracing cannot see (a global, a counter, random numbers, .data, autocast, a hook or a __call__ of the whole "
-        "network, a forward put on an object). Make it a fixed sequence of layers."
+        "tracing cannot see (a global, a counter or other state that changes from call to call, random numbers, .data, "
+        "autocast, a hook or a __call__ of the whole network, a method put on an object). Make it a fixed sequence of "
+        "layers."
     )
 
 

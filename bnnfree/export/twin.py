@@ -75,9 +75,14 @@ def check_unchanged(layer: nn.Module, path: str) -> None:
         )
 
 
+def methods_put_on(layer: nn.Module) -> set[str]:
+    """Names of methods that the object has in place of those of its class."""
+    return {name for name in vars(layer) if callable(getattr(type(layer), name, None))} - HARMLESS
+
+
 def _base_of(layer: nn.Module) -> tuple[type, set[str]]:
     """The nearest class of torch's or bnnfree's layers, and the names in it that the classes before it change."""
-    changed = {"forward"} & vars(layer).keys()
+    changed = methods_put_on(layer)
     for kind in type(layer).__mro__:
         ours = issubclass(kind, OURS) and kind.__module__.startswith(("bnnfree.nn.", "bnnfree.export."))
         if ours or kind.__module__.startswith("torch.nn.modules."):

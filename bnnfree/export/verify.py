@@ -28,6 +28,7 @@ from bnnfree.engine import Engine, backends
 from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import first_values
 from bnnfree.errors import BnnfreeError
+from bnnfree.export.options import check_verify
 from bnnfree.export.packed import Packed
 from bnnfree.export.twin import plain_mode
 from bnnfree.format import Op, PackedModel, window_of
@@ -146,9 +147,8 @@ def verify(
     `progress` is told how many images each step has done.
     Errors: BnnfreeError where the file is that of another network.
     """
+    check_verify(packed, model, images, agreement, layer_images, batch_size)
     check_same_activations(packed, model)
-    if not len(images):
-        raise BnnfreeError("verify: got no images, expected at least one.")
     engine = Engine(model, "numpy")
     report = Report(len(images), 0.0, agreement, 0.0, backends={name: None for name in backends() if name != "numpy"})
     torch_layers: dict[str, LayerReport] = {}
