@@ -80,8 +80,8 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
         open_reference(request.against, recipe, data)  # before the minutes that others take
     report: dict[str, Any] = {"source": args.source, "overrides": args.overrides, "device": name_of(device)}
     report |= {"torch": str(torch.__version__), **about(recipe, data), "roofline": roofline(device)}
-    print(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
-    print(f"data      {report['data']}")
+    _cli.say(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
+    _cli.say(f"data      {report['data']}")
     print(f"device    {report['device']}, torch {report['torch']}")
     if recipe.loss.teacher is not None:
         print("loss      cross entropy: the teacher's forward pass is left out, of all")
@@ -93,7 +93,7 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
             except BnnfreeError as error:
                 if args.precision or precision == "fp32":
                     raise
-                print(f"\n{precision}: left out; {error}")  # nobody asked for it by name
+                _cli.say("", f"{precision}: left out; {error}")  # nobody asked for it by name
                 continue
             report.setdefault(precision, {})[str(batch)] = race
             print_race(f"\n{precision}, batch {batch}", race, print_table)
@@ -286,10 +286,10 @@ def print_race(title: str, race: dict, print_table: Callable[..., None]) -> None
         rows.append((name, *cells))
     print_table(rows)
     for name, reason in race["left_out"].items():
-        print(f"{name}: left out; {reason}")
+        _cli.say(f"{name}: left out; {reason}")
     for name, row in race["contenders"].items():
         if "memory_not_measured" in row:
-            print(f"{name}: memory not measured; {row['memory_not_measured']}")
+            _cli.say(f"{name}: memory not measured; {row['memory_not_measured']}")
 
 
 # -- a process of its own for each contender's memory

@@ -14,7 +14,6 @@ backward. What cannot be exported or trained has a line with the reason. Writes 
 folder last.
 """
 
-import argparse
 from pathlib import Path
 
 import _cli
@@ -24,15 +23,17 @@ ENDLESS = 10**6  # epochs: a step here is an epoch of one batch, and the schedul
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
     parser.add_argument("--norms", nargs="+", metavar="NORM", help="of model.norm, and bnp (default: all)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the engine and of torch (default: 1)")
     parser.add_argument("--seconds", type=float, default=30, metavar="S", help="for the engine, and again for training")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="of the training step (default: 32)")
-    parser.add_argument("--out", default="runs/price", metavar="FOLDER", help="(default: runs/price)")
-    args = parser.parse_intermixed_args()
+    parser.add_argument(
+        "--out", default="runs/price", type=_cli.to_folder, metavar="FOLDER", help="(default: runs/price)"
+    )
+    args = parser.read()
 
     import torch
 
@@ -71,7 +72,7 @@ def main() -> None:
     with replacing(out / "price.md") as temporary:
         temporary.write_text(f"{table}\n\n{' '.join(note.split())} {args.batch}.\n", encoding="utf-8")
     write_json(out / "price.json", {"machine": about, "batch": args.batch, "norms": list(rows.values())})
-    print(out)
+    _cli.say(out)
 
 
 def overrides_of(name: str, args) -> list[str]:

@@ -27,7 +27,7 @@ class UnreadError(RecipeError):
     """Keys that are set and that nothing reads; `unread`: dotted key -> what is said of it."""
 
     def __init__(self, unread: dict[str, str], where: str):
-        super().__init__("\n".join(f"{where}: {line}" for line in unread.values()))
+        super().__init__(*(f"{where}: {line}" for line in unread.values()))
         self.unread = unread
 
 
@@ -112,7 +112,7 @@ def _validated(tree: Any, where: str, models: list[str] | Mapping[str, Any] | No
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {line}" for line in _explain(error))) from None
+        raise RecipeError(*(f"{where}: {line}" for line in _explain(error))) from None
     if models is not None and recipe.model.name not in models:
         raise RecipeError(str(errors.unknown_name(f"{where}: model.name", recipe.model.name, models)))
     try:

@@ -233,7 +233,7 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
         try:
             recipe, left = _recipe(sweep.base, texts, changes.keys() - own.keys(), models)
         except RecipeError as error:
-            raise RecipeError(f"{here}: {error}") from None
+            raise RecipeError(*(f"{here}: {line}" for line in error.args)) from None
         same = json.dumps(recipe.model_dump(), sort_keys=True)
         if same in seen:
             raise SweepError(f"{here}: is the same recipe as {seen[same]}. Leave one out.")
