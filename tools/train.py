@@ -82,8 +82,12 @@ def train(args: argparse.Namespace) -> None:
 def paths_of(args: argparse.Namespace) -> tuple[Path, Path]:
     """Recipe and run folder. A run folder in the recipe's place stands for its own recipe and for itself, and so does
     its recipe.yaml where a run is to go on."""
+    from bnnfree.errors import BnnfreeError
+
     given = Path(args.recipe)
     recipe, out = given, Path("runs") / given.stem
+    if given.is_dir() and not (given / "recipe.yaml").exists():
+        raise BnnfreeError(f"recipe {given}: is a folder without recipe.yaml, expected a YAML file or a run folder.")
     if given.is_dir():
         recipe, out = given / "recipe.yaml", given
     elif args.resume and given.name == "recipe.yaml" and (given.parent / "metrics.jsonl").exists():
