@@ -29,7 +29,9 @@ def check_place(path: str | Path, folder: bool = False) -> None:
     """Errors: OutputError where no file `path` (or no folder) can be: another thing is there, or a file above it."""
     path = Path(path)
     if not folder and (not path.name or os.path.isdir(path)):
-        raise OutputError(f"{path}: cannot be written: it is a folder, expected the name of a file to write, such as {path / 'NAME'}.")
+        raise OutputError(
+            f"{path}: cannot be written: it is a folder, expected the name of a file to write, such as {path / 'NAME'}."
+        )
     device = os.path.exists(path) and not os.path.isfile(path) or os.path.dirname(os.path.abspath(path)) == "/dev"
     if not folder and device:  # Why: root would put a file in its place, or in that of a link to it
         raise OutputError(f"{path}: cannot be written: it is a device or a pipe, expected the name of a file to write.")

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import _cli
+
 SECONDS = 60  # for the contenders of one precision and batch
 MB = 1e6
 LAYERS = ("speed=layers",)  # changes to a recipe that make it run module by module
@@ -132,14 +134,15 @@ def check(args) -> None:
 
 
 def recipe_of(request: Request, changes: tuple[str, ...] = ()):
-    """The recipe of a request, with these changes."""
-    from bnnfree.train import load_recipe
+    """The recipe of a request, with these changes; without those overrides that only the unchanged one reads."""
+    from bnnfree.train.recipes import by_key, load_fitting
     from models import MODELS
 
     overrides = [*request.overrides, f"precision={request.precision}", *changes]
     if request.batch is not None:
         overrides.append(f"data.batch_size={request.batch}")
-    return load_recipe(request.source, overrides, MODELS)
+    common = by_key(request.overrides) if changes else ()
+    return load_fitting(request.source, by_key(overrides), common, MODELS)[0]
 
 
 def data_of(recipe, source: str):
@@ -327,7 +330,5 @@ def answer() -> None:
 
 
 if __name__ == "__main__":
-    import _cli
-
     sys.path.append(str(Path(__file__).resolve().parent))  # Why last: a tool's name must hide no module, see _cli
     _cli.run(answer)

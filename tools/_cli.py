@@ -23,7 +23,12 @@ from bnnfree.errors import BnnfreeError, missing, one_line, printable  # noqa: E
 from bnnfree.files import OutputError, check_place, said  # noqa: E402
 
 OUR_OWN = {"bnnfree", "models"}  # packages whose want is a fault of ours
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")  # in torch's RuntimeErrors
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "size calculation overflowed",
+)  # in torch's RuntimeErrors
 
 
 class Parser(argparse.ArgumentParser):

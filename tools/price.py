@@ -76,9 +76,35 @@ def main() -> None:
 
 
 def overrides_of(name: str, args) -> list[str]:
-    """What makes the recipe one of this normaliser's."""
+    """What makes the recipe one of this normaliser's; without those of the user that only another normaliser reads."""
+    from bnnfree.train.recipes import by_key, load_fitting
+    from models import MODELS
+
     own = [f"model.norm={NO_NORM}", "optimizer.precondition=bnp"] if name == BNP else [f"model.norm={name}"]
-    return [*args.overrides, *own]
+    texts = by_key([*args.overrides, *own])
+    left = load_fitting(args.recipe, texts, texts.keys() - by_key(own).keys(), MODELS)[1]
+    return [text for key, text in texts.items() if key not in left]
+
+
+def bar(what: str, total: float, **options):
+    """A progress bar with the time left."""
+    import sys
+
+    from tqdm import tqdm
+
+    pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
+    return tqdm(desc=what, total=total, mininterval=pause, **options)
+
+
+def measured(what: str, contenders: dict, seconds: float, threads: int) -> dict:
+    """`bnnfree.bench.rounds.measure` of the contenders, with a bar; nothing of none."""
+    from bnnfree.bench.rounds import measure
+
+    if not contenders:
+        return {}
+    form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+    with bar(what, seconds, bar_format=form) as shown:
+        return measure(contenders, seconds, threads, lambda passed: shown.update(min(passed, seconds) - shown.n))
 
 
 # -- inference
@@ -90,14 +116,14 @@ def price_inference(rows: dict, args) -> None:
 
     from bnnfree.bench.costs import float_ops, op_counts
     from bnnfree.bench.peers import random_images
-    from bnnfree.bench.rounds import figures, measure
+    from bnnfree.bench.rounds import figures
     from bnnfree.engine import Engine
     from bnnfree.export import pack_network, packed_bytes
     from bnnfree.train import open_source
     from models import MODELS
 
     contenders = {}
-    for name, row in rows.items():
+    for name, row in bar("packing", len(rows), iterable=rows.items(), unit="norm"):
         try:
             model = pack_network(open_source(args.recipe, MODELS, overrides_of(name, args))).model
             engine, image = Engine(model, threads=args.threads), random_images(model, 1)
@@ -109,9 +135,8 @@ def price_inference(rows: dict, args) -> None:
             row["not_exported"] = str(error) or type(error).__name__
             continue
         contenders[name] = functools.partial(engine.run, image)
-    if contenders:
-        for name, times in measure(contenders, args.seconds, args.threads).items():
-            rows[name]["engine"] = figures(times)
+    for name, times in measured("engine", contenders, args.seconds, args.threads).items():
+        rows[name]["engine"] = figures(times)
 
 
 def constants_of(sizes: dict[str, int]) -> int:
@@ -123,10 +148,10 @@ def constants_of(sizes: dict[str, int]) -> int:
 
 def price_training(rows: dict, args) -> None:
     """train (milliseconds of a step, images per second) and saved bytes into each row, or why not: not_trained."""
-    from bnnfree.bench.rounds import figures, measure
+    from bnnfree.bench.rounds import figures
 
     contenders = {}
-    for name, row in rows.items():
+    for name, row in bar("first steps", len(rows), iterable=rows.items(), unit="norm"):
         try:
             step, saved = open_step(name, args)
             step()
@@ -135,10 +160,9 @@ def price_training(rows: dict, args) -> None:
             continue
         row |= saved
         contenders[name] = step
-    if contenders:
-        for name, times in measure(contenders, args.seconds, 1).items():
-            found = figures(times)
-            rows[name]["train"] = {**found, "images_per_second": 1e3 * args.batch / found["median_ms"]}
+    for name, times in measured("training", contenders, args.seconds, 1).items():
+        found = figures(times)
+        rows[name]["train"] = {**found, "images_per_second": 1e3 * args.batch / found["median_ms"]}
 
 
 def open_step(name: str, args):

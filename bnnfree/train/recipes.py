@@ -51,6 +51,28 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), models: Iterabl
     return _parse(layers, overrides, where, models)
 
 
+def load_fitting(
+    path: str | Path, overrides: Mapping[str, str], common: Iterable[str], models
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe without those overrides (key -> key=value) of `common` that nothing reads beside the others.
+
+    For several recipes that share some overrides. And what would have been said of those left out, by key.
+    """
+    left: dict[str, str] = {}
+    while True:
+        try:
+            return load_recipe(path, [text for key, text in overrides.items() if key not in left], models), left
+        except UnreadError as error:
+            if not error.unread.keys() <= set(common) - left.keys():
+                raise
+            left |= error.unread
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Key -> key=value; of a key that is given twice the last."""
+    return {text.partition("=")[0].strip(): text for text in overrides}
+
+
 def parse_recipe(tree: dict, where: str, models: Iterable[str] | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """A Recipe from plain dictionaries (a checkpoint holds one); `where` is named in errors.
 

@@ -192,10 +192,10 @@ class Run:
         try:
             self._say(*self.lines)
             self._warn()
+            self._describe()
             with self._bar() as self.bar:
                 if self.resumed is None:
                     self.stage.calibrate()
-                self._describe()
                 while True:
                     self._train_stage()
                     following = self.stage.index + 1
@@ -222,15 +222,15 @@ class Run:
             tqdm.write(one_line(f"warning: {doubt}."), file=sys.stderr)
 
     def _say(self, *lines: str) -> None:
-        """Print each as one line, beside the progress bar."""
-        for line in () if self.hidden else lines:
-            tqdm.write(one_line(line))
+        """Print each as one line, above the progress bar."""
+        if not self.hidden:
+            tqdm.write("\n".join(map(one_line, lines)))
 
     def _describe(self) -> None:
         stage = self.recipe.stages[self.stage.index]
         signs = self._binarize(self.stage.index)
-        self._say(f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}")
-        self._say(f"speed: {self.stage.speed}", *describe_groups(self.stage.groups).splitlines())
+        head = f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}"
+        self._say(head, f"speed: {self.stage.speed}", *describe_groups(self.stage.groups).splitlines())
 
     def _train_stage(self) -> None:
         stage, last_stage = self.stage, self.stage.index + 1 == len(self.recipe.stages)
