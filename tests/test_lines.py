@@ -14,7 +14,7 @@ import yaml
 from helpers import ROOT, TINY
 from packed import Net, fields_of
 from PIL import Image
-from test_cli import TOOLS, run_tool
+from test_cli import BLOCKED, TOOLS
 from test_tools import tool  # noqa: F401
 
 from bnnfree.errors import BnnfreeError, BnnfreeWarning, one_line, printable, unknown_name
@@ -28,6 +28,11 @@ from models import MODELS
 
 FORGED = "forged: all is well"
 HOSTILE = f"a\n{FORGED}\r{FORGED}\tb\x1b[2J\x0b{FORGED}\x85\u2028c"
+MODEL = "models/pretrained/cifar10_reactnet18_half.bnnf"
+REST = {
+    "export": ["-o", "x.bnnf"], "convert": ["-o", "x.pt"], "shard": ["-o", "x"], "predict": ["x.png"],
+    "verify": ["x.bnnf", "--samples", "1"],
+}  # fmt: skip
 posix = pytest.mark.skipif(sys.platform == "win32", reason="names of files there have no controls")
 NET = """
 import torch
@@ -47,9 +52,8 @@ def build():
 """
 
 
-def honest(done) -> bool:
+def honest(text: str) -> bool:
     """True if no line of the output was begun by a name, and no character moves a terminal."""
-    text = (done.stdout + done.stderr).decode("utf-8", "backslashreplace")
     pieces = [piece for line in text.split("\n") for piece in line.split("\r")]
     whole = printable(text.replace("\r", "")) == text.replace("\r", "")
     return whole and not any(piece.startswith(FORGED) for piece in pieces) and "Traceback" not in text
@@ -71,21 +75,23 @@ def hostile(tmp_path_factory):
     (folder / f"r{HOSTILE}.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "net.py").write_text(NET.format(name=f"l{HOSTILE}".replace(".", "")))
     net = Net(9, 9, 3)
-    model = net.model(net.add("pixel_conv2d", 0, outputs=2, **fields_of((2, 2))), classes=("x", "y"), metadata={HOSTILE: HOSTILE})
+    made = net.add("pixel_conv2d", 0, outputs=2, **fields_of((2, 2)))
+    model = net.model(made, classes=("x", "y"), metadata={HOSTILE: HOSTILE})
     write(model, folder / "map.bnnf")
     return folder
 
 
 @posix
-def test_no_name_of_others_forges_a_line_of_any_tool(hostile):
+@pytest.mark.filterwarnings("default")
+def test_no_name_of_others_forges_a_line_of_any_tool(tool, hostile):  # noqa: F811
     recipe, run, packed = hostile / f"r{HOSTILE}.yaml", hostile / "run", hostile / "m.bnnf"
     picture = hostile / "images" / "test" / "cat"
     bad = hostile / "images" / "train" / "cat" / f"bad{HOSTILE}.png"
     own = f"{hostile / 'net.py'}:build"
     for code, *command in (
         (0, "train", recipe, "--dry-run"), (0, "train", recipe, "--out", run), (2, "train", recipe, "--out", run),
-        (0, "export", run, "-o", packed), (0, "summary", run), (0, "evaluate", run), (0, "evaluate", packed,
-         f"data.root={hostile / 'images'}"), (0, "dump", packed, "--recipe", "--json", hostile / "d.json"),
+        (0, "export", run, "-o", packed), (0, "summary", run), (2, "evaluate", run), (0, "evaluate", packed,
+         f"data.root={json.dumps(str(hostile / 'images'))}"), (0, "dump", packed, "--recipe", "--json", hostile / "d.json"),
         (0, "predict", packed, picture, "--json", hostile / "p.json"), (2, "predict", packed, picture, bad),
         (0, "verify", run, packed, "--images", picture), (1, "dump", packed, hostile / "map.bnnf"),
         (None, "export", own, "-o", hostile / "o.bnnf", "--image-size", "9", "9"), (0, "compare", run, "--out",
@@ -94,8 +100,8 @@ def test_no_name_of_others_forges_a_line_of_any_tool(hostile):
         (2, "train", recipe, f"model.norm={HOSTILE}"), (2, "predict", hostile / "map.bnnf", picture),
         (2, "sweep", hostile / HOSTILE), (2, "convert", bad, "-o", hostile / "x.pt"), (2, "probe", hostile),
     ):  # fmt: skip
-        done = run_tool(*command)
-        assert honest(done) and code in (None, done.returncode), (command, done.stdout, done.stderr)
+        done, printed, errors = tool(*command)
+        assert honest(printed + errors) and code in (None, done), (command, printed, errors)
 
 
 def test_each_argument_of_an_error_or_a_warning_is_a_line():
@@ -142,9 +148,6 @@ def run_with(stream: str, *command) -> subprocess.CompletedProcess:
     return subprocess.run(["sh", "-c", f'exec "$@" {stream}', "sh", *given], cwd=ROOT, capture_output=True)
 
 
-MODEL = "models/pretrained/cifar10_reactnet18_half.bnnf"
-
-
 @posix
 @pytest.mark.parametrize("stream", [">&-", "> /dev/full"])
 def test_output_that_goes_nowhere_is_one_line(stream, tmp_path):
@@ -173,6 +176,28 @@ def test_memory_that_torch_does_not_get_is_one_line(bits):
     assert len(done.stderr.splitlines()) == 1
 
 
+@posix
+def test_a_current_folder_that_is_gone_is_one_line():
+    inside = 'folder=$(mktemp -d) && cd "$folder" && rmdir "$folder" && exec "$@"'
+    for name in ("dump", "summary", "compare"):
+        command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), str(ROOT / MODEL)]
+        done = subprocess.run(["sh", "-c", inside, "sh", *command], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == (
+            "error: current folder: No such file or directory. Go to one that exists, with cd.\n"
+        )
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_without_numpy_says_how_to_get_it(name):
+    source = MODEL if name in ("dump", "predict", "bench") else "recipes/cifar10_reactnet20.yaml"
+    code = BLOCKED.format(packages=("numpy",))
+    command = [sys.executable, "-c", code, f"tools/{name}.py", source, *REST.get(name, [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = "numpy, which is not installed. Install it with: pip install -e ."
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(said), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     code = "import sys; sys.path.insert(0, 'tools'); import _cli; _cli.run(lambda: [].pop())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -180,12 +205,6 @@ def test_a_fault_of_ours_keeps_its_traceback():
 
 
 # -- arguments
-
-
-REST = {
-    "export": ["-o", "x.bnnf"], "convert": ["-o", "x.pt"], "shard": ["-o", "x"], "predict": ["x.png"],
-    "verify": ["x.bnnf", "--samples", "1"],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TOOLS)

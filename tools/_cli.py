@@ -123,6 +123,14 @@ def _open_streams() -> None:
         raise OutputError("standard output: is closed, expected a place to print to. Send it to /dev/null: > /dev/null")
 
 
+def _check_folder() -> None:
+    """Errors: BnnfreeError where the current folder was deleted: torch's libraries would end the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BnnfreeError(f"current folder: {said(error)}. Go to one that exists, with cd.") from None
+
+
 def run(main: Callable[[], object]) -> None:
     """Call a tool's main function.
 
@@ -132,6 +140,7 @@ def run(main: Callable[[], object]) -> None:
     warnings.showwarning = _warn
     try:
         _open_streams()
+        _check_folder()
         plain = Plain(sys.stdout)
         with contextlib.redirect_stdout(plain):  # type: ignore[type-var]
             main()
