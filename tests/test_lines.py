@@ -91,7 +91,8 @@ def test_no_name_of_others_forges_a_line_of_any_tool(tool, hostile):  # noqa: F8
     for code, *command in (
         (0, "train", recipe, "--dry-run"), (0, "train", recipe, "--out", run), (2, "train", recipe, "--out", run),
         (0, "export", run, "-o", packed), (0, "summary", run), (2, "evaluate", run), (0, "evaluate", packed,
-         f"data.root={json.dumps(str(hostile / 'images'))}"), (0, "dump", packed, "--recipe", "--json", hostile / "d.json"),
+         f"data.root={json.dumps(str(hostile / 'images'))}"),
+        (0, "dump", packed, "--recipe", "--json", hostile / "d.json"),
         (0, "predict", packed, picture, "--json", hostile / "p.json"), (2, "predict", packed, picture, bad),
         (0, "verify", run, packed, "--images", picture), (1, "dump", packed, hostile / "map.bnnf"),
         (None, "export", own, "-o", hostile / "o.bnnf", "--image-size", "9", "9"), (0, "compare", run, "--out",
