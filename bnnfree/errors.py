@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 
 EXTRAS = {
+    "numpy": "",
     **dict.fromkeys(("torch", "torchvision", "tqdm", "yaml", "pydantic", "sklearn", "matplotlib"), "train"),
     "PIL": "predict",
     "onnx": "onnx",
@@ -17,12 +18,19 @@ EXTRAS = {
     "openvino": "bench",
     "webdataset": "shards",
 }
-"""Package that may be missing -> the extra that brings it."""
+"""Package that may be missing -> the extra that brings it; empty: every installation does."""
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # printable by name, and invisible
 MOST_MARKS = 4  # combining characters in a row that scripts use; more climb over other lines
 
 
-class BnnfreeError(Exception):
+class Lines(Exception):
+    """A message with one line for each argument: a name inside one of them cannot begin another."""
+
+    def __str__(self) -> str:
+        return "\n".join(one_line(str(line)) for line in self.args)
+
+
+class BnnfreeError(Lines):
     """Base of every error that a user's input can cause; the tools print it without a traceback and exit 2."""
 
 
@@ -38,7 +46,7 @@ class CheckpointError(BnnfreeError):
     """A file that is not a checkpoint, or one that does not fit the network it is loaded into."""
 
 
-class BnnfreeWarning(UserWarning):
+class BnnfreeWarning(Lines, UserWarning):
     """Something was skipped, counted or replaced; the run goes on."""
 
 
@@ -50,11 +58,13 @@ def lacking(error: ModuleNotFoundError, what: str) -> ModuleNotFoundError:
 
 def missing(package: str) -> str:
     """`torch, which is not installed. ...`: the package, and how to get it."""
-    return f'{package}, which is not installed. Install it with: pip install -e ".[{EXTRAS[package]}]"'
+    extra = EXTRAS.get(package)
+    place = f"'{package}'" if extra is None else f'-e ".[{extra}]"' if extra else "-e ."
+    return f"{package}, which is not installed. Install it with: pip install {place}"
 
 
-def printable(text: str) -> str:
-    """`text` without what could move or fool a terminal, each such character as its escape; line feeds and tabs stay.
+def printable(text: str, keep: str = "\n\t") -> str:
+    """`text` without what could move or fool a terminal, each such character as its escape; those in `keep` stay.
 
     Names of files, classes and keys are made by others: controls, marks that turn the direction of reading or have no
     width, line separators, halves of surrogate pairs, and combining characters beyond MOST_MARKS in a row are escaped.
@@ -63,11 +73,16 @@ def printable(text: str) -> str:
     for character in text:
         marks = marks + 1 if unicodedata.category(character) in ("Mn", "Me") else 0
         seen = character.isprintable() and character not in FILLERS
-        if character in "\n\t" or (seen and marks <= MOST_MARKS):
+        if character in keep or (seen and marks <= MOST_MARKS):
             made.append(character)
         else:
             made.append(character.encode("unicode_escape", "backslashreplace").decode("ascii"))
     return "".join(made)
+
+
+def one_line(text: object) -> str:
+    """`printable` for a line, a cell of a table, or a name in one: line feeds and tabs are escaped as well."""
+    return printable(str(text), keep="")
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:

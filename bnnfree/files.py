@@ -25,6 +25,21 @@ def said(error: OSError | ValueError) -> str:
     return "disk full" if full else str(getattr(error, "strerror", None) or error)
 
 
+def check_place(path: str | Path, folder: bool = False) -> None:
+    """Errors: OutputError where no file `path` (or no folder) can be: another thing is there, or a file above it."""
+    path = Path(path)
+    if not folder and (not path.name or os.path.isdir(path)):
+        raise OutputError(
+            f"{path}: cannot be written: it is a folder, expected the name of a file to write, such as {path / 'NAME'}."
+        )
+    device = os.path.exists(path) and not os.path.isfile(path) or os.path.dirname(os.path.abspath(path)) == "/dev"
+    if not folder and device:  # Why: root would put a file in its place, or in that of a link to it
+        raise OutputError(f"{path}: cannot be written: it is a device or a pipe, expected the name of a file to write.")
+    for above in [path] * folder + list(path.parents):
+        if os.path.exists(above) and not os.path.isdir(above):
+            raise OutputError(f"{path}: cannot be written: {above} is a file, expected a folder.")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed onto it when the block ends well and removed when it does not.
@@ -35,8 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     other errors of the block pass. What was at `path` is as it was.
     """
     path = Path(path)
-    if not path.name:
-        raise OutputError(f"{str(path)!r}: got a folder or nothing, expected the name of a file to write.")
+    check_place(path)
     temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

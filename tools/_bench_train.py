@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import _cli
+
 SECONDS = 60  # for the contenders of one precision and batch
 MB = 1e6
 LAYERS = ("speed=layers",)  # changes to a recipe that make it run module by module
@@ -80,8 +82,8 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
         open_reference(request.against, recipe, data)  # before the minutes that others take
     report: dict[str, Any] = {"source": args.source, "overrides": args.overrides, "device": name_of(device)}
     report |= {"torch": str(torch.__version__), **about(recipe, data), "roofline": roofline(device)}
-    print(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
-    print(f"data      {report['data']}")
+    _cli.say(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
+    _cli.say(f"data      {report['data']}")
     print(f"device    {report['device']}, torch {report['torch']}")
     if recipe.loss.teacher is not None:
         print("loss      cross entropy: the teacher's forward pass is left out, of all")
@@ -93,7 +95,7 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
             except BnnfreeError as error:
                 if args.precision or precision == "fp32":
                     raise
-                print(f"\n{precision}: left out; {error}")  # nobody asked for it by name
+                _cli.say("", f"{precision}: left out; {error}")  # nobody asked for it by name
                 continue
             report.setdefault(precision, {})[str(batch)] = race
             print_race(f"\n{precision}, batch {batch}", race, print_table)
@@ -132,14 +134,15 @@ def check(args) -> None:
 
 
 def recipe_of(request: Request, changes: tuple[str, ...] = ()):
-    """The recipe of a request, with these changes."""
-    from bnnfree.train import load_recipe
+    """The recipe of a request, with these changes; without those overrides that only the unchanged one reads."""
+    from bnnfree.train.recipes import by_key, load_fitting
     from models import MODELS
 
     overrides = [*request.overrides, f"precision={request.precision}", *changes]
     if request.batch is not None:
         overrides.append(f"data.batch_size={request.batch}")
-    return load_recipe(request.source, overrides, MODELS)
+    common = by_key(request.overrides) if changes else ()
+    return load_fitting(request.source, by_key(overrides), common, MODELS)[0]
 
 
 def data_of(recipe, source: str):
@@ -286,10 +289,10 @@ def print_race(title: str, race: dict, print_table: Callable[..., None]) -> None
         rows.append((name, *cells))
     print_table(rows)
     for name, reason in race["left_out"].items():
-        print(f"{name}: left out; {reason}")
+        _cli.say(f"{name}: left out; {reason}")
     for name, row in race["contenders"].items():
         if "memory_not_measured" in row:
-            print(f"{name}: memory not measured; {row['memory_not_measured']}")
+            _cli.say(f"{name}: memory not measured; {row['memory_not_measured']}")
 
 
 # -- a process of its own for each contender's memory
@@ -327,7 +330,5 @@ def answer() -> None:
 
 
 if __name__ == "__main__":
-    import _cli
-
     sys.path.append(str(Path(__file__).resolve().parent))  # Why last: a tool's name must hide no module, see _cli
     _cli.run(answer)

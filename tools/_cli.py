@@ -1,7 +1,7 @@
 """First import of every tool: finds the checkout, and is the one place where a tool's text leaves the program.
 
 Errors become one message and exit code 2, and whatever is printed has no characters that could move a terminal
-(`bnnfree.errors.printable`), in an encoding that the terminal has.
+(`bnnfree.errors.printable`), in an encoding that the terminal has. Text with a name in it is printed by `say`.
 
 Why: `python tools/x.py` puts tools/ first on sys.path, where a tool's name could hide a module of the
 standard library; that entry is replaced by the repository root, so that `models` is found as well.
@@ -9,6 +9,7 @@ standard library; that entry is replaced by the repository root, so that `models
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -18,21 +19,116 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bnnfree.errors import EXTRAS, BnnfreeError, missing, printable  # noqa: E402
+from bnnfree.errors import BnnfreeError, missing, one_line, printable  # noqa: E402
+from bnnfree.files import OutputError, check_place, said  # noqa: E402
+
+OUR_OWN = {"bnnfree", "models"}  # packages whose want is a fault of ours
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "size calculation overflowed",
+)  # in torch's RuntimeErrors
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a tool: its docstring is the help, and no argument may be an empty text."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def read(self) -> argparse.Namespace:
+        """The arguments of the command line. Errors: BnnfreeError for one that is empty."""
+        args = self.parse_intermixed_args()
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if "" in (value if isinstance(value, list) else [value]):
+                name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+                raise BnnfreeError(f"{name}: got an empty text, expected a value. Is a variable of the shell empty?")
+        return args
+
+
+def to_file(text: str) -> str:
+    """The type of an argument that names a file to write: refused before the work where none can be."""
+    return _place(text, folder=False)
+
+
+def to_folder(text: str) -> str:
+    """The type of an argument that names a folder to write into."""
+    return _place(text, folder=True)
+
+
+def _place(text: str, folder: bool) -> str:
+    if text:  # Parser.read says what is wrong with an empty one
+        check_place(text, folder)
+    return text
+
+
+def say(*lines: object) -> None:
+    """Print each argument as one line, whatever names are in it."""
+    print(*map(one_line, lines), sep="\n")
 
 
 class Plain:
-    """A stream that prints only what `printable` lets through."""
+    """Standard output that prints only what `printable` lets through. Errors: OutputError where it takes no more."""
 
     def __init__(self, stream):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(printable(text))
+        with _said_of_output():
+            self._stream.write(printable(text))
         return len(text)
+
+    def flush(self) -> None:
+        with _said_of_output():
+            self._stream.flush()
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _said_of_output():
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _lose(1)  # Why: what is still held would be tried again when Python ends
+        raise OutputError(
+            f"standard output: cannot be written: {said(error)}. Send it elsewhere, with > FILE."
+        ) from None
+
+
+def _lose(descriptor: int) -> None:
+    """Send all that goes to `descriptor` nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != descriptor:
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _open_streams() -> None:
+    """Make the standard streams usable. Errors: OutputError where standard output is closed."""
+    closed = sys.stdout is None
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            _lose(number)  # Why: the next file opened would get its number, and what is printed
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # Why: a bar of stderr stands between
+    if closed:
+        raise OutputError("standard output: is closed, expected a place to print to. Send it to /dev/null: > /dev/null")
+
+
+def _check_folder() -> None:
+    """Errors: BnnfreeError where the current folder was deleted: torch's libraries would end the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BnnfreeError(f"current folder: {said(error)}. Go to one that exists, with cd.") from None
 
 
 def run(main: Callable[[], object]) -> None:
@@ -41,24 +137,25 @@ def run(main: Callable[[], object]) -> None:
     A BnnfreeError, an error of the system about a file, memory that does not suffice and a package that is not
     installed end it with one message on stderr and exit code 2. Anything else is a fault of ours, with its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _warn
     try:
-        with contextlib.redirect_stdout(Plain(sys.stdout)):  # type: ignore[type-var]
+        _open_streams()
+        _check_folder()
+        plain = Plain(sys.stdout)
+        with contextlib.redirect_stdout(plain):  # type: ignore[type-var]
             main()
+            plain.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _lose(1)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted; trainings keep a checkpoint: train.py --resume and sweep.py go on", file=sys.stderr)
         raise SystemExit(130) from None
-    except (BnnfreeError, OSError, MemoryError, ModuleNotFoundError) as error:
+    except (BnnfreeError, OSError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
         message = _message(error)
         if message is None:
             raise
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -66,14 +163,14 @@ def _message(error: Exception) -> str | None:
     """The message of an error that is the user's business; None of any other."""
     if isinstance(error, BnnfreeError):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return "not enough memory. A smaller data.batch_size, data.image_size or model.width takes less."
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        return f"this tool needs {missing(package)}" if package in EXTRAS else None
+        return one_line(f"this tool needs {missing(package)}") if package not in OUR_OWN else None
     if isinstance(error, OSError) and error.errno is not None:
         path = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        return f"{path}{error.strerror}."
+        return one_line(f"{path}{error.strerror}.")
     return None
 
 
@@ -81,4 +178,6 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     """A warning of ours is one line; one of another package says where it comes from."""
     text = warnings.formatwarning(message, category, filename, lineno, "").rstrip()
     ours = filename.startswith(sys.path[0])
-    print(printable(f"{category.__name__}: {message}" if ours else text), file=file or sys.stderr)
+    bars = sys.modules.get("tqdm")
+    write = bars.tqdm.write if bars else print  # Why: a line of its own beside a progress bar
+    write(one_line(f"{category.__name__}: {message}") if ours else printable(text), file=file or sys.stderr)

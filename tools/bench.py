@@ -41,7 +41,6 @@ large bfloat16 product; % copy: the bytes that must move (saved ones twice, 40 a
 In bf16_trunk, those without fused nodes run in bf16. Who cannot take a step gets a line with the reason.
 """
 
-import argparse
 import functools
 import json
 import sys
@@ -57,7 +56,7 @@ SPEED = ("GMAC/s", "% of peak", "% nominal")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="a packed file, run folder, checkpoint or recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to a recipe, dotted keys")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every contender (default: 1)")
@@ -78,8 +77,8 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="for the contenders (10; with --train 60 a precision and batch)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--json", type=_cli.to_file, metavar="FILE", help="write all figures there")
+    args = parser.read()
 
     from bnnfree.bench.machine import machine
     from bnnfree.errors import BnnfreeError
@@ -106,7 +105,7 @@ def main() -> None:
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(args.json)
+        _cli.say(args.json)
 
 
 def check_mode(args) -> None:
@@ -177,7 +176,7 @@ def print_machine(about: dict) -> None:
     cores = f"{about['cores']} core{'s' if about['cores'] > 1 else ''}"
     isa = f", {about['isa']}" if "isa" in about else ""
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
-    print(f"machine   {about['cpu']}, {cores}, {threads}{isa}; {about['system']}")
+    _cli.say(f"machine   {about['cpu']}, {cores}, {threads}{isa}; {about['system']}")
 
 
 # -- a model
@@ -192,7 +191,7 @@ def bench_model(engine, args) -> dict:
 
     model, images = engine.model, random_images(engine.model, CHECKED)
     height, width, channels = model.image_shape
-    print(f"network   {args.source}: {height}x{width}x{channels}, {len(model.ops)} ops, batch 1")
+    _cli.say(f"network   {args.source}: {height}x{width}x{channels}, {len(model.ops)} ops, batch 1")
     memory = memory_of(engine, args.source)
     print_memory(memory)
     peak = Peak(engine.backend, args.threads)
@@ -225,21 +224,21 @@ def open_peers(engine, images, args) -> dict:
         if peer.package not in args.against:
             continue
         if missing := peer.missing():
-            print(f"{name}: not measured; pip install {' '.join(missing)}")
+            _cli.say(f"{name}: not measured; pip install {' '.join(missing)}")
             continue
         try:
             run = peer.make(engine.model, args.threads)
             differs = difference(run, images, expected)
         except Exception as error:  # whatever another runtime says when it cannot
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            print(f"{name}: not measured; {reason[0]}")
+            _cli.say(f"{name}: not measured; {reason[0]}")
             continue
         if peer.exact and differs > SAME:
-            print(f"{name}: not measured; its outputs differ by {differs:.1%} of the largest, expected {SAME:.0%}.")
+            _cli.say(f"{name}: not measured; its outputs differ by {differs:.1%} of the largest, expected {SAME:.0%}.")
             continue
         note = peer.note(engine.model)
         if note:
-            print(f"{name}: {note}")
+            _cli.say(f"{name}: {note}")
         found[name] = run, {"version": version(peer.package), "difference": differs, "note": note}
     return found
 
@@ -330,6 +329,9 @@ def speed_of(row: dict) -> list[str]:
 
 
 def print_table(rows: list[tuple], left=(0,)) -> None:
+    from bnnfree.errors import one_line
+
+    rows = [tuple(map(one_line, row)) for row in rows]
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(row, wide, strict=True))]

@@ -11,7 +11,6 @@ curves. Of benchmarks: the median of each contender and of each kernel in each f
 file's it is. Writes compare.md, and of runs compare.png; prints the folder last.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -19,11 +18,13 @@ import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders and sweep folders, or bench files")
     parser.add_argument("--metric", choices=("val_top1", "top1", "val_loss", "loss"), help="of the picture")
-    parser.add_argument("--out", default="runs/compare", metavar="FOLDER", help="(default: runs/compare)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--out", default="runs/compare", type=_cli.to_folder, metavar="FOLDER", help="(default: runs/compare)"
+    )
+    args = parser.read()
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.files import replacing
@@ -42,7 +43,7 @@ def main() -> None:
     print(table)
     with replacing(out / "compare.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
-    print(out)
+    _cli.say(out)
 
 
 # -- runs

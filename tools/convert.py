@@ -15,23 +15,24 @@ names them. evaluate.py compares the names of classes with the data's: for folde
 their names in sorted order. The path of the file written is printed last.
 """
 
-import argparse
 from pathlib import Path
 
 import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("file", metavar="FILE|RUN", help="what their training wrote, or a run or checkpoint of ours")
-    parser.add_argument("-o", "--out", required=True, metavar="OUT.pt", help="the checkpoint to write")
+    parser.add_argument(
+        "-o", "--out", required=True, type=_cli.to_file, metavar="OUT.pt", help="the checkpoint to write"
+    )
     parser.add_argument("--variant", metavar="NAME", help="which network it is, where keys cannot tell")
     parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: class0, ...)")
     parser.add_argument(
         "--image-size", type=int, metavar="N", help="side in pixels (default: 224; 32 for 10 or 100 classes)"
     )
     parser.add_argument("--half", action="store_true", help="weights in bfloat16")
-    args = parser.parse_args()
+    args = parser.read()
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.train.checkpoint import save_checkpoint
@@ -62,9 +63,9 @@ def main() -> None:
         "classes": len(data["classes"]),
         "image size": data["image_size"][0],
     }
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    _cli.say(", ".join(f"{key} {value}" for key, value in about.items()))
     save_checkpoint(args.out, weights_only(state, args.half))
-    print(args.out)
+    _cli.say(args.out)
 
 
 if __name__ == "__main__":

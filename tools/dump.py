@@ -11,7 +11,6 @@ same to the byte ("identical"), with 1 if they differ. window: k kernel, s strid
 far as it is not the usual; epilogue: its parts in order. With --json the file's path is printed last.
 """
 
-import argparse
 import json
 import math
 from collections import Counter
@@ -23,12 +22,12 @@ RECIPE = "recipe"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a packed model, .bnnf")
     parser.add_argument("other", metavar="OTHER", nargs="?", help="a second one, to compare")
     parser.add_argument("--recipe", action="store_true", help="show the recipe in the metadata too")
-    parser.add_argument("--json", metavar="FILE", help="write the same as numbers to FILE")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=_cli.to_file, metavar="FILE", help="write the same as numbers to FILE")
+    args = parser.read()
 
     from bnnfree.files import replacing
     from bnnfree.format import read
@@ -41,11 +40,11 @@ def main() -> None:
     else:
         same = Path(args.model).read_bytes() == Path(args.other).read_bytes()
         result = {"identical": same} | ({} if same else differences(args.model, args.other, *models))
-        print("identical" if same else "\n".join(difference_lines(result)))
+        _cli.say(*["identical"] if same else difference_lines(result))
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(args.json)
+        _cli.say(args.json)
     if not same:
         raise SystemExit(1)
 
@@ -131,11 +130,13 @@ def by_x(sizes: list) -> str:
 
 
 def print_description(about: dict) -> None:
-    print(f"{about['file']}: format {about['version']}, written by {about['producer'] or 'nobody who says so'}")
+    from bnnfree.errors import one_line
+
+    _cli.say(f"{about['file']}: format {about['version']}, written by {about['producer'] or 'nobody who says so'}")
     print(f"image     {by_x(about['image'])} (height x width x channels)")
-    print(f"output    {about['output'][0]}, {by_x(about['output'][1:])}, {about['classes']} class names")
+    _cli.say(f"output    {about['output'][0]}, {by_x(about['output'][1:])}, {about['classes']} class names")
     for key, value in about["metadata"].items():
-        print(f"metadata  {plain(key)[1:-1]}: {plain(value)}")
+        _cli.say(f"metadata  {key}: {as_json(value)}")
     print()
     rows = [("#", "op", "writes", "shape", "window", "weights", "epilogue", "as", "bytes")]
     for row in about["table"]:
@@ -143,6 +144,7 @@ def print_description(about: dict) -> None:
         texts = (row["op"], row["name"], by_x(row["shape"]), window_text(row["window"]), weights)
         ends = (" ".join(row["epilogue"]), "+".join(row["writes"]), f"{row['bytes']:,}")
         rows.append((str(row["number"]), *texts, *ends))
+    rows = [tuple(map(one_line, row)) for row in rows]
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
@@ -236,9 +238,7 @@ def difference_lines(found: dict) -> list[str]:
     """The differences as a page."""
     lines = [f"a: {found['files'][0]}", f"b: {found['files'][1]}"]
     for part in ("facts", "metadata"):
-        lines += [
-            f"{part}  {plain(key)[1:-1]}: {short(old)} -> {short(new)}" for key, (old, new) in found[part].items()
-        ]
+        lines += [f"{part}  {key}: {short(old)} -> {short(new)}" for key, (old, new) in found[part].items()]
     lines += [f"- {text}" for text in found["removed"]] + [f"+ {text}" for text in found["added"]]
     lines += ["the ops run in another order"] if found["order"] else []
     for name, fields in found["changed"].items():
@@ -259,14 +259,12 @@ def difference_lines(found: dict) -> list[str]:
     return lines
 
 
-def plain(value) -> str:
-    """As JSON; escaped where it could move the terminal."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if text.isprintable() else json.dumps(value)
+def as_json(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def short(value) -> str:
-    text = plain(value)
+    text = as_json(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

@@ -18,7 +18,6 @@ augmented training images, as the recipe key `settle` does for each evaluation i
 with that key has them already; last.pt has those that training goes by.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("source", help="a run folder (its best.pt), a checkpoint file, a recipe, or a packed file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to data.*, precision, device (a recipe: to any key)"
@@ -34,8 +33,8 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "val", "train"), default="test")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N")
     parser.add_argument("--settle", type=int, default=0, metavar="N", help="measure statistics anew on N images first")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--json", type=_cli.to_file, metavar="FILE", help="write the figures there as well")
+    args = parser.read()
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.nn import settle
@@ -74,7 +73,7 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     if args.json:
         write_json(args.json, figures)
-        print(args.json)
+        _cli.say(args.json)
 
 
 def open_packed(path: str, overrides: list[str]):

@@ -15,7 +15,6 @@ model run on random images and must agree (--no-check: not). tools/verify.py SOU
 leave the fast kernels are named. The path of the file is printed last.
 """
 
-import argparse
 from pathlib import Path
 
 import _cli
@@ -25,10 +24,10 @@ OWN = ("image_size", "channels", "mean", "std")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint, a recipe or FILE.py:NAME")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to a recipe, dotted keys")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("-o", "--out", required=True, type=_cli.to_file, metavar="FILE", help="the file to write")
     parser.add_argument("--format", choices=tuple(SUFFIXES), help="default: by the ending of FILE, else bnnf")
     parser.add_argument("--no-check", dest="check", action="store_false", help="write without running it first")
     own = parser.add_argument_group("of a network FILE.py:NAME")
@@ -38,7 +37,7 @@ def main() -> None:
     own.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise (default: mean 0, std 1)")
     parser.add_argument("--stem", choices=("int8", "float"), default="int8", help="weights of the first layer")
     parser.add_argument("--head", choices=("int8", "float"), default="int8", help="weights of the last layer")
-    args = parser.parse_intermixed_args()
+    args = parser.read()
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.export import check_packed, pack, pack_network
@@ -47,8 +46,6 @@ def main() -> None:
     from bnnfree.train import open_source, source_kind
     from models import MODELS
 
-    if Path(args.out).is_dir():
-        raise BnnfreeError(f"-o: got the folder {args.out}, expected a file name such as {args.out}/model.bnnf.")
     if args.overrides and (is_own(args.source) or source_kind(args.source) != "recipe"):
         given = " ".join(args.overrides)
         raise BnnfreeError(f"{args.source}: got {given} for a network that is fixed; expected none.")
@@ -83,14 +80,14 @@ def main() -> None:
     kinds: dict[str, int] = {}
     for op in model.ops:
         kinds[op.name] = kinds.get(op.name, 0) + 1
-    print(title)
+    _cli.say(title)
     print(f"image     {height}x{width}x{channels} (height x width x channels), {len(model.classes)} classes")
     print(f"ops       {', '.join(f'{count} {name}' for name, count in kinds.items())}")
     print(f"arena     {model.arena_bytes:,} bytes for the activations of one image")
     print(f"file      {size:,} bytes")
     for line in packed.slow:
-        print(f"slow      {line}")
-    print(args.out)
+        _cli.say(f"slow      {line}")
+    _cli.say(args.out)
 
 
 if __name__ == "__main__":

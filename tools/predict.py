@@ -14,7 +14,6 @@ An image that cannot be read stops nothing: the others are done first, then the 
 is 2. With --json all that was found, and the errors, go to FILE, whose path is printed last.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -24,14 +23,14 @@ TOGETHER = 64  # images in memory at one time
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a packed network (.bnnf)")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many classes to name (default: 5)")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="of bnnfree.engine (default: auto)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="how many work on the images (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the predictions there as well")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=_cli.to_file, metavar="FILE", help="write the predictions there as well")
+    args = parser.read()
 
     from bnnfree.engine import load
     from bnnfree.errors import BnnfreeError, DataError
@@ -50,17 +49,15 @@ def main() -> None:
             except DataError as error:
                 errors.append({"image": path, "error": str(error)})
         for path, top in zip(pixels, predict(engine, list(pixels.values()), args.top), strict=True):
-            print(
-                *[""] if found else [], path, *(f"{100 * t['probability']:7.2f} %  {t['class']}" for t in top), sep="\n"
-            )
+            _cli.say(*[""] if found else [], path, *(f"{100 * t['probability']:7.2f} %  {t['class']}" for t in top))
             found.append({"image": path, "top": top})
     if args.json:
         with replacing(args.json) as temporary:
             result = {"model": args.model, "images": found, "errors": errors}
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(args.json)
+        _cli.say(args.json)
     if errors:
-        raise DataError("\n".join(e["error"] for e in errors))
+        raise DataError(*(e["error"] for e in errors))
 
 
 def images_of(paths):

@@ -14,7 +14,6 @@ backward. What cannot be exported or trained has a line with the reason. Writes 
 folder last.
 """
 
-import argparse
 from pathlib import Path
 
 import _cli
@@ -24,15 +23,17 @@ ENDLESS = 10**6  # epochs: a step here is an epoch of one batch, and the schedul
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
     parser.add_argument("--norms", nargs="+", metavar="NORM", help="of model.norm, and bnp (default: all)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the engine and of torch (default: 1)")
     parser.add_argument("--seconds", type=float, default=30, metavar="S", help="for the engine, and again for training")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="of the training step (default: 32)")
-    parser.add_argument("--out", default="runs/price", metavar="FOLDER", help="(default: runs/price)")
-    args = parser.parse_intermixed_args()
+    parser.add_argument(
+        "--out", default="runs/price", type=_cli.to_folder, metavar="FOLDER", help="(default: runs/price)"
+    )
+    args = parser.read()
 
     import torch
 
@@ -71,13 +72,39 @@ def main() -> None:
     with replacing(out / "price.md") as temporary:
         temporary.write_text(f"{table}\n\n{' '.join(note.split())} {args.batch}.\n", encoding="utf-8")
     write_json(out / "price.json", {"machine": about, "batch": args.batch, "norms": list(rows.values())})
-    print(out)
+    _cli.say(out)
 
 
 def overrides_of(name: str, args) -> list[str]:
-    """Overrides that give the recipe this normaliser."""
+    """Overrides that give the recipe this normaliser, without the user's that only another one reads."""
+    from bnnfree.train.recipes import by_key, load_fitting
+    from models import MODELS
+
     own = [f"model.norm={NO_NORM}", "optimizer.precondition=bnp"] if name == BNP else [f"model.norm={name}"]
-    return [*args.overrides, *own]
+    texts = by_key([*args.overrides, *own])
+    left = load_fitting(args.recipe, texts, texts.keys() - by_key(own).keys(), MODELS)[1]
+    return [text for key, text in texts.items() if key not in left]
+
+
+def bar(what: str, total: float, **options):
+    """A progress bar with the time left."""
+    import sys
+
+    from tqdm import tqdm
+
+    pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
+    return tqdm(desc=what, total=total, mininterval=pause, **options)
+
+
+def measured(what: str, contenders: dict, seconds: float, threads: int) -> dict:
+    """`bnnfree.bench.rounds.measure` of the contenders, with a bar; nothing of none."""
+    from bnnfree.bench.rounds import measure
+
+    if not contenders:
+        return {}
+    form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+    with bar(what, seconds, bar_format=form) as shown:
+        return measure(contenders, seconds, threads, lambda passed: shown.update(min(passed, seconds) - shown.n))
 
 
 # -- inference
@@ -89,14 +116,14 @@ def price_inference(rows: dict, args) -> None:
 
     from bnnfree.bench.costs import float_ops, op_counts
     from bnnfree.bench.peers import random_images
-    from bnnfree.bench.rounds import figures, measure
+    from bnnfree.bench.rounds import figures
     from bnnfree.engine import Engine
     from bnnfree.export import pack_network, packed_bytes
     from bnnfree.train import open_source
     from models import MODELS
 
     contenders = {}
-    for name, row in rows.items():
+    for name, row in bar("packing", len(rows), iterable=rows.items(), unit="norm"):
         try:
             model = pack_network(open_source(args.recipe, MODELS, overrides_of(name, args))).model
             engine, image = Engine(model, threads=args.threads), random_images(model, 1)
@@ -108,9 +135,8 @@ def price_inference(rows: dict, args) -> None:
             row["not_exported"] = str(error) or type(error).__name__
             continue
         contenders[name] = functools.partial(engine.run, image)
-    if contenders:
-        for name, times in measure(contenders, args.seconds, args.threads).items():
-            rows[name]["engine"] = figures(times)
+    for name, times in measured("engine", contenders, args.seconds, args.threads).items():
+        rows[name]["engine"] = figures(times)
 
 
 def constants_of(sizes: dict[str, int]) -> int:
@@ -122,10 +148,10 @@ def constants_of(sizes: dict[str, int]) -> int:
 
 def price_training(rows: dict, args) -> None:
     """train (milliseconds of a step, images per second) and saved bytes into each row, or why not: not_trained."""
-    from bnnfree.bench.rounds import figures, measure
+    from bnnfree.bench.rounds import figures
 
     contenders = {}
-    for name, row in rows.items():
+    for name, row in bar("first steps", len(rows), iterable=rows.items(), unit="norm"):
         try:
             step, saved = open_step(name, args)
             step()
@@ -134,10 +160,9 @@ def price_training(rows: dict, args) -> None:
             continue
         row |= saved
         contenders[name] = step
-    if contenders:
-        for name, times in measure(contenders, args.seconds, 1).items():
-            found = figures(times)
-            rows[name]["train"] = {**found, "images_per_second": 1e3 * args.batch / found["median_ms"]}
+    for name, times in measured("training", contenders, args.seconds, 1).items():
+        found = figures(times)
+        rows[name]["train"] = {**found, "images_per_second": 1e3 * args.batch / found["median_ms"]}
 
 
 def open_step(name: str, args):

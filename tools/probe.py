@@ -30,7 +30,6 @@ tables), signals.png and, where there are binary layers, probe.png: their number
 all with the same axes, from the course or else of initial and trained. Prints the folder last.
 """
 
-import argparse
 import json
 import statistics
 from dataclasses import dataclass, field
@@ -61,7 +60,7 @@ class Look:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument(
         "sources",
         nargs="+",
@@ -69,8 +68,10 @@ def main() -> None:
         help="runs, checkpoints, sweep folders, recipes; key=value changes these",
     )
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many (default: 256)")
-    parser.add_argument("--out", default="runs/probe", metavar="FOLDER", help="(default: runs/probe)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--out", default="runs/probe", type=_cli.to_folder, metavar="FOLDER", help="(default: runs/probe)"
+    )
+    args = parser.read()
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.files import replacing
@@ -98,7 +99,7 @@ def main() -> None:
         shorts = [Path(name).name for name in courses]
         names = shorts if len(set(shorts)) == len(shorts) else list(courses)
         draw_probes(out / "probe.png", dict(zip(names, courses.values(), strict=True)))
-    print(out)
+    _cli.say(out)
 
 
 def named(sources: list[str]) -> list[tuple[str, list[Path]]]:

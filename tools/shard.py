@@ -11,7 +11,6 @@ copied as they are, in an order drawn at random, the same every time; the webdat
 OUT is a new folder; upload it whole, its index.json says where each image lies. Its path is printed last.
 """
 
-import argparse
 import re
 
 import _cli
@@ -21,19 +20,19 @@ SMALLEST = 10**3  # bytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="folder of the images")
-    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the folder to write")
+    parser.add_argument("-o", "--out", required=True, type=_cli.to_folder, metavar="OUT", help="the folder to write")
     parser.add_argument("--size", default="100MB", metavar="SIZE", help="of the images in a shard (default: 100MB)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
-    args = parser.parse_args()
+    args = parser.read()
 
     from bnnfree.train.shards import write
 
     skipped = write(args.folder, args.out, size=size_of(args.size), skip_bad=args.skip_bad, where="shard.py")
     if skipped:
         print(f"{skipped} bad files left out")
-    print(args.out)
+    _cli.say(args.out)
 
 
 def size_of(text: str) -> int:

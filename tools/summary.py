@@ -11,7 +11,6 @@ must). A checkpoint or run folder stands for the network that it holds. All unit
 With --json the file's path is printed last.
 """
 
-import argparse
 import json
 from dataclasses import replace
 
@@ -19,14 +18,14 @@ import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("source", metavar="RECIPE", help="a YAML file, or a checkpoint, or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers to FILE")
+    parser.add_argument("--json", type=_cli.to_file, metavar="FILE", help="write all numbers to FILE")
     parser.add_argument(
         "--image-size", type=int, metavar="N", help="side of the image in pixels (default: the data's own)"
     )
-    args = parser.parse_intermixed_args()
+    args = parser.read()
 
     from bnnfree.analysis import summarize
     from bnnfree.errors import BnnfreeError
@@ -53,22 +52,23 @@ def main() -> None:
         "binarize": network.binarize,
         "classes": len(network.data["classes"]),
     }
-    print(", ".join(f"{key} {value}" for key, value in about.items()), summary.table(), sep="\n\n")
+    _cli.say(", ".join(f"{key} {value}" for key, value in about.items()), "")
+    print(summary.table())
     try:
         found = pack_network(replace(network, data=network.data | {"image_size": image_size}))
         packed = packed_bytes(found.model)
         parts = ", ".join(f"{name} {size:,}" for name, size in packed.items() if name != "total")
         print(f"\npacked file  {packed['total']:,} bytes as tools/export.py writes it: {parts}")
         for line in found.slow:
-            print(f"slow         {line}")
+            _cli.say(f"slow         {line}")
     except ExportError as error:
         packed = None
-        print(f"\npacked file  none: {error}")
+        _cli.say("", f"packed file  none: {error}")
     if args.json:
         figures = about | {"packed_bytes": packed} | summary.to_dict()
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        print(args.json)
+        _cli.say(args.json)
 
 
 if __name__ == "__main__":

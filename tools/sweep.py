@@ -26,17 +26,17 @@ import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("sweep", nargs="?", help="a YAML file, see recipes/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the sweep or to every recipe")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (default: one, or one per device)")
     parser.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="cpu, cuda:0, cuda:1 and so on")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each run (default: cores / jobs)")
-    parser.add_argument("--out", metavar="FOLDER", help="default: runs/<sweep>_<scale>")
+    parser.add_argument("--out", type=_cli.to_folder, metavar="FOLDER", help="default: runs/<sweep>_<scale>")
     parser.add_argument("--table", action="store_true", help="train nothing, tabulate what is there")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and write nothing")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args()
+    args = parser.read()
 
     from models import MODELS
 
@@ -62,17 +62,17 @@ def main() -> None:
     out = Path(args.out or Path("runs") / sweep.name)
     states = read_all(sweep, out)
     over = sum(outcome.over for outcome in states.values())
-    print(f"{len(sweep.runs)} runs, {over} of them over{f'; {sweep.about}' if sweep.about else ''}")
+    _cli.say(f"{len(sweep.runs)} runs, {over} of them over{f'; {sweep.about}' if sweep.about else ''}")
     if args.dry_run:
         for run in sweep.runs:
-            print(f"{states[run.folder].state:<12}{run.name}")
-        print(f"the first: {command_of(sweep, sweep.runs[0], out)}")
+            _cli.say(f"{states[run.folder].state:<12}{run.name}")
+        _cli.say(f"the first: {command_of(sweep, sweep.runs[0], out)}")
         return
     write_plan(sweep, out, args.overrides)
     if not args.table:
         states = train(sweep, out, states, places)
     print(write_tables(sweep, out, states))
-    print(out)
+    _cli.say(out)
 
 
 def read_all(sweep, out: Path) -> dict:
@@ -121,7 +121,7 @@ def train(sweep, out: Path, states: dict, places: list) -> dict:
             states[run.folder] = outcome = read_run(job.folder, run.recipe)
             done += run.weight
             left = (time.monotonic() - start) * (whole - done) / done
-            print(f"[{number}/{len(sweep.runs)}] {run.name}: {line_of(outcome)} | {duration(left)} left", flush=True)
+            _cli.say(f"[{number}/{len(sweep.runs)}] {run.name}: {line_of(outcome)} | {duration(left)} left")
     return states
 
 

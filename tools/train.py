@@ -24,17 +24,17 @@ import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("recipe", nargs="?", help="a YAML file, see recipes/README.md, or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, dotted keys")
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<recipe>)")
+    parser.add_argument("--out", type=_cli.to_folder, metavar="DIR", help="run folder (default: runs/<recipe>)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--dry-run", action="store_true", help="two steps on fake data, time and memory estimate, no files"
     )
     parser.add_argument("--keys", action="store_true", help="print every recipe key: type, default, meaning")
-    args = parser.parse_intermixed_args()
+    args = parser.read()
     if args.keys:
         from bnnfree.train.keys import key_table
 
@@ -76,14 +76,18 @@ def train(args: argparse.Namespace) -> None:
     result = fit(recipe, MODELS, out, resume=args.resume, where=where)
     if processes.speaks():
         print(f"test top-1 {result['test_top1']:.2f} % after {result['epochs']} epochs, {result['seconds']:.0f} s")
-        print(out)
+        _cli.say(out)
 
 
 def paths_of(args: argparse.Namespace) -> tuple[Path, Path]:
     """Recipe and run folder. A run folder in the recipe's place stands for its own recipe and for itself, and so does
     its recipe.yaml where a run is to go on."""
+    from bnnfree.errors import BnnfreeError
+
     given = Path(args.recipe)
     recipe, out = given, Path("runs") / given.stem
+    if given.is_dir() and not (given / "recipe.yaml").exists():
+        raise BnnfreeError(f"recipe {given}: is a folder without recipe.yaml, expected a YAML file or a run folder.")
     if given.is_dir():
         recipe, out = given / "recipe.yaml", given
     elif args.resume and given.name == "recipe.yaml" and (given.parent / "metrics.jsonl").exists():

@@ -15,14 +15,13 @@ of the images. 1: not equal.
 --images takes all image files in a folder and below it; --samples makes random images with structure.
 """
 
-import argparse
 import json
 
 import _cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint, a recipe or FILE.py:NAME")
     parser.add_argument("model", metavar="MODEL", help="the packed file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to a recipe, dotted keys")
@@ -32,8 +31,8 @@ def main() -> None:
     parser.add_argument("--agreement", type=float, default=0.995, metavar="SHARE", help="default: %(default)s")
     parser.add_argument("--layer-images", type=int, default=32, metavar="N", help="compared by layer (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="of the random images")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--json", type=_cli.to_file, metavar="FILE", help="write all figures there")
+    args = parser.read()
 
     import numpy as np
     from tqdm import tqdm
@@ -84,7 +83,7 @@ def main() -> None:
         about = {"source": args.source, "model": args.model, "images_from": args.images or f"seed {args.seed}"}
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(about | report.to_dict(), indent=1) + "\n", encoding="utf-8")
-        print(args.json)
+        _cli.say(args.json)
     if not report.equal:
         raise SystemExit(1)
 

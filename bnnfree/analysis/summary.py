@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bnnfree.errors import BnnfreeError
+from bnnfree.errors import BnnfreeError, one_line
 from bnnfree.nn import BinaryConv2d, BinaryLinear, Sign, WeightLayer
 
 BINARY = (BinaryConv2d, BinaryLinear)
@@ -155,7 +155,8 @@ class Summary:
         form = "  ".join(f"{{:{align}{width}}}" for align, width in zip(aligns, widths, strict=True))
         lines = [form.format(*row).rstrip() for row in rows]
         rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *self._notes()])
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1], "", *self._notes()]
+        return "\n".join(map(one_line, lines))
 
     def _notes(self) -> Iterable[str]:
         total = self.total

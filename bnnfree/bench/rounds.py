@@ -15,8 +15,16 @@ TURN = 0.1  # seconds that the counted calls of one turn take, about
 PAUSE = 0.03  # seconds before a turn, where there are threads
 
 
-def measure(contenders: Mapping[str, Callable[[], object]], seconds: float, threads: int) -> dict[str, np.ndarray]:
-    """Milliseconds of each counted call, by contender; about `seconds` for all of them, at least three rounds."""
+def measure(
+    contenders: Mapping[str, Callable[[], object]],
+    seconds: float,
+    threads: int,
+    progress: Callable[[float], object] = lambda passed: None,
+) -> dict[str, np.ndarray]:
+    """Milliseconds of each counted call, by contender; about `seconds` for all of them, at least three rounds.
+
+    progress: called after each round with the seconds that have passed.
+    """
     calls: dict[str, int] = {}
     for name, call in contenders.items():
         call()
@@ -30,6 +38,7 @@ def measure(contenders: Mapping[str, Callable[[], object]], seconds: float, thre
             taken[name] += [_timed(contenders[name]) for _ in range(calls[name])]
         names = names[1:] + names[:1]  # nobody always follows the same one
         rounds += 1
+        progress(time.perf_counter() - end + seconds)
     return {name: 1e3 * np.array(values) for name, values in taken.items()}
 
 

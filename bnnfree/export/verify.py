@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from bnnfree.engine import Engine, backends
 from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import first_values
-from bnnfree.errors import BnnfreeError
+from bnnfree.errors import BnnfreeError, one_line
 from bnnfree.export.options import check_verify
 from bnnfree.export.packed import Packed
 from bnnfree.export.twin import plain_mode
@@ -118,7 +118,7 @@ class Report:
         for backend, name in self.backends.items():
             lines.append(f"backend {backend:10s} {'equal to the bit' if name is None else f'DIFFERS at {name}'}")
         lines.append("equal" if self.equal else f"NOT EQUAL: {self.first_difference or 'top-1 agreement'}")
-        return "\n".join(lines)
+        return "\n".join(map(one_line, lines))
 
 
 def _cells(layer: LayerReport | None) -> list[str]:

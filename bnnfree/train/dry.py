@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from bnnfree.errors import one_line
 from bnnfree.nn import BinaryConv2d, BinaryLinear
 from bnnfree.optim import describe_groups
 from bnnfree.train import dist as processes
@@ -72,7 +73,7 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
         lines += [
             f"stage {index} ({stage_recipe.name}): {stage_recipe.epochs} epochs, {steps:,} steps, "
             f"{seconds:.3f} s a step, {steps * seconds / 3600:.2f} h",
-            text,
+            *text.splitlines(),
         ]
     h, w = shape["image_size"]
     lines.append(
@@ -80,7 +81,7 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     )
     lines.append(f"estimate: {hours:.2f} h on {dist.device} with {torch.get_num_threads()} threads, {_memory(dist)}")
     lines += [f"warning: {doubt}." for doubt in doubts(asked, epoch, round(shape["samples"] - train_images))]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _two_steps(recipe: Recipe, index: int, builders: Builders, data: Data, shape, dist) -> tuple[float, str]:

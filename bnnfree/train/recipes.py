@@ -27,7 +27,7 @@ class UnreadError(RecipeError):
     """Keys that are set and that nothing reads; `unread`: dotted key -> what is said of it."""
 
     def __init__(self, unread: dict[str, str], where: str):
-        super().__init__("\n".join(f"{where}: {line}" for line in unread.values()))
+        super().__init__(*(f"{where}: {line}" for line in unread.values()))
         self.unread = unread
 
 
@@ -49,6 +49,28 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), models: Iterabl
     path = Path(path)
     layers, where = _read_layers(path)
     return _parse(layers, overrides, where, models)
+
+
+def load_fitting(
+    path: str | Path, overrides: Mapping[str, str], common: Iterable[str], models
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe without those overrides (key -> key=value) of `common` that nothing reads beside the others.
+
+    For several recipes that share some overrides. And what would have been said of those left out, by key.
+    """
+    left: dict[str, str] = {}
+    while True:
+        try:
+            return load_recipe(path, [text for key, text in overrides.items() if key not in left], models), left
+        except UnreadError as error:
+            if not error.unread.keys() <= set(common) - left.keys():
+                raise
+            left |= error.unread
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Key -> key=value; of a key that is given twice the last."""
+    return {text.partition("=")[0].strip(): text for text in overrides}
 
 
 def parse_recipe(tree: dict, where: str, models: Iterable[str] | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -112,7 +134,7 @@ def _validated(tree: Any, where: str, models: list[str] | Mapping[str, Any] | No
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {line}" for line in _explain(error))) from None
+        raise RecipeError(*(f"{where}: {line}" for line in _explain(error))) from None
     if models is not None and recipe.model.name not in models:
         raise RecipeError(str(errors.unknown_name(f"{where}: model.name", recipe.model.name, models)))
     try:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bnnfree.errors import CheckpointError
+from bnnfree.errors import CheckpointError, one_line
 from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
 from bnnfree.train import dist as processes
@@ -101,7 +101,7 @@ class Run:
             state = self.dist.together(lambda: open_weights(source, self.builders))
             taken = take_weights(model, state, source, self._binarize(index))
             self.init, kept = {**taken.record(), "origin": state["origin"]}, taken.whole
-            self.lines.append(taken.describe())
+            self.lines += taken.describe()
         data = self.data.resized(self.recipe.stages[index].image_size)
         stage = Stage(self.recipe, index, model, data, self.dist, self._teacher(), kept)
         self.renorm = any(isinstance(module, BatchRenorm2d) for module in model.modules())
@@ -187,16 +187,15 @@ class Run:
         history = [] if self.resumed is None else self.load(self.resumed)
         if self.dist.main:  # Why after: a recipe that is refused must not take the place of the run's own
             save_recipe(self.recipe, self.folder / "recipe.yaml")
-        self.started = time.monotonic()
+        self.started, self.hidden = time.monotonic(), quiet or not self.dist.main
         self.report = Report(self.folder, history, curves) if self.dist.main else _Silent(history)
         try:
-            with self._bar(quiet) as self.bar:
-                for line in () if self.bar.disable else self.lines:
-                    tqdm.write(line)
+            self._say(*self.lines)
+            self._warn()
+            self._describe()
+            with self._bar() as self.bar:
                 if self.resumed is None:
                     self.stage.calibrate()
-                self._warn()
-                self._describe()
                 while True:
                     self._train_stage()
                     following = self.stage.index + 1
@@ -210,26 +209,28 @@ class Run:
             self.report.close()
         return self._finish()
 
-    def _bar(self, quiet: bool) -> tqdm:
+    def _bar(self) -> tqdm:
         steps = sum(stage.epochs for stage in self.recipe.stages) * self.stage.steps
         done = (self.stage.first_epoch + self.stage.epoch) * self.stage.steps + self.stage.step
-        hidden = quiet or not self.dist.main
         pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
-        return tqdm(total=steps, initial=done, unit="step", disable=hidden, smoothing=0.02, mininterval=pause)
+        return tqdm(total=steps, initial=done, unit="step", disable=self.hidden, smoothing=0.02, mininterval=pause)
 
     def _warn(self) -> None:
         """Say what the recipe will not do on these data; in a log too, where all else is quiet."""
         validation = 0 if self.data.val is None else len(self.data.val)
         for doubt in doubts(self.recipe, self.stage.steps, validation) if self.dist.main else ():
-            tqdm.write(f"warning: {doubt}.", file=sys.stderr)
+            tqdm.write(one_line(f"warning: {doubt}."), file=sys.stderr)
+
+    def _say(self, *lines: str) -> None:
+        """Print each as one line, above the progress bar."""
+        if not self.hidden:
+            tqdm.write("\n".join(map(one_line, lines)))
 
     def _describe(self) -> None:
         stage = self.recipe.stages[self.stage.index]
-        if not self.bar.disable:
-            signs = self._binarize(self.stage.index)
-            tqdm.write(f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}")
-            tqdm.write(f"speed: {self.stage.speed}")
-            tqdm.write(describe_groups(self.stage.groups))
+        signs = self._binarize(self.stage.index)
+        head = f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}"
+        self._say(head, f"speed: {self.stage.speed}", *describe_groups(self.stage.groups).splitlines())
 
     def _train_stage(self) -> None:
         stage, last_stage = self.stage, self.stage.index + 1 == len(self.recipe.stages)

@@ -21,9 +21,15 @@ from bnnfree.train.checkpoint import Builders, build_model, load_model
 from bnnfree.train.data import CIFAR10, CIFAR100, IMAGENET, Stats, describe
 from bnnfree.train.recipe import Recipe
 from bnnfree.train.recipes import load_recipe, parse_recipe
+from bnnfree.train.tree import SUFFIXES
 
-RECIPES = (".yaml", ".yml")
 CHECKPOINTS = (".pt",)
+PLACES = ("root", "test_root", "val_root")  # keys of a recipe's data that say where it lies
+MACHINE = ("download", "workers", "cache", "cache_gb")  # those that have a machine fetch, write or start something
+DESCRIBING = (  # those that say no more than what the data is and how it is used
+    *("name", "image_size", "channels", "orientation", "range", "classes", "samples", "batch_size", "augment"),
+    *("mix_alpha", "burst", "train_limit", "test_limit", "val_fraction", "test_fraction", "bad_images"),
+)
 EXPECTED = "expected a run folder, a checkpoint (.pt) or a recipe (.yaml, .yml)"
 STAND_IN = (0.4737, 0.2516)  # Why so odd: a mean on the grid of pixel values makes sums of pixels that are exactly 0
 STATS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "imagenet": IMAGENET}  # those known before the data is read
@@ -63,7 +69,7 @@ def source_kind(source: str | Path) -> Literal["checkpoint", "recipe"]:
     if not path.is_file():
         siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         raise CheckpointError(f"network {path}: no such file or folder, {EXPECTED}.{nearest(path.name, siblings)}")
-    if path.suffix in RECIPES:
+    if path.suffix in SUFFIXES:
         return "recipe"
     if path.suffix in CHECKPOINTS:
         return "checkpoint"
@@ -95,17 +101,16 @@ def open_source(source: str | Path, builders: Builders, overrides: Iterable[str]
 def without_places(tree: dict[str, Any], local: bool = True) -> dict[str, Any]:
     """The recipe of somebody's file without what would have this machine fetch or write: those come from its user.
 
-    Addresses, download and the cache's folder go; local: a folder of this machine stays, to be read.
+    Of the data only keys of DESCRIBING stay, and where `local` those of PLACES that name a folder of this machine.
     """
-    data = dict(tree.get("data") or {})
-    for key in ("root", "test_root", "val_root"):
-        place = str(data.get(key))
-        # Why any colon but a drive's: braces of a pattern may make an address of what is none yet
-        if not local or ":" in place[2:] or place.startswith(("//", "\\\\")):
-            data.pop(key, None)
-    for key in ("cache", "cache_gb", "download", "workers"):
-        data.pop(key, None)
-    return {**tree, "data": data}
+    data = tree.get("data") or {}
+    kept = {*DESCRIBING, *(key for key in PLACES if local and not _is_address(str(data.get(key))))}
+    return {**tree, "data": {key: value for key, value in data.items() if key in kept}}
+
+
+def _is_address(place: str) -> bool:
+    # Why any colon but a drive's: braces of a pattern may make an address of what is none yet
+    return ":" in place[2:] or place.startswith(("//", "\\\\"))
 
 
 def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Network:

@@ -43,7 +43,7 @@ class Taken:
     unused: list[str]
     whole: frozenset[str]
 
-    def describe(self) -> str:
+    def describe(self) -> list[str]:
         """One line for each kind: taken, new, unused."""
         lines = [f"init {self.source}: took {len(self.tensors)} tensors"]
         if self.new:
@@ -51,7 +51,7 @@ class Taken:
             lines.append(f"  new: {_some(shown)}")
         if self.unused:
             lines.append(f"  not used: {_some(self.unused)}")
-        return "\n".join(lines)
+        return lines
 
     def record(self) -> dict[str, Any]:
         """The record that a checkpoint and result.json keep."""

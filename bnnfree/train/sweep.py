@@ -38,7 +38,7 @@ from bnnfree.train.expression import compute, is_expression
 from bnnfree.train.grid import Axis, SweepError, mapping, put, read_axes, short, shown
 from bnnfree.train.outcome import flat
 from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError, UnreadError, load_recipe
+from bnnfree.train.recipes import RecipeError, load_fitting, load_recipe
 from bnnfree.train.tree import parse_yaml, read_tree
 
 KEYS = ("recipe", "set", "constants", "grid", "seeds", "scale", "scales", "plot")
@@ -231,9 +231,9 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
         changes = {key: known.computed(key) for key in changes}
         texts = {key: f"{key}={_text(value, f'{here}: {key}')}" for key, value in changes.items()}
         try:
-            recipe, left = _recipe(sweep.base, texts, changes.keys() - own.keys(), models)
+            recipe, left = load_fitting(sweep.base, texts, changes.keys() - own.keys(), models)
         except RecipeError as error:
-            raise RecipeError(f"{here}: {error}") from None
+            raise RecipeError(*(f"{here}: {line}" for line in error.args)) from None
         same = json.dumps(recipe.model_dump(), sort_keys=True)
         if same in seen:
             raise SweepError(f"{here}: is the same recipe as {seen[same]}. Leave one out.")
@@ -252,18 +252,6 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
     folders = {run.folder for run in sweep.runs}
     if len(folders) < len(sweep.runs):
         raise SweepError(f"{where}: two points of the grid would have one folder. Give variants other labels.")
-
-
-def _recipe(base: Path, texts: Mapping[str, str], common: Iterable[str], models) -> tuple[Recipe, dict[str, str]]:
-    """A run's recipe, without those keys for all runs (`common`) that it does not read, and what was said of these."""
-    left: dict[str, str] = {}
-    while True:
-        try:
-            return load_recipe(base, [text for key, text in texts.items() if key not in left], models), left
-        except UnreadError as error:
-            if not error.unread.keys() <= set(common) - left.keys():
-                raise
-            left |= error.unread
 
 
 def _merged(axes: list[Axis], point: Mapping[str, str], here: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bnnfree.errors import one_line
 from bnnfree.files import replacing
 from bnnfree.train.grid import Axis, short
 from bnnfree.train.outcome import Entry
@@ -47,7 +48,7 @@ def sweep_rows(entries: list[Entry], axes: list[str]) -> list[list[str]]:
 
 def markdown(rows: list[list[str]], left: int = 1) -> str:
     """A table that is aligned as text, too; the first `left` columns to the left, others to the right."""
-    rows = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in rows]
+    rows = [[one_line(text.replace("\n", " ")).replace("|", "\\|") for text in row] for row in rows]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

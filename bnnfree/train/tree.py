@@ -11,6 +11,12 @@ import yaml
 
 from bnnfree import errors
 
+SUFFIXES = (".yaml", ".yml")
+YAML = "expected YAML (.yaml, .yml)"
+REMEDIES = {  # ending of a file that is no recipe -> where its recipe is
+    ".pt": " A run's recipe.yaml is beside its checkpoint; init={} in a recipe starts from one.",
+    ".bnnf": " What it was trained by: tools/dump.py {} --recipe.",
+}
 LONGEST = 4_000_000  # characters of a file
 MOST_NODES = 100_000  # values of a file, each alias counted as what it stands for
 
@@ -93,12 +99,16 @@ def parse_yaml(text: str) -> Any:
 
 def read_tree(path: Path, what: str, expected: str = "model, data, stages") -> dict:
     """The keys of a YAML file; `what` names it and `expected` some of its keys in errors. Errors: RecipeError."""
+    if path.is_file() and path.suffix not in SUFFIXES:
+        remedy = REMEDIES.get(path.suffix, "").format(path)
+        raise RecipeError(f"{what}: got a file that ends in {path.suffix!r}, {YAML}.{remedy}")
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
     except FileNotFoundError:
         names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise RecipeError(f"{what}: no such file.{errors.nearest(path.name, names)}") from None
+        expected = "" if path.suffix in SUFFIXES else f", {YAML}"
+        raise RecipeError(f"{what}: no such file{expected}.{errors.nearest(path.name, names)}") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{what}: cannot be read as text ({error}).") from None
     if len(text) > LONGEST:
