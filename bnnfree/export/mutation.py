@@ -128,7 +128,7 @@ def without_mutation(name: str, traced: fx.GraphModule, image: Tensor) -> None:
 
 
 class _Memory:
-    """Which nodes share memory for certain, and which by what their tensors are like."""
+    """Nodes that share memory for certain, and those that do by what their tensors are like."""
 
     def __init__(self, traced: fx.GraphModule, watch: _Watch, place: dict[fx.Node, int]):
         values, changes = watch.values, dict(watch.changes)
