@@ -83,7 +83,7 @@ def tiny(*overrides: str):
 
 def train(folder: Path, *overrides: str, curves=False, **options) -> dict:
     """A run of the recipe TINY; what fit returns. Why no curves: to draw them takes as long as the rest."""
-    return fit(tiny(*overrides), MODELS, folder, quiet=True, curves=curves, **options)
+    return fit(tiny(*overrides), MODELS, folder, curves=curves, **{"quiet": True, **options})
 
 
 def double_stage(monkeypatch, recipe, dist: Dist | None = None) -> Stage:

@@ -131,20 +131,17 @@ def test_another_number_of_threads_is_said_on_resume(tmp_path, monkeypatch, caps
         cut_at(patch, 7)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run")
-    said, before = [], torch.get_num_threads()
-    monkeypatch.setattr("bnnfree.train.run.Run._bar", _loud)
-    monkeypatch.setattr("bnnfree.train.run.tqdm.write", lambda text, **_: said.append(text))
+    before = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
-    train(tmp_path / "run", resume=True)
+    train(tmp_path / "run", resume=True, quiet=False)
+    said = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"threads: {before} -> {before + 1}: ") and "bits differ" in line for line in said)
 
 
-def test_a_finished_run_goes_on_with_more_epochs(tmp_path, monkeypatch):
-    short, said = "stages=[{epochs: 2}]", []
-    train(tmp_path / "run", short)
-    monkeypatch.setattr("bnnfree.train.run.Run._bar", _loud)
-    monkeypatch.setattr("bnnfree.train.run.tqdm.write", lambda text, **_: said.append(text))
-    result = train(tmp_path / "run", "stages=[{epochs: 5}]", resume=True)
+def test_a_finished_run_goes_on_with_more_epochs(tmp_path, capsys):
+    train(tmp_path / "run", "stages=[{epochs: 2}]")
+    result = train(tmp_path / "run", "stages=[{epochs: 5}]", resume=True, quiet=False)
+    said = capsys.readouterr().out.splitlines()
     assert result["epochs"] == 5
     lines = metrics_of(tmp_path / "run")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5]
@@ -154,12 +151,6 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path, monkeypatch):
     assert any("goes on to 5 epochs: the learning rate is" in line for line in said)
     with pytest.raises(BnnfreeError, match=r"stages\.0\.epochs \(5 -> 4\)"):
         train(tmp_path / "run", "stages=[{epochs: 4}]", resume=True)
-
-
-def _loud(self, quiet):
-    from tqdm import tqdm
-
-    return tqdm(total=1, file=open(os.devnull, "w"))  # noqa: SIM115
 
 
 def test_the_lock_is_gone_after_an_error(tmp_path, monkeypatch):
