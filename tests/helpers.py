@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
+from bnnfree.data.datasets import describe, load_data
+from bnnfree.data.pixel_split import PixelSplit
 from bnnfree.nn import NORMS
+from bnnfree.recipe.read import parse_recipe
 from bnnfree.train import fit
 from bnnfree.train.checkpoint import build_model
-from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
-from bnnfree.train.images import PixelSplit
 from bnnfree.train.loop import Stage
-from bnnfree.train.recipes import parse_recipe
 from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,9 +14,9 @@ import torch
 from test_data import options, spoil, write_tree
 from test_images import SEED, joined, same
 
+from bnnfree.data import augment, pixel_split
+from bnnfree.data.datasets import load_data
 from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.train import augment, images
-from bnnfree.train.data import load_data
 from bnnfree.train.losses import LOSSES, main_class
 
 NEW = [*augment.POLICIES, *augment.MIXTURES]
@@ -80,8 +80,8 @@ def test_policies_see_the_pixels_and_what_they_leave_empty_is_the_mean_pixel(mak
     def look(name, fill):
         return lambda pixels: seen.append((pixels.clone(), fill)) or pixels
 
-    monkeypatch.setattr("bnnfree.train.images.policy", look)
-    monkeypatch.setattr("bnnfree.train.streamed.policy", look)
+    monkeypatch.setattr("bnnfree.data.pixel_split.policy", look)
+    monkeypatch.setattr("bnnfree.data.file_split.policy", look)
     split, plain = make("color_jitter"), make()
     assert same(*(joined(each.train_batches(4, seed=SEED, epoch=1)) for each in (split, plain)))
     assert all(pixels.dtype == torch.uint8 and pixels.shape[0] == 3 for pixels, _ in seen) and len(seen) == len(split)
@@ -174,7 +174,7 @@ def test_flip_crop_and_shift_have_the_bits_they_always_had():
     pixels, labels = joined(split.train_batches(8, seed=3, epoch=2))
     digest = hashlib.sha256(pixels.contiguous().numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     assert digest == "ff56eb3ba04584adb7ceb1a6c683054bdf38ff593eb35922a0ec8ae34d1495be"
-    assert split.mixing is None and images.NAMES[:3] == ("flip", "crop", "shift")
+    assert split.mixing is None and pixel_split.NAMES[:3] == ("flip", "crop", "shift")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -19,7 +19,7 @@ from bnnfree.export import pack
 from bnnfree.format import write
 from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import save_checkpoint
-from bnnfree.train.source import without_places
+from bnnfree.train.open_network import without_places
 
 RECIPE = "recipes/reactnet_nobn.yaml"
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers import ROOT
 
+from bnnfree.data.datasets import describe, load_data
+from bnnfree.recipe.read import load_recipe
 from bnnfree.train.checkpoint import build_model
-from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
-from bnnfree.train.recipes import load_recipe
-from bnnfree.train.settings import settings
+from bnnfree.train.process_settings import settings
 from models import MODELS
 
 SOURCE = ("data.name=fake", "data.samples=2048", "data.classes=10", "data.image_size=16", "data.augment=[]")

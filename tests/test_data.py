@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bnnfree.data import datasets, folder
+from bnnfree.data.datasets import carve, describe, load_data, thin
 from bnnfree.errors import BnnfreeWarning, DataError, UnknownNameError
-from bnnfree.train import data, folder
-from bnnfree.train.data import carve, describe, load_data, thin
 
 SEED = 7
 
@@ -156,7 +156,7 @@ def test_cifar_is_read_from_its_archive(tmp_path, monkeypatch, size):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *given: True)
     loaded = load_data(options(name="cifar10", root=str(tmp_path), image_size=size, val_fraction=0.2))
     assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (40, 10, 10)
-    assert loaded.classes == list("abcdefghij") and tuple(loaded.mean) == data.CIFAR10[0]
+    assert loaded.classes == list("abcdefghij") and tuple(loaded.mean) == datasets.CIFAR10[0]
     expected = torch.from_numpy(rows["test_batch"].reshape(10, 3, 32, 32)).permute(0, 2, 3, 1)
     assert loaded.test.pixels.shape[1:] == (size or 32, size or 32, 3)
     assert size or torch.equal(loaded.test.pixels, expected)
@@ -165,7 +165,7 @@ def test_cifar_is_read_from_its_archive(tmp_path, monkeypatch, size):
 def test_imagenet_is_a_folder_with_known_statistics(tmp_path):
     root = write_tree(tmp_path / "root", parts=("train", "val"), count=2)
     loaded = load_data(options(name="imagenet", root=str(root)))
-    assert loaded.image_size == (224, 224) and tuple(loaded.mean) == data.IMAGENET[0]
+    assert loaded.image_size == (224, 224) and tuple(loaded.mean) == datasets.IMAGENET[0]
     assert next(loaded.test.batches(4))[0].shape == (4, 3, 224, 224)
 
 

@@ -15,12 +15,12 @@ import yaml
 from helpers import ROOT, TINY, assert_same, cut_at, double_stage, metrics_of, tiny, train
 from torch import nn
 
+from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError, CheckpointError, DataError
 from bnnfree.nn import BinaryConv2d, CentredLinear, centred_layers, update_input_means
 from bnnfree.train import dist as processes
 from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import build_model
-from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
 from models import MODELS

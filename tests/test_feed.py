@@ -17,9 +17,10 @@ from helpers import filled_pages
 from PIL import Image
 from test_data import options
 
+from bnnfree.bench import reading
+from bnnfree.data import file_split
+from bnnfree.data.datasets import load_data
 from bnnfree.errors import BnnfreeError, DataError
-from bnnfree.train import feed, streamed
-from bnnfree.train.data import load_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +35,7 @@ def one_thread():
 def tree(tmp_path_factory):
     """(folder, what make_tree says of it): 26 names of 9 small files in 2 classes."""
     folder = tmp_path_factory.mktemp("feed") / "tree"
-    return folder, feed.make_tree(folder, 26, 2, distinct=9, size=(90, 70))
+    return folder, reading.make_tree(folder, 26, 2, distinct=9, size=(90, 70))
 
 
 @pytest.fixture
@@ -58,14 +59,14 @@ def test_a_tree_is_an_image_folder_of_so_many_names(tree):
 
 def test_a_tree_is_the_same_for_the_same_seed_only(tree, tmp_path):
     for name, seed in (("again", 0), ("other", 1)):
-        feed.make_tree(tmp_path / name, 26, 2, distinct=9, size=(90, 70), seed=seed)
+        reading.make_tree(tmp_path / name, 26, 2, distinct=9, size=(90, 70), seed=seed)
     first = "train/class0001/image_00000001.JPEG"
     assert (tree[0] / first).read_bytes() == (tmp_path / "again" / first).read_bytes()
     assert (tree[0] / first).read_bytes() != (tmp_path / "other" / first).read_bytes()
 
 
 def test_synthetic_files_are_as_large_as_photos(tmp_path):
-    about = feed.make_tree(tmp_path / "tree", 24, 1)
+    about = reading.make_tree(tmp_path / "tree", 24, 1)
     assert about["distinct"] == 24 and 90_000 < about["mean_bytes"] < 130_000
     assert about["smallest_bytes"] < 90_000 and about["largest_bytes"] > 140_000
 
@@ -75,22 +76,22 @@ def test_synthetic_files_are_as_large_as_photos(tmp_path):
 )
 def test_a_tree_that_cannot_be_is_refused(tmp_path, given):
     with pytest.raises(DataError, match="make_tree: got"):
-        feed.make_tree(tmp_path / "tree", **given)
+        reading.make_tree(tmp_path / "tree", **given)
     (tmp_path / "file").write_text("here")
     with pytest.raises(DataError, match="not empty"):
-        feed.make_tree(tmp_path, 9, 1)
+        reading.make_tree(tmp_path, 9, 1)
 
 
 def test_phases_tell_where_the_time_goes(split, monkeypatch):
-    assert set(feed.phases(split, 0.05)) == set(feed.PHASES)
-    slow = streamed.Files.read
+    assert set(reading.phases(split, 0.05)) == set(reading.PHASES)
+    slow = file_split.Files.read
 
     def read(self, index):
         time.sleep(0.02)
         return slow(self, index)
 
-    monkeypatch.setattr(streamed.Files, "read", read)
-    spent = feed.phases(split, 0.3)
+    monkeypatch.setattr(file_split.Files, "read", read)
+    spent = reading.phases(split, 0.3)
     assert spent["read"] > 20 and spent["decode"] < 15
 
 
@@ -100,38 +101,38 @@ def test_the_rate_is_that_of_the_images_delivered(split, monkeypatch, workers):
         time.sleep(0.005)
         return torch.zeros(3, 65, 65, dtype=torch.uint8)
 
-    monkeypatch.setattr(streamed.Reader, "sample", sample)
-    images, _ = feed.rate(split, workers, 0.5, batch_size=4)
+    monkeypatch.setattr(file_split.Reader, "sample", sample)
+    images, _ = reading.rate(split, workers, 0.5, batch_size=4)
     assert 60 < images < 200, "at most 1 / 0.005 s"
 
 
 def test_seconds_that_are_computed_leave_out_waiting(split, monkeypatch):
-    slow = streamed.Files.read
+    slow = file_split.Files.read
 
     def read(self, index):
         time.sleep(0.01)
         return slow(self, index)
 
-    monkeypatch.setattr(streamed.Files, "read", read)
-    images, computed = feed.rate(split, 0, 0.3, batch_size=4)
+    monkeypatch.setattr(file_split.Files, "read", read)
+    images, computed = reading.rate(split, 0, 0.3, batch_size=4)
     assert images < 100 < computed
 
 
 def test_bad_images_do_not_stop_a_measurement(tree, tmp_path):
-    feed.make_tree(tmp_path / "tree", 26, 2, size=(90, 70))
+    reading.make_tree(tmp_path / "tree", 26, 2, size=(90, 70))
     next((tmp_path / "tree" / "train").rglob("*.JPEG")).write_bytes(b"")
     split = load_data(options(name="image_folder", root=str(tmp_path / "tree"), image_size=65, bad_images="skip")).train
     with pytest.warns(UserWarning, match="left out of their batches"):
-        assert feed.rate(split, 0, 0.2)[0] > 0
-    assert feed.phases(split, 0.2)["decode"] > 0
+        assert reading.rate(split, 0, 0.2)[0] > 0
+    assert reading.phases(split, 0.2)["decode"] > 0
 
 
 def test_cores_are_rounded_up():
-    assert [feed.cores_needed(2500, per_core) for per_core in (500, 499, 2500, 10_000)] == [5, 6, 1, 1]
+    assert [reading.cores_needed(2500, per_core) for per_core in (500, 499, 2500, 10_000)] == [5, 6, 1, 1]
 
 
 def test_memory_grows_by_what_is_held():
-    held, seconds, grown = feed.memory(lambda: filled_pages(100_000_000))
+    held, seconds, grown = reading.memory(lambda: filled_pages(100_000_000))
     assert len(held) == 100_000_000 and seconds > 0
     assert grown is None or 90e6 < grown < 120e6
 
@@ -159,7 +160,7 @@ def test_the_tool_part_reports_what_it_prints(bench_data, recipe, capsys):
     text = capsys.readouterr().out
     assert json.loads(json.dumps(report)) == report
     assert report["images"] == 24 and set(report["rates"]) >= {"0", "1", str(report["cores"])}
-    assert report["feeds"] == {"images_per_second": 1e6, "cores": feed.cores_needed(1e6, report["per_core"])}
+    assert report["feeds"] == {"images_per_second": 1e6, "cores": reading.cores_needed(1e6, report["per_core"])}
     assert f"needs {report['feeds']['cores']} cores" in text and "24 to train on" in text
     assert f"{report['rates']['1']:.0f}" in text
 

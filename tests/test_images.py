@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from test_data import options, spoil, write_tree
 
+from bnnfree.data import datasets, file_split, pixel_split
+from bnnfree.data.datasets import load_data, measure
 from bnnfree.errors import BnnfreeWarning, DataError, UnknownNameError
 from bnnfree.preprocess import Reading, read_image
-from bnnfree.train import data, images, streamed
-from bnnfree.train.data import load_data, measure
 
 SEED = 7
 
@@ -106,10 +106,10 @@ def test_evaluation_keeps_the_order(split):
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_spread_takes_images_at_equal_distances(split, count):
-    images, labels = (torch.cat(each) for each in zip(*split.batches(4), strict=True))
+    pixel_split, labels = (torch.cat(each) for each in zip(*split.batches(4), strict=True))
     places = torch.arange(count) * len(split) // count
     found = split.spread(count)
-    assert torch.equal(found[0], images[places]) and torch.equal(found[1], labels[places])
+    assert torch.equal(found[0], pixel_split[places]) and torch.equal(found[1], labels[places])
     assert len(split.spread(len(split) + 1)[1]) == len(split)
 
 
@@ -137,7 +137,7 @@ def test_statistics_are_settled_on_batches_of_128_or_more(split):
 
 
 def test_a_resized_split_is_the_same_images_scaled(split):
-    size = 8 if isinstance(split, images.PixelSplit) else 33
+    size = 8 if isinstance(split, pixel_split.PixelSplit) else 33
     small = split.resized((size, size))
     pairs = zip(small.train_batches(5, seed=SEED, epoch=1), split.train_batches(5, seed=SEED, epoch=1), strict=True)
     for (scaled, labels), (whole, their_labels) in pairs:
@@ -255,7 +255,7 @@ def test_one_ahead_yields_all_in_order_and_reads_one_more_than_it_gave(count):
             read.append(number)
             yield torch.full((2, 3), number), torch.tensor([number])
 
-    for number, (pixels, label) in enumerate(streamed.one_ahead(source(), "cpu")):
+    for number, (pixels, label) in enumerate(file_split.one_ahead(source(), "cpu")):
         assert label.tolist() == [number] and (pixels == number).all()
         assert len(read) == min(number + 2, count)
     assert read == list(range(count))
@@ -274,8 +274,8 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(large, workers):
 
 def test_usual_jpegs_take_the_short_way_and_other_files_give_what_preprocess_gives(large, monkeypatch):
     asked = []
-    original = streamed.Files.checked
-    monkeypatch.setattr(streamed.Files, "checked", lambda self, index: asked.append(index) or original(self, index))
+    original = file_split.Files.checked
+    monkeypatch.setattr(file_split.Files, "checked", lambda self, index: asked.append(index) or original(self, index))
     place = os.path.join(large.root, "train", "ant")
     with Image.open(os.path.join(place, "0.jpg")) as image:
         image.convert("L").save(os.path.join(place, "1.jpg"))
@@ -284,9 +284,9 @@ def test_usual_jpegs_take_the_short_way_and_other_files_give_what_preprocess_giv
         image.convert("P").save(os.path.join(place, "4.jpg"), "GIF")
     large.augment = []
     split = load_data(large).train
-    reader = streamed.Reader(split.files, (65, 65), ())
+    reader = file_split.Reader(split.files, (65, 65), ())
     for index in range(10):
-        expected = streamed.middle(read_image(split.files.name(index)), (65, 65), Reading())
+        expected = file_split.middle(read_image(split.files.name(index)), (65, 65), Reading())
         assert torch.equal(reader.sample(index, -1), expected), index
     assert asked == [3, 4]
 
@@ -298,7 +298,7 @@ def test_usual_jpegs_take_the_short_way_and_other_files_give_what_preprocess_giv
 def test_crop_moves_pixels_as_a_slow_loop_does(name, pad):
     random = torch.Generator().manual_seed(SEED)
     batch, draws = torch.rand(40, 11, 17, 3, generator=random), torch.rand(40, 2, generator=random)
-    result = images.AUGMENTS[name](batch, draws)
+    result = pixel_split.AUGMENTS[name](batch, draws)
     offsets = set()
     for image, (first, second), moved in zip(batch, draws.tolist(), result, strict=True):
         down, right = int(first * (2 * pad + 1)) - pad, int(second * (2 * pad + 1)) - pad
@@ -316,7 +316,7 @@ def test_flip_mirrors_half_of_the_images_and_leaves_the_rest():
     random = torch.Generator().manual_seed(SEED)
     batch, draws = torch.rand(50, 4, 5, 2, generator=random), torch.rand(50, 2, generator=random)
     mirrored = draws[:, 0] < 0.5
-    result = images.flip(batch, draws)
+    result = pixel_split.flip(batch, draws)
     for index in range(50):
         expected = batch[index][:, [4, 3, 2, 1, 0]] if mirrored[index] else batch[index]
         assert torch.equal(result[index], expected)
@@ -351,7 +351,7 @@ def test_streamed_evaluation_is_resize_and_centre_crop(large):
 
     with Image.open(os.path.join(large.root, "test", "ant", "0.jpg")) as image:
         expected = v2.CenterCrop(65)(v2.Resize(74)(image.convert("RGB")))
-    mean, std = (torch.tensor(values) for values in data.IMAGENET)
+    mean, std = (torch.tensor(values) for values in datasets.IMAGENET)
     scaled = (torch.from_numpy(np.array(expected)) / 255 - mean) / std
     assert torch.allclose(pixels[0], scaled.permute(2, 0, 1), atol=1e-5)
 
@@ -368,7 +368,7 @@ def test_a_streamed_crop_is_torchvisions(tmp_path, size, mode):
     for seed in range(30):
         torch.manual_seed(seed)
         with Image.open(tmp_path / "a.jpg") as image:
-            result = streamed.crop(image, (33, 33), Reading())
+            result = file_split.crop(image, (33, 33), Reading())
             smaller = image.size != size
         torch.manual_seed(seed)
         with Image.open(tmp_path / "a.jpg") as image:
@@ -382,11 +382,11 @@ def test_a_streamed_crop_is_torchvisions(tmp_path, size, mode):
 
 def test_the_same_seed_gives_the_same_crop_and_others_differ(large):
     split = load_data(large).train
-    reader = streamed.Reader(split.files, (65, 65), ("crop", "flip"))
+    reader = file_split.Reader(split.files, (65, 65), ("crop", "flip"))
     samples = [reader.sample(0, seed) for seed in (5, 5, *range(6, 26))]
     assert torch.equal(samples[0], samples[1])
     assert len({tuple(sample.flatten().tolist()) for sample in samples}) == 21
-    turned = streamed.Reader(split.files, (65, 65), ("flip",))
+    turned = file_split.Reader(split.files, (65, 65), ("flip",))
     seen = {tuple(turned.sample(0, seed).flatten().tolist()) for seed in range(20)}
     plain = turned.sample(0, -1)
     assert seen == {tuple(image.flatten().tolist()) for image in (plain, plain.flip(2))}

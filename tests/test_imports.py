@@ -21,6 +21,7 @@ BESIDE = {"_cli", "_bench_train", "_bench_reference", "_bench_data"}  # files in
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree": (set(), set()),
     "bnnfree.errors": (set(), set()),
+    "bnnfree.names": (set(), set()),
     "bnnfree.files": (set(), {"bnnfree.errors"}),
     "bnnfree.library": (set(), set()),
     "bnnfree.preprocess": ({"numpy", "PIL"}, {"bnnfree.errors"}),
@@ -37,23 +38,41 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "onnx"},
         {"bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format"},
     ),
-    "bnnfree.bench": (
-        {"numpy", "openvino", "onnxruntime"},
-        {"bnnfree.errors", "bnnfree.library", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
-        | {"bnnfree.export.onnx"},
-    ),
     "bnnfree.optim": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
+    "bnnfree.data": (
+        TRAIN,
+        {"bnnfree.errors", "bnnfree.files", "bnnfree.preprocess"},
+    ),
+    "bnnfree.recipe": (
+        {"yaml", "pydantic", "pydantic_core", "torch"},
+        {"bnnfree.errors", "bnnfree.names", "bnnfree.files", "bnnfree.preprocess", "bnnfree.data", "bnnfree.nn"}
+        | {"bnnfree.optim"},
+    ),
     "bnnfree.train": (
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
-        | {"bnnfree.preprocess"},
+        | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.convert"},
+    ),
+    "bnnfree.convert": (
+        TORCH,
+        {"bnnfree.errors", "bnnfree.recipe", "bnnfree.data", "bnnfree.nn"},
+    ),
+    "bnnfree.sweep": (
+        TRAIN,
+        {"bnnfree.errors", "bnnfree.files", "bnnfree.recipe", "bnnfree.train", "bnnfree.nn", "bnnfree.optim"},
+    ),
+    "bnnfree.bench": (
+        {"numpy", "openvino", "onnxruntime", "torch", "torchvision", "PIL"},
+        {"bnnfree.errors", "bnnfree.library", "bnnfree.ops", "bnnfree.format", "bnnfree.engine", "bnnfree.export.onnx"}
+        | {"bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.analysis"},
     ),
     "models": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "tools": (
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
-        | {"bnnfree.preprocess", "bnnfree.train", "models", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
+        | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.convert", "bnnfree.sweep"}
+        | {"models", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
         | {"bnnfree.export", "bnnfree.export.onnx", "bnnfree.bench"},
     ),
 }

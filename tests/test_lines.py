@@ -21,9 +21,9 @@ from bnnfree.errors import BnnfreeError, BnnfreeWarning, one_line, printable, un
 from bnnfree.export import pack
 from bnnfree.files import OutputError, replacing
 from bnnfree.format import write
-from bnnfree.train.data_recipe import DataRecipe
-from bnnfree.train.recipes import UnreadError, by_key, load_fitting
-from bnnfree.train.source import DESCRIBING, MACHINE, PLACES, without_places
+from bnnfree.recipe.data_section import DataRecipe
+from bnnfree.recipe.read import UnreadError, by_key, load_fitting
+from bnnfree.train.open_network import DESCRIBING, MACHINE, PLACES, without_places
 from models import MODELS
 
 FORGED = "forged: all is well"

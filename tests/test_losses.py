@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from bnnfree import names
 from bnnfree.train.evaluation import WRONG, ranks_of
 from bnnfree.train.losses import LOSSES
 from bnnfree.train.schedule import SCHEDULES, lr_factor
@@ -85,3 +86,8 @@ def test_the_first_rank_is_argmaxs(low):
     logits = logits.bfloat16().float() if low else logits
     labels = torch.arange(500) % 7
     assert torch.equal(ranks_of(logits, labels) == 0, logits.argmax(1) == labels)
+
+
+def test_recipes_know_every_loss_and_schedule():
+    assert list(names.LOSSES) == list(LOSSES)
+    assert list(names.SCHEDULES) == list(SCHEDULES)

@@ -15,11 +15,11 @@ from bnnfree import engine
 from bnnfree.errors import CheckpointError
 from bnnfree.export import export
 from bnnfree.nn import NORMS
+from bnnfree.recipe.read import parse_recipe
 from bnnfree.train import evaluate, fit, load_checkpoint, load_data, load_model, open_source
 from bnnfree.train.checkpoint import build_model, check_fit, save_checkpoint
 from bnnfree.train.dist import Dist
 from bnnfree.train.meaning import V1, design_of
-from bnnfree.train.recipes import parse_recipe
 from models import MODELS
 
 FOLDER = ROOT / "tests" / "checkpoints"

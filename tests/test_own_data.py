@@ -13,15 +13,15 @@ from helpers import ROOT, train
 from PIL import Image
 from test_data import options, spoil, write_tree
 
+from bnnfree.data.datasets import describe
+from bnnfree.data.tar_index import write as write_shards
 from bnnfree.engine import load
 from bnnfree.errors import BnnfreeError, BnnfreeWarning, DataError
 from bnnfree.export import pack_network
 from bnnfree.format import read, write
 from bnnfree.preprocess import TURNS, Reading, load_image, read_image, reading_of
+from bnnfree.recipe.read import parse_recipe
 from bnnfree.train import load_data, open_source
-from bnnfree.train.data import describe
-from bnnfree.train.recipes import parse_recipe
-from bnnfree.train.shards import write as write_shards
 from models import MODELS
 
 BACK = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the others undo themselves

@@ -98,7 +98,7 @@ def test_an_image_of_the_right_size_is_not_changed_by_square():
 def test_the_rule_is_what_training_does(tmp_path, size):
     from test_data import options, write_tree
 
-    from bnnfree.train.data import load_data
+    from bnnfree.data.datasets import load_data
 
     root = write_tree(tmp_path / "root", count=1, size=(90, 71))
     given = options(name="image_folder", root=str(root), image_size=size, cache=str(tmp_path / "c"), augment=[])

@@ -30,8 +30,8 @@ from bnnfree.nn import (
 )
 from bnnfree.nn.fused import choose_speed
 from bnnfree.optim import Precondition, adaptive_grad_clip
+from bnnfree.recipe.read import RecipeError
 from bnnfree.train import load_checkpoint
-from bnnfree.train.recipes import RecipeError
 from bnnfree.train.report import PROBED, draw_probes
 from models import MODELS
 
@@ -394,7 +394,7 @@ def test_the_images_are_the_first_of_the_runs_first_epoch(tmp_path, monkeypatch)
     seen = []
     monkeypatch.setattr(Prober, "measure", lambda self, model, step, images, labels, **_: seen.append((images, labels)))
     train(tmp_path / "run", "probe.every=7", "probe.images=20")
-    from bnnfree.train.data import load_data
+    from bnnfree.data.datasets import load_data
 
     batches = load_data(tiny().data).train.train_batches(16, seed=0, epoch=0)
     parts = [next(batches), next(batches)]

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from helpers import ROOT
 from test_tools import tool  # noqa: F401
 
+from bnnfree.convert.published import VARIANTS, read_published
 from bnnfree.errors import BnnfreeError, CheckpointError, UnknownNameError
 from bnnfree.nn import NORMS, SCALES, BinaryConv2d, Design, ScaledStdConv2d
 from bnnfree.train import load_model
 from bnnfree.train.checkpoint import save_checkpoint
-from bnnfree.train.published import VARIANTS, convert_published, read_published
+from bnnfree.train.start import convert_published
 from models import MODELS
 
 CLASSES = 5

@@ -6,11 +6,11 @@ import pytest
 import yaml
 from helpers import TINY as TWO_STAGES
 
+from bnnfree.recipe.read import RecipeError, parse_recipe, save_recipe
+from bnnfree.recipe.reads import READ, leaves, networks, unread
+from bnnfree.recipe.schema import Recipe
+from bnnfree.sweep.file import read_sweep
 from bnnfree.train import fit, load_recipe
-from bnnfree.train.reads import READ, leaves, networks, unread
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError, parse_recipe, save_recipe
-from bnnfree.train.sweep import read_sweep
 from models import MODELS
 
 TINY = {**TWO_STAGES, "stages": [{"epochs": 2}]}

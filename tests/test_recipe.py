@@ -14,10 +14,10 @@ import yaml
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import NORMS
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError, load_recipe, parse_recipe, save_recipe
-from bnnfree.train.sections import section_of
-from bnnfree.train.tree import parse_yaml
+from bnnfree.recipe.read import RecipeError, load_recipe, parse_recipe, save_recipe
+from bnnfree.recipe.schema import Recipe
+from bnnfree.recipe.sections import section_of
+from bnnfree.recipe.tree import parse_yaml
 from models import MODELS
 
 SEED = 5
@@ -81,7 +81,7 @@ def test_every_key_has_a_sentence():
     for section in sections:
         for name, found in section.model_fields.items():
             inner = re.findall(r"\w+Recipe", str(found.annotation))
-            nested = [s for s in vars(__import__("bnnfree.train.recipe", fromlist=["x"])).items() if s[0] in inner]
+            nested = [s for s in vars(__import__("bnnfree.recipe.schema", fromlist=["x"])).items() if s[0] in inner]
             sections += [value for _, value in nested]
             assert nested or found.description, f"{section.__name__}.{name}"
     assert len(sections) == 11
@@ -714,7 +714,7 @@ def test_what_save_recipe_writes_is_plain_yaml_to_others(tmp_path):
 
 
 def test_the_key_table_explains_every_key():
-    from bnnfree.train.keys import key_table
+    from bnnfree.recipe.keys import key_table
 
     lines = key_table().splitlines()
     explained = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line}

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
+from bnnfree.data.datasets import KNOWN
 from bnnfree.train import fit, load_checkpoint, load_recipe
 from bnnfree.train.checkpoint import build_model
-from bnnfree.train.data import KNOWN
 from bnnfree.train.run_folder import ARTEFACTS
 from models import MODELS
 

@@ -11,6 +11,7 @@ from test_resume import check_cut
 from torch import nn
 
 from bnnfree.analysis.probe import probe
+from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import (
     STES,
@@ -26,13 +27,12 @@ from bnnfree.nn import (
 )
 from bnnfree.nn.fused import PASSES, Fusion, load_passes, unfusible
 from bnnfree.optim import parameter_groups
+from bnnfree.recipe.read import RecipeError
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import build_model, save_checkpoint
-from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError
 from models import MODELS
 
 CPU = Dist(0, 1, torch.device("cpu"))

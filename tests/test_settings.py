@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bnnfree.train.settings import settings
+from bnnfree.train.process_settings import settings
 
 
 def state():
@@ -26,7 +26,7 @@ def test_they_are_set_back_after_an_error_too(deterministic):
 
 PROGRAM = """
 import resource, torch
-from bnnfree.train.settings import settings
+from bnnfree.train.process_settings import settings
 
 def held():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()

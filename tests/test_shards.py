@@ -24,9 +24,9 @@ from PIL import Image
 from test_data import options, spoil, write_tree
 from test_images import joined, same, sorted_rows
 
+from bnnfree.data import addresses, tar_images, tar_index
+from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError, BnnfreeWarning, DataError
-from bnnfree.train import addresses, members, shards
-from bnnfree.train.data import describe, load_data
 
 webdataset = pytest.importorskip("webdataset")
 
@@ -45,7 +45,7 @@ def one_thread():
 def written(tmp_path):
     """Options for shards of 11 training images of each of 2 classes, about 3 a shard, and 11 to test."""
     root = write_tree(tmp_path / "root", count=11, size=(90, 70), ending="jpg")
-    assert shards.write(str(root), tmp_path / "out", size=3 * os.path.getsize(root / "train" / "ant" / "0.jpg")) == 0
+    assert tar_index.write(str(root), tmp_path / "out", size=3 * os.path.getsize(root / "train" / "ant" / "0.jpg")) == 0
     return shard_options(tmp_path, root=str(tmp_path / "out"))
 
 
@@ -127,8 +127,8 @@ def test_we_read_what_the_library_writes(tmp_path):
 
 
 def test_the_same_folder_gives_the_same_bytes(written, tmp_path):
-    shards.write(str(tmp_path / "root"), tmp_path / "again", size=3 * 10**4)
-    shards.write(str(tmp_path / "root"), tmp_path / "third", size=3 * 10**4)
+    tar_index.write(str(tmp_path / "root"), tmp_path / "again", size=3 * 10**4)
+    tar_index.write(str(tmp_path / "root"), tmp_path / "third", size=3 * 10**4)
     names = sorted(path.name for path in (tmp_path / "again").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "third").iterdir())
     assert all((tmp_path / "again" / n).read_bytes() == (tmp_path / "third" / n).read_bytes() for n in names)
@@ -136,7 +136,7 @@ def test_the_same_folder_gives_the_same_bytes(written, tmp_path):
 
 def test_a_shard_mixes_the_classes(tmp_path):
     root = write_tree(tmp_path / "root", classes=("ant", "bee", "cow"), count=40, size=(70, 66), ending="jpg")
-    shards.write(str(root), tmp_path / "out", size=30 * 2000)
+    tar_index.write(str(root), tmp_path / "out", size=30 * 2000)
     rows = json.loads((tmp_path / "out" / "index.json").read_text())["parts"]["train"]
     assert all(set(row["labels"]) == {0, 1, 2} for row in rows if len(row["labels"]) > 15)
 
@@ -178,9 +178,9 @@ def test_validation_images_are_carved_and_limits_hold(written):
 
 
 def test_an_epoch_opens_few_shards_at_a_time():
-    rows = np.zeros(200 * 50, members.MEMBER)
+    rows = np.zeros(200 * 50, tar_images.MEMBER)
     rows["shard"] = np.repeat(np.arange(200), 50)
-    store = members.Members([""] * 200, [0] * 200, rows, Path("."), None)
+    store = tar_images.Members([""] * 200, [0] * 200, rows, Path("."), None)
     order = store.order(torch.Generator().manual_seed(SEED)).numpy()
     assert np.array_equal(np.sort(order), np.arange(len(rows)))
     used = rows["shard"][order]
@@ -190,13 +190,13 @@ def test_an_epoch_opens_few_shards_at_a_time():
     last = np.zeros(200, int)
     np.maximum.at(last, used, places)
     at_once = max(((first <= place) & (place <= last)).sum() for place in range(0, len(used), 37))
-    assert members.WINDOW - 2 <= at_once <= members.WINDOW + 1
+    assert tar_images.WINDOW - 2 <= at_once <= tar_images.WINDOW + 1
     assert (np.diff(np.argsort(first)) != 1).mean() > 0.9, "the shards come in random order"
     assert (np.diff(used) != 0).mean() > 0.9, "images of one shard do not follow each other"
 
 
 def test_as_many_files_stay_open_as_an_epoch_needs(written, monkeypatch):
-    monkeypatch.setattr(members, "WINDOW", 2)
+    monkeypatch.setattr(tar_images, "WINDOW", 2)
     split = load_data(written).train
     expected = sorted_rows(joined(split.batches(22)))
     assert len(split.files._open) == 3 and len(split.files.places) > 8
@@ -238,7 +238,7 @@ def test_a_pattern_of_urls_is_scanned_once(written, server):
 
 @needs_curl
 def test_the_cache_keeps_about_its_limit_and_fetches_again(written, server, monkeypatch):
-    monkeypatch.setattr(members, "WINDOW", 2)
+    monkeypatch.setattr(tar_images, "WINDOW", 2)
     expected = joined(load_data(written).train.train_batches(4, seed=SEED, epoch=0))
     sizes = [path.stat().st_size for path in Path(written.root).glob("train-*.tar")]
     written.root, written.cache_gb = f"{server[0]}/out", 3.5 * max(sizes) / 1e9
@@ -426,7 +426,7 @@ def test_a_missing_shard_is_named(written, named):
 def test_bad_images_in_shards_are_named_or_dropped_and_counted(tmp_path, how, said, workers):
     root = write_tree(tmp_path / "root", count=5, size=(90, 70), ending="jpg")
     asked = shard_options(tmp_path, root=str(tmp_path / "out"), workers=workers)
-    shards.write(str(root), asked.root, size=4 * 10**4)
+    tar_index.write(str(root), asked.root, size=4 * 10**4)
     for path in Path(asked.root).glob("test-*.tar"):  # an image cannot be bad when it is written: it becomes so
         with tarfile.open(path) as tar:
             samples = {m.name: tar.extractfile(m).read() for m in tar}
@@ -454,16 +454,16 @@ def test_writing_names_bad_files_or_leaves_them_out(tmp_path):
     spoil(root / "train" / "bee" / "1.jpg", "text")
     (root / "train" / "bee" / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"notes\.txt is not an image file\. --skip-bad"):
-        shards.write(str(root), tmp_path / "out")
+        tar_index.write(str(root), tmp_path / "out")
     (root / "train" / "bee" / "notes.txt").unlink()
     with pytest.raises(DataError, match=r"1\.jpg is not an image that can be recognised\. --skip-bad"):
-        shards.write(str(root), tmp_path / "out")
+        tar_index.write(str(root), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root"], "nothing is left of a failure"
-    assert shards.write(str(root), tmp_path / "out", size=1000, skip_bad=True) == 1
+    assert tar_index.write(str(root), tmp_path / "out", size=1000, skip_bad=True) == 1
     loaded = load_data(shard_options(tmp_path, root=str(tmp_path / "out")))
     assert loaded.train.labels.bincount().tolist() == [4, 3]
     with pytest.raises(DataError, match="is there and not empty"):
-        shards.write(str(root), tmp_path / "out")
+        tar_index.write(str(root), tmp_path / "out")
 
 
 @pytest.mark.parametrize("change, said", [
@@ -543,7 +543,7 @@ def test_a_hostile_tar_is_scanned_or_refused_in_one_line(tmp_path):
     for data in [sparse_tar(), chain_tar(), *(odd_tar(random, forms[number % 2]) for number in range(600))]:
         (tmp_path / "a.tar").write_bytes(data)
         try:
-            shards.scan("a.tar", tmp_path / "a.tar")
+            tar_index.scan("a.tar", tmp_path / "a.tar")
         except DataError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -551,7 +551,7 @@ def test_a_hostile_tar_is_scanned_or_refused_in_one_line(tmp_path):
 
 
 def test_an_index_of_gigabytes_is_not_read(written, monkeypatch):
-    monkeypatch.setattr(shards, "LARGEST", 100)
+    monkeypatch.setattr(tar_index, "LARGEST", 100)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("read"))
     with pytest.raises(DataError, match=r"index\.json: is no index of shards: got \d+ bytes, expected at most 100"):
         load_data(written)
@@ -636,8 +636,8 @@ def test_what_does_not_fit_together_is_refused(written, changes, said):
 
 def test_a_scan_is_remembered_until_a_shard_changes(written, monkeypatch):
     scanned = []
-    original = shards.scan
-    monkeypatch.setattr(shards, "scan", lambda place, path: scanned.append(place) or original(place, path))
+    original = tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda place, path: scanned.append(place) or original(place, path))
     folder = Path(written.root)
     by_pattern(written)
     first = load_data(written)
@@ -656,7 +656,7 @@ def test_without_the_library_local_shards_with_an_index_are_read_and_all_else_sa
     monkeypatch.setitem(sys.modules, "webdataset", None)
     assert len(joined(load_data(written).train.batches(9))[1]) == 22
     with pytest.raises(DataError, match="writing shards needs webdataset.*pip install"):
-        shards.write(str(tmp_path / "root"), tmp_path / "other")
+        tar_index.write(str(tmp_path / "root"), tmp_path / "other")
     written.root = written.test_root = "a.tar"
     with pytest.raises(DataError, match="a pattern needs webdataset"):
         load_data(written)

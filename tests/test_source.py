@@ -11,12 +11,11 @@ import torch
 import yaml
 from helpers import KINDS_OF_MODELS, ROOT, TINY, assert_same, tiny, train
 
+from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, load_data
 from bnnfree.errors import CheckpointError, DataError
 from bnnfree.nn import NORMS
-from bnnfree.train import RecipeError, load_model, open_source, source_kind
-from bnnfree.train import source as source_module
-from bnnfree.train.data import CIFAR10, CIFAR100, IMAGENET, load_data
-from bnnfree.train.source import STAND_IN, without_places
+from bnnfree.train import RecipeError, load_model, open_network, open_source, source_kind
+from bnnfree.train.open_network import STAND_IN, without_places
 from models import MODELS
 
 EVERY_KIND = r"expected a run folder, a checkpoint \(\.pt\) or a recipe \(\.yaml, \.yml\)"
@@ -85,9 +84,9 @@ def test_random_networks_tell_images_apart(recipe, name, norm):
 @pytest.mark.parametrize(("size", "count"), [(9, 64), (64, 64), (65, 8)])
 def test_constants_are_set_on_images_that_look_nothing_like_the_weights(recipe, monkeypatch, size, count):
     seen = []
-    original = source_module.calibrate
+    original = open_network.calibrate
     monkeypatch.setattr(
-        source_module, "calibrate", lambda model, images, *rest: seen.append(images) or original(model, images, *rest)
+        open_network, "calibrate", lambda model, images, *rest: seen.append(images) or original(model, images, *rest)
     )
     network = open_source(recipe, MODELS, ["model.width=0.25", f"data.image_size={size}", "model.stem=cifar"])
     (images,) = seen

@@ -15,16 +15,17 @@ from helpers import cut_at, train
 from test_data import options, write_tree
 from test_images import joined, same
 
+from bnnfree.data import file_split, tar_index
+from bnnfree.data.datasets import load_data
 from bnnfree.errors import BnnfreeWarning, CheckpointError
-from bnnfree.train import load_checkpoint, shards, streamed
-from bnnfree.train.data import load_data
+from bnnfree.train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 READ = """
 import sys, warnings, torch
 sys.path[:0] = ["tests"]
 from test_data import options
-from bnnfree.train.data import load_data
+from bnnfree.data.datasets import load_data
 from test_images import joined, same
 given = dict(name="image_folder", root=sys.argv[1], image_size=80, cache=sys.argv[1] + "-cache")
 alone = joined(load_data(options(**given)).train.train_batches(16, seed=0, epoch=0))
@@ -61,7 +62,7 @@ def test_where_processes_find_no_room_images_are_read_all_the_same(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.multiprocessing, "Semaphore", refused)
-    assert not streamed.room_for_processes(1)
+    assert not file_split.room_for_processes(1)
     with pytest.warns(BnnfreeWarning, match=r"no room for the 3 processes that read images.*in this one"):
         assert same(joined(load_data(options(workers=3, **given)).train.batches(3)), alone)
 
@@ -80,7 +81,7 @@ def begun(request, tmp_path, monkeypatch):
     def make():
         if request.param == "shards":
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            shards.write(str(root), tmp_path / "out", size=2 * 10**4)
+            tar_index.write(str(root), tmp_path / "out", size=2 * 10**4)
 
     make()
     given += ["data.image_size=65", "data.batch_size=4", "data.workers=0", f"data.cache={tmp_path / 'cache'}"]

@@ -14,9 +14,9 @@ from torch import nn
 from bnnfree.analysis import summarize
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BINARIZE, BinaryConv2d, BinaryLinear, RSign, ScaledStdConv2d, Sign
+from bnnfree.recipe.read import load_recipe
 from bnnfree.train.checkpoint import save_checkpoint
 from bnnfree.train.meaning import design_of
-from bnnfree.train.recipes import load_recipe
 from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent

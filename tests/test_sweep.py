@@ -17,15 +17,16 @@ from test_tools import tool  # noqa: F401
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import NORMS
-from bnnfree.train import fit, load_recipe, pool
-from bnnfree.train.expression import ExpressionError, compute
-from bnnfree.train.outcome import Entry, Outcome, OutcomeError, differing, read_run
-from bnnfree.train.pool import Job, Place, places_of, run_all, train_one
-from bnnfree.train.recipes import RecipeError
+from bnnfree.recipe.read import RecipeError
+from bnnfree.sweep import workers
+from bnnfree.sweep.file import MOST, SweepError, read_sweep
+from bnnfree.sweep.formula import ExpressionError, compute
+from bnnfree.sweep.run_folder import Entry, Outcome, OutcomeError, differing, read_run
+from bnnfree.sweep.tables import cell, draw_sweep, markdown, sweep_csv, sweep_rows
+from bnnfree.sweep.workers import Job, Place, places_of, run_all, train_one
+from bnnfree.train import fit, load_recipe
 from bnnfree.train.report import Report
 from bnnfree.train.run import Run
-from bnnfree.train.sweep import MOST, SweepError, read_sweep
-from bnnfree.train.tables import cell, draw_sweep, markdown, sweep_csv, sweep_rows
 from models import MODELS
 
 SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))
@@ -74,7 +75,7 @@ def write_run(folder, recipe=None, **result):
 
 
 def load_recipe_of(tree, *overrides):
-    from bnnfree.train.recipes import parse_recipe
+    from bnnfree.recipe.read import parse_recipe
 
     return parse_recipe(tree, "test", MODELS, overrides)
 
@@ -314,7 +315,7 @@ def test_any_exception_of_a_run_is_recorded_with_its_last_line(tmp_path, monkeyp
     def broken(*_, **__):
         raise ValueError("two\nlines")
 
-    monkeypatch.setattr(pool, "fit", broken)
+    monkeypatch.setattr(workers, "fit", broken)
     train_one(load_recipe_of(RECIPE).model_dump(), MODELS, tmp_path / "run")
     outcome = read_run(tmp_path / "run")
     assert (outcome.state, outcome.error) == ("failed", "ValueError: two lines")

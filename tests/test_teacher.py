@@ -5,9 +5,9 @@ import torch
 from helpers import TINY, tiny, train
 from torch import nn
 
+from bnnfree.data.datasets import Data, load_data
 from bnnfree.errors import BnnfreeError
 from bnnfree.train.checkpoint import load_model
-from bnnfree.train.data import Data, load_data
 from bnnfree.train.teacher import Teacher, View, converted, load_teacher
 from models import MODELS
 

@@ -12,10 +12,8 @@ from helpers import ROOT, filled_pages, tiny
 from test_tools import tool  # noqa: F401
 
 from bnnfree.analysis.plain import plain
-from bnnfree.errors import BnnfreeError
-from bnnfree.train import throughput
-from bnnfree.train.data import load_data
-from bnnfree.train.throughput import (
+from bnnfree.bench import training
+from bnnfree.bench.training import (
     PARTS,
     Clock,
     Feed,
@@ -28,6 +26,8 @@ from bnnfree.train.throughput import (
     roofline,
     shares,
 )
+from bnnfree.data.datasets import load_data
+from bnnfree.errors import BnnfreeError
 from models import MODELS
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ class Pretender:
 def now(monkeypatch):
     """[seconds]: what the clock says, which only a Pretender moves."""
     seconds = [0.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: seconds[0])
     return seconds
 
 
@@ -326,13 +326,13 @@ def test_options_of_training_do_not_go_with_inference(tool):  # noqa: F811
 
 
 def test_who_cannot_take_a_step_or_tell_its_memory_is_left_out_with_a_reason(tool, tmp_path, monkeypatch):  # noqa: F811
-    whole = throughput.ReleasedContender.step
+    whole = training.ReleasedContender.step
 
     def broken(self, group, clock):
         whole(self, group, clock)
         raise RuntimeError("no compiler here,\nsays torch")
 
-    monkeypatch.setattr(throughput.ReleasedContender, "step", broken)
+    monkeypatch.setattr(training.ReleasedContender, "step", broken)
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     bench = importlib.import_module("_bench_train")
     monkeypatch.setattr(bench.sys, "executable", shutil.which("false"))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from helpers import assert_same, cut_at, double_stage, metrics_of, tiny, train
 
+from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import NORMS, WeightLayer, centred_layers, gradient_centres
 from bnnfree.train import evaluate, load_checkpoint, load_model
 from bnnfree.train.checkpoint import build_model, load_weights
-from bnnfree.train.data import describe, load_data
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage, TrainingError
 from models import MODELS

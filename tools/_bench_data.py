@@ -12,9 +12,9 @@ def bench_data(args) -> dict:
     `args.seconds` are shared by all measurements; `args.feeds` (images per second) is what a GPU trains at.
     Errors: BnnfreeError for images that are held in memory, and what load_recipe and load_data raise.
     """
+    from bnnfree.bench.reading import PHASES, cores_needed, memory, phases, rate, streamed
     from bnnfree.errors import BnnfreeError
     from bnnfree.train import load_data, load_recipe
-    from bnnfree.train.feed import PHASES, cores_needed, memory, phases, rate, streamed
     from models import MODELS
 
     feeds = FEEDS if args.feeds is None else args.feeds

@@ -91,10 +91,10 @@ def attribute(folder: str, file: str, module: ModuleType, name: str) -> Callable
 
 def check_same_size(folder: str, file: str, net, recipe, data) -> None:
     """Errors: BnnfreeError unless both networks have as many weights in their convolutions."""
+    from bnnfree.bench.training import data_info
     from bnnfree.errors import BnnfreeError
     from bnnfree.nn.standard import ConvLayer
     from bnnfree.train.checkpoint import build_model
-    from bnnfree.train.throughput import data_info
     from models import MODELS
 
     ours = build_model(recipe, MODELS, data_info(data))

@@ -64,10 +64,10 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
     import torch
     from _bench_reference import open_reference
 
+    from bnnfree.bench.training import roofline
     from bnnfree.errors import BnnfreeError
     from bnnfree.nn.fused import PRECISIONS
     from bnnfree.train import dist
-    from bnnfree.train.throughput import roofline
 
     check(args)
     torch.set_num_threads(args.threads)
@@ -135,7 +135,7 @@ def check(args) -> None:
 
 def recipe_of(request: Request, changes: tuple[str, ...] = ()):
     """The recipe of a request, with these changes; without those overrides that only the unchanged one reads."""
-    from bnnfree.train.recipes import by_key, load_fitting
+    from bnnfree.recipe.read import by_key, load_fitting
     from models import MODELS
 
     overrides = [*request.overrides, f"precision={request.precision}", *changes]
@@ -180,9 +180,9 @@ def make_contender(name: str, request: Request, data, device):
     from _bench_reference import open_reference
 
     from bnnfree.analysis.plain import plain
+    from bnnfree.bench.training import ReleasedContender, StageContender
     from bnnfree.errors import BnnfreeError
     from bnnfree.optim import find_head
-    from bnnfree.train.throughput import ReleasedContender, StageContender
     from models import MODELS
 
     variant = VARIANTS[name]
@@ -210,8 +210,8 @@ def run_race(request: Request, data, device, names: list[str], seconds: float, p
     import torch
 
     from bnnfree.analysis import summarize
+    from bnnfree.bench.training import Feed, data_info, race, ratios, shares
     from bnnfree.train.checkpoint import build_model
-    from bnnfree.train.throughput import Feed, data_info, race, ratios, shares
     from models import MODELS
 
     recipe = recipe_of(request)
@@ -246,8 +246,8 @@ def run_race(request: Request, data, device, names: list[str], seconds: float, p
 
 def open_contenders(request: Request, data, device, names: list[str], feed) -> tuple[dict, dict[str, str]]:
     """(contenders that have taken a step, name -> why another cannot). Errors: where ours or the reference cannot."""
+    from bnnfree.bench.training import warm_up
     from bnnfree.errors import BnnfreeError
-    from bnnfree.train.throughput import warm_up
 
     contenders, left_out = {}, {}
     for name in names:
@@ -272,7 +272,7 @@ def first_line(error: Exception) -> str:
 
 
 def print_race(title: str, race: dict, print_table: Callable[..., None]) -> None:
-    from bnnfree.train.throughput import PARTS
+    from bnnfree.bench.training import PARTS
 
     print(f"{title}, {race['rounds']} rounds")
     head = ("", "images/s", "step ms", "p10", "p90", "ratio", *PARTS)
@@ -314,8 +314,8 @@ def answer() -> None:
     """The other side of `held_alone`."""
     import torch
 
+    from bnnfree.bench.training import Feed, held
     from bnnfree.train import dist
-    from bnnfree.train.throughput import Feed, held
 
     asked = json.loads(sys.argv[1])
     name, request = asked.pop("name"), Request(**asked)

@@ -28,7 +28,7 @@ def main() -> None:
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.files import replacing
-    from bnnfree.train.tables import markdown
+    from bnnfree.sweep.tables import markdown
 
     out, paths = Path(args.out), [Path(name) for name in args.runs]
     files = [path for path in paths if path.is_file()]
@@ -51,8 +51,8 @@ def main() -> None:
 
 def run_rows(paths: list[Path], metric: str | None, out: Path) -> list[list[str]]:
     """The rows, head first; draws compare.png, if there is an epoch to draw."""
-    from bnnfree.train.outcome import differing
-    from bnnfree.train.tables import compare_rows, draw_curves
+    from bnnfree.sweep.run_folder import differing
+    from bnnfree.sweep.tables import compare_rows, draw_curves
 
     names = [path.resolve().name for path in paths]
     entries = []
@@ -71,7 +71,7 @@ def run_rows(paths: list[Path], metric: str | None, out: Path) -> list[list[str]
 def open_entries(path: Path, name: str, several: bool) -> list:
     """One entry of a run folder; of a sweep's folder one per point of its grid of which a run has begun."""
     from bnnfree.errors import BnnfreeError, nearest
-    from bnnfree.train.outcome import SWEEP, Entry, entries_of, read_plan, read_run
+    from bnnfree.sweep.run_folder import SWEEP, Entry, entries_of, read_plan, read_run
 
     if not path.is_dir():
         siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -86,8 +86,8 @@ def open_packed(path: str, overrides: list[str]):
 
     from bnnfree.engine import load
     from bnnfree.errors import BnnfreeError
-    from bnnfree.train.recipes import parse_recipe
-    from bnnfree.train.source import without_places
+    from bnnfree.recipe.read import parse_recipe
+    from bnnfree.train.open_network import without_places
     from models import MODELS
 
     engine = load(path)

@@ -41,10 +41,10 @@ def main() -> None:
     from bnnfree.errors import BnnfreeError, unknown_name
     from bnnfree.files import replacing
     from bnnfree.nn import NORMS
+    from bnnfree.sweep.tables import markdown
     from bnnfree.train import load_recipe
+    from bnnfree.train.process_settings import settings
     from bnnfree.train.report import write_json
-    from bnnfree.train.settings import settings
-    from bnnfree.train.tables import markdown
     from models import MODELS
 
     if not 0 < args.seconds <= 3600:
@@ -77,7 +77,7 @@ def main() -> None:
 
 def overrides_of(name: str, args) -> list[str]:
     """Overrides that give the recipe this normaliser, without the user's that only another one reads."""
-    from bnnfree.train.recipes import by_key, load_fitting
+    from bnnfree.recipe.read import by_key, load_fitting
     from models import MODELS
 
     own = [f"model.norm={NO_NORM}", "optimizer.precondition=bnp"] if name == BNP else [f"model.norm={name}"]
@@ -170,11 +170,11 @@ def open_step(name: str, args):
     import torch
 
     from bnnfree.analysis.memory import saved_per_image
+    from bnnfree.data.datasets import describe, load_data
+    from bnnfree.recipe.read import load_recipe
     from bnnfree.train.checkpoint import build_model
-    from bnnfree.train.data import describe, load_data
     from bnnfree.train.dist import Dist
     from bnnfree.train.loop import Stage
-    from bnnfree.train.recipes import load_recipe
     from models import MODELS
 
     recipe = load_recipe(args.recipe, overrides_of(name, args), MODELS)

@@ -75,8 +75,8 @@ def main() -> None:
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.files import replacing
+    from bnnfree.sweep.tables import markdown
     from bnnfree.train.report import draw_probes, write_json
-    from bnnfree.train.tables import markdown
 
     if not 2 <= args.images <= 100_000:
         raise BnnfreeError(f"--images: got {args.images}, expected 2 to 100000.")
@@ -105,7 +105,7 @@ def main() -> None:
 def named(sources: list[str]) -> list[tuple[str, list[Path]]]:
     """(name, its networks): each source by itself, a sweep's folder as the points of its grid."""
     from bnnfree.errors import BnnfreeError
-    from bnnfree.train.outcome import SWEEP, read_plan
+    from bnnfree.sweep.run_folder import SWEEP, read_plan
 
     found: list[tuple[str, list[Path]]] = []
     names = [Path(source).resolve().name for source in sources]
@@ -132,9 +132,9 @@ def look(source: Path, overrides: list[str], count: int) -> Look:
     from bnnfree.analysis.probe import probe, weight_signs
     from bnnfree.analysis.signals import SIGNS, by_depth, trace_signals
     from bnnfree.nn import anneal, calibrate
+    from bnnfree.recipe.read import parse_recipe
     from bnnfree.train import open_source
     from bnnfree.train.checkpoint import build_model
-    from bnnfree.train.recipes import parse_recipe
     from models import MODELS
 
     network = open_source(source, MODELS, overrides)
@@ -279,7 +279,7 @@ def mean_cell(values: list[float]) -> str:
 
 def draw_signals(path: Path, lines: dict[str, list[dict[str, float]]]) -> None:
     """The shares constant and sample_mean, and the size, by depth: a line per source."""
-    from bnnfree.train.tables import draw_panels
+    from bnnfree.sweep.tables import draw_panels
 
     panels = {
         title: {name: [layer[field] for layer in layers] for name, layers in lines.items()}

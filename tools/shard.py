@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
     args = parser.read()
 
-    from bnnfree.train.shards import write
+    from bnnfree.data.tar_index import write
 
     skipped = write(args.folder, args.out, size=size_of(args.size), skip_bad=args.skip_bad, where="shard.py")
     if skipped:

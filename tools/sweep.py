@@ -12,7 +12,7 @@ Call it again to go on: a finished run is not trained again, one that was cut go
 that failed is tried again; one that diverged stays, as a result. --table only reads what is there by now.
 
 The folder (default: runs/NAME_SCALE) receives a run folder per run, table.md, table.csv, table.png: mean and sample
-deviation over seeds, by point of the grid; its path is printed last. bnnfree/train/sweep.py says what a file holds.
+deviation over seeds, by point of the grid; its path is printed last. bnnfree/sweep/file.py says what a file holds.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     from models import MODELS
 
     if args.worker:
-        from bnnfree.train.pool import serve
+        from bnnfree.sweep.workers import serve
 
         serve(MODELS)
     if args.sweep is None:
@@ -49,8 +49,8 @@ def main() -> None:
 
     from bnnfree.bench.machine import machine
     from bnnfree.errors import BnnfreeError
-    from bnnfree.train.pool import places_of
-    from bnnfree.train.sweep import read_sweep
+    from bnnfree.sweep.file import read_sweep
+    from bnnfree.sweep.workers import places_of
 
     jobs = max(1, len(args.devices)) if args.jobs is None else args.jobs
     threads = max(1, machine()["cores"] // max(1, jobs)) if args.threads is None else args.threads
@@ -77,7 +77,7 @@ def main() -> None:
 
 def read_all(sweep, out: Path) -> dict:
     """Folder name -> what it holds. Errors: a folder that holds another run."""
-    from bnnfree.train.outcome import read_run
+    from bnnfree.sweep.run_folder import read_run
 
     return {run.folder: read_run(out / run.folder, run.recipe) for run in sweep.runs}
 
@@ -89,7 +89,7 @@ def command_of(sweep, run, out: Path) -> str:
 
 def write_plan(sweep, out: Path, overrides: list[str]) -> None:
     """sweep.json: which folder is which point, for tools/compare.py and for people."""
-    from bnnfree.train.outcome import SWEEP
+    from bnnfree.sweep.run_folder import SWEEP
     from bnnfree.train.report import write_json
 
     runs = [
@@ -104,8 +104,8 @@ def write_plan(sweep, out: Path, overrides: list[str]) -> None:
 
 def train(sweep, out: Path, states: dict, places: list) -> dict:
     """Train what is not over; a line per run as it ends, with the time left."""
-    from bnnfree.train.outcome import read_run
-    from bnnfree.train.pool import Job, run_all
+    from bnnfree.sweep.run_folder import read_run
+    from bnnfree.sweep.workers import Job, run_all
 
     todo = [run for run in sweep.runs if not states[run.folder].over]
     if not todo:
@@ -128,7 +128,7 @@ def train(sweep, out: Path, states: dict, places: list) -> dict:
 def look_at_data(runs: list) -> None:
     """Read each data set once: what is wrong with it is one error now and not one of each run, and small images are
     decoded and cached before several workers want them."""
-    from bnnfree.train.data import load_data
+    from bnnfree.data.datasets import load_data
 
     seen = set()
     for run in runs:
@@ -158,8 +158,8 @@ def duration(seconds: float) -> str:
 def write_tables(sweep, out: Path, states: dict) -> str:
     """table.md, table.csv and table.png; returns the table."""
     from bnnfree.files import replacing
-    from bnnfree.train.outcome import entries_of
-    from bnnfree.train.tables import draw_sweep, markdown, sweep_csv, sweep_rows
+    from bnnfree.sweep.run_folder import entries_of
+    from bnnfree.sweep.tables import draw_sweep, markdown, sweep_csv, sweep_rows
 
     axes = [axis.name for axis in sweep.axes]
     entries = entries_of(

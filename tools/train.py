@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--keys", action="store_true", help="print every recipe key: type, default, meaning")
     args = parser.read()
     if args.keys:
-        from bnnfree.train.keys import key_table
+        from bnnfree.recipe.keys import key_table
 
         print(key_table())
         return

@@ -1,20 +1,19 @@
-"""From a recipe to a result: `load_recipe`, `fit`. Imports torch, torchvision, yaml, pydantic, tqdm.
+"""One training: from a recipe to a result by `fit`, and its checkpoints. Imports torch, torchvision, pydantic, tqdm.
 
-recipe (the schema), recipes (reading files), data (what it trains on) + subset, images (in memory), streamed (from
-files), augment (for both), folder, shards + members (from tars), addresses (of them), losses, schedule, loop (a
-stage), evaluation, run (all stages), checkpoint + sealed (its file), meaning (structure, design, older versions),
-start (init, freeze), resume, run_folder (lock), source (checkpoint, run folder or recipe as a network), report
-(metrics and curves), dist (torchrun). Many at once: sweep (the file) + expression, pool (processes), outcome (what
-run folders hold), tables. Measuring: throughput (steps), feed (reading images).
+run (all stages), loop (a stage), losses, schedule, passes, evaluation, teacher, start (init, freeze), doubts (what a
+recipe cannot do on the data at hand), dry (before a training), report (metrics and curves), resume, run_folder (lock).
+Its file: checkpoint, sealed (bytes), meaning (structure, design, older versions); open_network opens one, a run
+folder or a recipe. dist is torchrun, process_settings what a process is set to. Recipes are in bnnfree.recipe, data
+sets in bnnfree.data, many trainings in bnnfree.sweep.
 """
 
+from bnnfree.data.datasets import load_data
+from bnnfree.recipe.read import RecipeError, load_recipe
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.checkpoint import load_checkpoint, load_model
-from bnnfree.train.data import load_data
 from bnnfree.train.evaluation import evaluate
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError, load_recipe
+from bnnfree.train.open_network import Network, open_source, source_kind
 from bnnfree.train.run import fit
-from bnnfree.train.source import Network, open_source, source_kind
 
 __all__ = [
     "Network",

@@ -16,9 +16,9 @@ from torch import nn
 
 import bnnfree
 from bnnfree.errors import CheckpointError
+from bnnfree.recipe.read import parse_recipe
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.meaning import VERSION, check_state, design_of, upgrade
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import parse_recipe
 from bnnfree.train.sealed import ForeignCheckpoint, read_state, write_state
 
 KIND = "bnnfree checkpoint"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from bnnfree.train.recipe import Recipe
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.schedule import lr_factor
 
 PEAK = 0.7  # share of its peak that a learning rate should reach

@@ -11,16 +11,16 @@ import time
 
 import torch
 
+from bnnfree.data.datasets import Data, check_files, describe, load_data
 from bnnfree.errors import one_line
 from bnnfree.nn import BinaryConv2d, BinaryLinear
 from bnnfree.optim import describe_groups
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import Builders, build_model
-from bnnfree.train.data import Data, check_files, describe, load_data
 from bnnfree.train.doubts import doubts
 from bnnfree.train.loop import Stage
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.settings import settings
+from bnnfree.train.process_settings import settings
 
 STEPS = 2
 GIB = 2**30

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bnnfree.data.pixel_split import Split
 from bnnfree.train.dist import Dist
-from bnnfree.train.images import Split
 
 WRONG = 2**31 - 1
 

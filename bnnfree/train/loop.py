@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnnfree.analysis.probe import Prober
+from bnnfree.data.datasets import Data
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import (
     BinaryConv2d,
@@ -38,12 +39,11 @@ from bnnfree.optim import (
     parameter_groups,
     rescale_moments,
 )
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.checkpoint import load_weights
-from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist, data_parallel
 from bnnfree.train.losses import LOSSES, main_class
 from bnnfree.train.passes import Passes
-from bnnfree.train.recipe import Recipe
 from bnnfree.train.schedule import lr_factor
 from bnnfree.train.start import freeze
 

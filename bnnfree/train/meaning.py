@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnnfree.errors import CheckpointError
 from bnnfree.nn import BINARIZE, GROUP, NORMS
-from bnnfree.train.recipe import ModelRecipe
+from bnnfree.recipe.schema import ModelRecipe
 
 VERSION = 2
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]

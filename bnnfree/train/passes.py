@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.nn import Part, ask_before, gradient_centres, of_batch, plan_step, set_part
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.dist import Dist
-from bnnfree.train.recipe import Recipe
 
 FEW = 8  # images of a step: below, the others' mean is mostly noise, and images of steps before pay
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from bnnfree.errors import CheckpointError
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.checkpoint import Builders, check_network
 from bnnfree.train.meaning import design_of
-from bnnfree.train.recipe import Recipe
 
 PLACES = ("root", "test_root", "val_root", "cache", "cache_gb", "workers", "download")
 MAY_CHANGE = (*(f"data.{key}" for key in PLACES), "device", "speed", "checkpoint_minutes")

@@ -17,9 +17,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bnnfree.data.datasets import Data, load_data
 from bnnfree.errors import CheckpointError, one_line
 from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
+from bnnfree.recipe.read import save_recipe
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import (
     Builders,
@@ -29,18 +32,15 @@ from bnnfree.train.checkpoint import (
     origin,
     save_checkpoint,
 )
-from bnnfree.train.data import Data, load_data
 from bnnfree.train.dist import Dist
 from bnnfree.train.doubts import doubts
 from bnnfree.train.evaluation import evaluate
 from bnnfree.train.loop import Stage
 from bnnfree.train.meaning import design_of
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import save_recipe
+from bnnfree.train.process_settings import settings
 from bnnfree.train.report import Report, machine, write_json
 from bnnfree.train.resume import MAY_CHANGE, check_images, check_resumable, other_bits
 from bnnfree.train.run_folder import open_folder, taken, writing
-from bnnfree.train.settings import settings
 from bnnfree.train.start import find_weights, freeze, open_weights, take_weights
 from bnnfree.train.teacher import load_teacher
 

@@ -5,7 +5,7 @@ Imports torch, bnnfree.errors, bnnfree.nn, bnnfree.optim and its own room; the m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import bnnfree
+from bnnfree.convert import published
 from bnnfree.errors import CheckpointError, nearest
 from bnnfree.nn import BinaryBlock
 from bnnfree.optim import matching
-from bnnfree.train.checkpoint import Builders, open_checkpoint
-from bnnfree.train.published import convert_published
+from bnnfree.train.checkpoint import Builders, build_model, load_weights, open_checkpoint, origin
+from bnnfree.train.meaning import design_of
 from bnnfree.train.sealed import ForeignCheckpoint
 
 PRETRAINED = Path(bnnfree.__file__).parent.parent / "models" / "pretrained"
@@ -83,6 +84,53 @@ def open_weights(init: str, builders: Builders, **options: Any) -> dict[str, Any
         return open_checkpoint(path)
     except ForeignCheckpoint:
         return convert_published(path, builders, **options)
+
+
+def convert_published(
+    path: str | Path,
+    builders: Builders,
+    *,
+    variant: str | None = None,
+    classes: Sequence[str] | None = None,
+    image_size: int | None = None,
+) -> dict[str, Any]:
+    """A file of theirs as the state of a checkpoint of ours, for save_checkpoint; its key `published` says more.
+
+    variant: a key of VARIANTS, needed where several have the same keys. classes: their names, in the order of
+    the outputs (None: class0, class1, ...). image_size: side in pixels (None: 224, or 32 with 10 or 100 classes).
+    Errors: CheckpointError for a file that fits no variant, or several; for another number of names.
+    """
+    where = f"published checkpoint {path}"
+    theirs, decay = published.read_published(path)
+    found = published.inspect(theirs, where)
+    name = published.choose(found, variant, where, decay)
+    recipe = published.recipe_of(found, name, image_size)
+    names = [f"class{i}" for i in range(found.classes)] if classes is None else list(classes)
+    if len(names) != found.classes:
+        raise CheckpointError(f"{where}: got {len(names)} names of classes, expected {found.classes}.")
+    mean, std = published.DATA[found.classes][1] if found.classes in published.DATA else published.IMAGENET
+    size = [recipe.data.image_size] * 2
+    data = {"classes": names, "channels": 3, "image_size": size, "mean": list(mean), "std": list(std)}
+    model = build_model(recipe, builders, data)
+    load_weights(model, published.translate(theirs, model, found.model, found.stored, where), where)
+    return {
+        "stage": 0,
+        "epoch": 1,
+        "step": 0,
+        "model": model.state_dict(),
+        "ema": None,
+        "optimizers": [],
+        "signs": {},
+        "recipe": recipe.model_dump(),
+        "design": design_of(recipe.model, data),
+        "binarize": recipe.model.binarize,
+        "data": data,
+        "origin": origin(),
+        "history": [],
+        "best": {"top1": None, "epoch": 0},
+        "seconds": 0.0,
+        "published": {"variant": name, "file": Path(path).name},
+    }
 
 
 def take_weights(model: nn.Module, state: Mapping[str, Any], source: str, binarize: str) -> Taken:

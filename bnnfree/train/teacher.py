@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnnfree.data.datasets import Data
 from bnnfree.errors import BnnfreeError, nearest
 from bnnfree.train.checkpoint import Builders, load_model
-from bnnfree.train.data import Data
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: Pillow's grey of red, green and blue
 

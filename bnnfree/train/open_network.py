@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, Stats, describe
 from bnnfree.errors import CheckpointError, nearest
 from bnnfree.nn import calibrate
 from bnnfree.preprocess import DECODED_SIZE, resize_rule
+from bnnfree.recipe.read import load_recipe, parse_recipe
+from bnnfree.recipe.schema import Recipe
+from bnnfree.recipe.tree import SUFFIXES
 from bnnfree.train.checkpoint import Builders, build_model, load_model
-from bnnfree.train.data import CIFAR10, CIFAR100, IMAGENET, Stats, describe
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import load_recipe, parse_recipe
-from bnnfree.train.tree import SUFFIXES
 
 CHECKPOINTS = (".pt",)
 PLACES = ("root", "test_root", "val_root")  # keys of a recipe's data that say where it lies

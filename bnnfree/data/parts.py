@@ -16,7 +16,7 @@ from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import DECODED_SIZE, MODES, NARROW, Reading, Size, check_limits, square
-from bnnfree.train.streamed import Files
+from bnnfree.data.file_split import Files
 
 LONGEST_NAME = 1024  # bytes of a class name; the packed format's MAX_LINE
 TRIED = 16  # image files that are decoded to see what range their values have
@@ -57,7 +57,7 @@ class DataOptions(Protocol):
 
 @dataclass
 class Source:
-    """The result of a data set function: parts[train|test|val] = (images, labels), see data.py.
+    """The result of a data set function: parts[train|test|val] = (images, labels), see datasets.py.
 
     `stats` None means: measured on the training images. `files` opens images that are not pixels.
     """

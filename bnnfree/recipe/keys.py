@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.sections import section_of
+from bnnfree.recipe.schema import Recipe
+from bnnfree.recipe.sections import section_of
 
 
 def key_table() -> str:

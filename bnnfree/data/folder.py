@@ -28,7 +28,7 @@ import numpy as np
 from bnnfree.errors import BnnfreeWarning, DataError, nearest
 from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import Reading, Size, image_endings, read_image, square
-from bnnfree.train.subset import carve
+from bnnfree.data.subset import carve
 
 SIDECARS = {"thumbs.db", "desktop.ini", "__macosx"}
 CACHE_FORMAT = 2  # part of every cache key: raise it when the same files would decode to other pixels

@@ -1,4 +1,4 @@
-"""Splits of a data set: their interface, and the kind that holds pixels in memory; streamed.py reads files.
+"""Splits of a data set: their interface, and the kind that holds pixels in memory; file_split.py reads files.
 
 Everything random about a training sample is a function of (seed, epoch) and of its position in the epoch's
 order, never of the batch it falls into, the rank, the worker or the device. So four batches of 32 in a row
@@ -8,7 +8,7 @@ resumed at any batch. torch's global random state is neither read nor changed.
 To add an augmentation of pixels in memory: one function and one line of AUGMENTS; augment.py has those that streamed
 images know too.
 
-Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
+Must not import bnnfree.nn, models, export or engine, nor bnnfree.data.datasets: data sets are not its business.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnnfree.errors import DataError
-from bnnfree.train.augment import MIXTURES, POLICIES, Mixing, neighbours, policy, seeded
+from bnnfree.data.augment import MIXTURES, POLICIES, Mixing, neighbours, policy, seeded
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Numbered = tuple[Tensor, Tensor, Tensor]  # images, labels, and the images' numbers

@@ -1,6 +1,6 @@
 """Splits whose images are read from their files each time a batch is made, by processes of their own.
 
-A sample depends on its image and its seed only (see images.py), so the number of processes changes no pixel.
+A sample depends on its image and its seed only (see pixel_split.py), so the number of processes changes no pixel.
 JPEGs are decoded by Pillow, at a half, a quarter or an eighth of their size where the crop needs no more;
 torch resizes, which is faster than Pillow. Pixels go to the device as uint8 and are normalised there.
 
@@ -8,7 +8,7 @@ To add an augmentation: one function and one line of FRAMES (which pixels) or CH
 has those that images in memory know too.
 To read images from somewhere else: a subclass of Files.
 
-Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data: data sets are not its business.
+Must not import bnnfree.nn, models, export or engine, nor bnnfree.data.datasets: data sets are not its business.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import Reading, Size, centre, read_image, turned
-from bnnfree.train.augment import POLICIES, policy, seeded
-from bnnfree.train.images import Numbered, Part, Split
+from bnnfree.data.augment import POLICIES, policy, seeded
+from bnnfree.data.pixel_split import Numbered, Part, Split
 
 SAMPLE = 256  # images by which statistics of files are measured
 JPEG_MODES = ("RGB", "L", "CMYK")  # what Pillow makes of a JPEG

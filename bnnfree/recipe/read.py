@@ -17,10 +17,10 @@ from pydantic import BaseModel, ValidationError
 
 from bnnfree import errors
 from bnnfree.files import replacing
-from bnnfree.train.reads import leaves, networks, unread
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.sections import section_of
-from bnnfree.train.tree import Dumper, RecipeError, parse_yaml, read_tree
+from bnnfree.recipe.reads import leaves, networks, unread
+from bnnfree.recipe.schema import Recipe
+from bnnfree.recipe.sections import section_of
+from bnnfree.recipe.tree import Dumper, RecipeError, parse_yaml, read_tree
 
 
 class UnreadError(RecipeError):

@@ -1,6 +1,6 @@
 """The grid of a sweep file: its axes, from lists of values, variants with labels, and tables of names.
 
-Imports bnnfree.nn and optim for their tables of names, and its own room. The file as a whole: bnnfree.train.sweep.
+Imports bnnfree.nn and optim for their tables of names, and its own room. The file as a whole: bnnfree.sweep.file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from bnnfree.errors import BnnfreeError, unknown_name
 from bnnfree.nn import BETA_MODES, NORMS, SCALES, STES
 from bnnfree.optim import OPTIMIZERS
-from bnnfree.train.recipe import Recipe
+from bnnfree.recipe.schema import Recipe
 
 EVERY = "every"
 TABLES: dict[str, Iterable[str]] = {

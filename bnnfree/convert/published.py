@@ -30,7 +30,8 @@ What is not
     training goes on with our estimators and schedules (`ste_window: fixed` is theirs), not with their optimiser.
     34       layers (birealnet34) have no counterpart here; such a file is refused.
 
-Imports torch, bnnfree.errors and its own room; the model builders are passed in.
+Imports torch, bnnfree.errors, the recipe and the data sets' statistics. bnnfree.train.start makes checkpoints of what
+is read here (`convert_published`).
 """
 
 from __future__ import annotations
@@ -46,12 +47,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, KNOWN
 from bnnfree.errors import CheckpointError, pick
-from bnnfree.train.checkpoint import Builders, build_model, load_weights, origin
-from bnnfree.train.data import CIFAR10, CIFAR100, IMAGENET, KNOWN
-from bnnfree.train.meaning import design_of
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import parse_recipe
+from bnnfree.recipe.read import parse_recipe
+from bnnfree.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -301,50 +300,3 @@ def translate(theirs: Mapping[str, Tensor], model: nn.Module, name: str, stored:
         whole = torch.cat([part.flatten() for part in parts]) if own[key].dim() else torch.stack(parts).amax()
         own[key] = whole.view(own[key].shape)
     return own
-
-
-def convert_published(
-    path: str | Path,
-    builders: Builders,
-    *,
-    variant: str | None = None,
-    classes: Sequence[str] | None = None,
-    image_size: int | None = None,
-) -> dict[str, Any]:
-    """A file of theirs as the state of a checkpoint of ours, for save_checkpoint; its key `published` says more.
-
-    variant: a key of VARIANTS, needed where several have the same keys. classes: their names, in the order of
-    the outputs (None: class0, class1, ...). image_size: side in pixels (None: 224, or 32 with 10 or 100 classes).
-    Errors: CheckpointError for a file that fits no variant, or several; for another number of names.
-    """
-    where = f"published checkpoint {path}"
-    theirs, decay = read_published(path)
-    found = inspect(theirs, where)
-    name = choose(found, variant, where, decay)
-    recipe = recipe_of(found, name, image_size)
-    names = [f"class{i}" for i in range(found.classes)] if classes is None else list(classes)
-    if len(names) != found.classes:
-        raise CheckpointError(f"{where}: got {len(names)} names of classes, expected {found.classes}.")
-    mean, std = DATA[found.classes][1] if found.classes in DATA else IMAGENET
-    size = [recipe.data.image_size] * 2
-    data = {"classes": names, "channels": 3, "image_size": size, "mean": list(mean), "std": list(std)}
-    model = build_model(recipe, builders, data)
-    load_weights(model, translate(theirs, model, found.model, found.stored, where), where)
-    return {
-        "stage": 0,
-        "epoch": 1,
-        "step": 0,
-        "model": model.state_dict(),
-        "ema": None,
-        "optimizers": [],
-        "signs": {},
-        "recipe": recipe.model_dump(),
-        "design": design_of(recipe.model, data),
-        "binarize": recipe.model.binarize,
-        "data": data,
-        "origin": origin(),
-        "history": [],
-        "best": {"top1": None, "epoch": 0},
-        "seconds": 0.0,
-        "published": {"variant": name, "file": Path(path).name},
-    }

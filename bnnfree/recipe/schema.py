@@ -1,4 +1,4 @@
-"""The schema of a recipe: every key, its type, its default and what it means. Reading files is `recipes.py`.
+"""The schema of a recipe: every key, its type, its default and what it means. Reading files is `read.py`.
 
 Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never models, export, engine.
 """
@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from bnnfree import errors
+from bnnfree.data.parts import size_of
+from bnnfree.names import LOSSES, SCHEDULES
 from bnnfree.nn import (
     ACTIVATIONS,
     BETA_MODES,
@@ -28,10 +30,7 @@ from bnnfree.nn.fused import PRECISIONS, SPEEDS
 from bnnfree.nn.norms import options_of
 from bnnfree.nn.sign import check_ste
 from bnnfree.optim import OPTIMIZERS
-from bnnfree.train.data_recipe import MOST, MOST_PIXELS, DataRecipe, ImageSize, Part, contradiction, one_of
-from bnnfree.train.losses import LOSSES
-from bnnfree.train.parts import size_of
-from bnnfree.train.schedule import SCHEDULES
+from bnnfree.recipe.data_section import MOST, MOST_PIXELS, DataRecipe, ImageSize, Part, contradiction, one_of
 
 
 def _options_of_norms() -> str:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import DECODED_SIZE, Reading, Size, read_image
-from bnnfree.train.folder import Tree, decode_cached, list_tree
-from bnnfree.train.parts import (
+from bnnfree.data.folder import Tree, decode_cached, list_tree
+from bnnfree.data.parts import (
     IMAGENET,
     STREAMED_SIZE,
     TRIED,

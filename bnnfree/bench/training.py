@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from bnnfree.analysis.memory import saved_per_image
 from bnnfree.analysis.plain import clip_gradients, move_input_means, two_group_adam
+from bnnfree.bench.process_memory import peak_resident, resident
+from bnnfree.data.datasets import Data
+from bnnfree.data.pixel_split import Split
 from bnnfree.errors import BnnfreeError
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.checkpoint import Builders, build_model
-from bnnfree.train.data import Data
 from bnnfree.train.dist import Dist
-from bnnfree.train.images import Split
 from bnnfree.train.loop import Stage
 from bnnfree.train.losses import LOSSES
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.resident import peak_resident, resident
-from bnnfree.train.settings import settings
+from bnnfree.train.process_settings import settings
 
 PARTS = ("data", "forward", "backward", "agc", "optimizer")
 TURN = 0.1  # seconds that the counted steps of one turn take, about

@@ -5,9 +5,9 @@
 
 An index says where in its shard each image lies. So any image can be read at any time, an epoch is a permutation
 as for files, and order, resuming and the parts of several processes are those of every other split. Shards without
-an index are scanned once. members.py reads and fetches them.
+an index are scanned once. tar_images.py reads and fetches them.
 
-Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data.
+Must not import bnnfree.nn, models, export or engine, nor bnnfree.data.datasets.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import image_endings, read_image
-from bnnfree.train.addresses import expand, fetch, is_plain, is_url, webdataset
-from bnnfree.train.folder import list_tree
-from bnnfree.train.members import BLOCK, MEMBER, Members, check_size, local
+from bnnfree.data.addresses import expand, fetch, is_plain, is_url, webdataset
+from bnnfree.data.folder import list_tree
+from bnnfree.data.tar_images import BLOCK, MEMBER, Members, check_size, local
 
 INDEX = "index.json"
 ORDER_SEED = 20  # of the images in the shards; the order of an epoch has the recipe's

@@ -24,8 +24,8 @@ import numpy as np
 
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import Limits, Size, check_limits, to_bytes
-from bnnfree.train.parts import DataOptions, Source, size_of, warn_if_narrow
-from bnnfree.train.subset import carve
+from bnnfree.data.parts import DataOptions, Source, size_of, warn_if_narrow
+from bnnfree.data.subset import carve
 
 PARTS = ("train", "test", "val")
 STEP = 256  # images that are scaled at a time

@@ -16,7 +16,7 @@
 
 Later wins: recipe, set, the scale's set, the point of the grid, key=value of the command line, the seed. What is set
 for all runs goes to those that read it, one at least; what a point sets it must read. A value that begins with = is
-computed at the end from constants and other keys (bnnfree.train.expression).
+computed at the end from constants and other keys (bnnfree.sweep.formula).
 
 Imports yaml (through recipes) and its own room.
 """
@@ -34,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 from bnnfree.errors import nearest, unknown_name
-from bnnfree.train.expression import compute, is_expression
-from bnnfree.train.grid import Axis, SweepError, mapping, put, read_axes, short, shown
-from bnnfree.train.outcome import flat
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import RecipeError, load_fitting, load_recipe
-from bnnfree.train.tree import parse_yaml, read_tree
+from bnnfree.recipe.read import RecipeError, load_fitting, load_recipe
+from bnnfree.recipe.schema import Recipe
+from bnnfree.recipe.tree import parse_yaml, read_tree
+from bnnfree.sweep.formula import compute, is_expression
+from bnnfree.sweep.grid import Axis, SweepError, mapping, put, read_axes, short, shown
+from bnnfree.sweep.run_folder import flat
 
 KEYS = ("recipe", "set", "constants", "grid", "seeds", "scale", "scales", "plot")
 LEVEL_KEYS = ("about", "set", "constants", "grid", "seeds")

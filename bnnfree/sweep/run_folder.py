@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.recipes import load_recipe
+from bnnfree.recipe.read import load_recipe
+from bnnfree.recipe.schema import Recipe
 from bnnfree.train.resume import MAY_CHANGE
 
 FAILURE = "failure.json"

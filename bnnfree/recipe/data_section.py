@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
+from bnnfree.data.datasets import DATASETS
+from bnnfree.data.pixel_split import NAMES
 from bnnfree.preprocess import MODES
-from bnnfree.train.data import DATASETS
-from bnnfree.train.images import NAMES
 
 MOST = 1_000_000_000  # of what is counted: images, steps
 FILES = ("imagenet", "image_folder", "shards")  # data sets of image files

@@ -15,12 +15,12 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from bnnfree.data.augment import MIXTURES
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BINARIZE, BinaryBlock, BinaryConv2d, BinaryLinear, Clip, Design, RPReLU, Sign, WeightLayer
 from bnnfree.nn.norms import GhostBatchNorm2d, ThresholdedLinear
-from bnnfree.train.augment import MIXTURES
-from bnnfree.train.recipe import Recipe
-from bnnfree.train.sections import section_of
+from bnnfree.recipe.schema import Recipe
+from bnnfree.recipe.sections import section_of
 
 MOST_WEIGHTS = 2**31
 ACTIVATIONS = (RPReLU, ThresholdedLinear, nn.PReLU, nn.ReLU)

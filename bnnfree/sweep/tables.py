@@ -11,8 +11,8 @@ from typing import Any
 
 from bnnfree.errors import one_line
 from bnnfree.files import replacing
-from bnnfree.train.grid import Axis, short
-from bnnfree.train.outcome import Entry
+from bnnfree.sweep.grid import Axis, short
+from bnnfree.sweep.run_folder import Entry
 
 FIGURES = {"test_top1": 2, "val_top1": 2, "test_loss": 3, "minutes": 1}  # figure -> decimals
 TITLES = {

@@ -4,7 +4,7 @@ To add a data set: one function (options, where) -> Source and one line of DATAS
 images as one uint8 array [N,H,W,C] per part, or as an array of what its `files` opens; all after that is the same.
 
 The validation split is carved from the training images, the same way for every seed, unless the data set
-brings its own. Batches are the business of images.py, folders of image_folder.py, arrays of arrays.py.
+brings its own. Batches are the business of pixel_split.py, folders of image_folder.py, arrays of arrays.py.
 
 Must not import bnnfree.nn, models, export or engine.
 """
@@ -20,13 +20,13 @@ import numpy as np
 
 from bnnfree.errors import DataError, pick
 from bnnfree.preprocess import DECODED_SIZE
-from bnnfree.train.addresses import is_url
-from bnnfree.train.arrays import arrays, describe_arrays
-from bnnfree.train.augment import MIXTURES, POLICIES, Mixing
-from bnnfree.train.folder import cache_folder, check_root
-from bnnfree.train.image_folder import check_folder, describe_folder, image_folder, imagenet
-from bnnfree.train.images import AUGMENTS, NAMES, PixelSplit, Split
-from bnnfree.train.parts import (
+from bnnfree.data.addresses import is_url
+from bnnfree.data.arrays import arrays, describe_arrays
+from bnnfree.data.augment import MIXTURES, POLICIES, Mixing
+from bnnfree.data.folder import cache_folder, check_root
+from bnnfree.data.image_folder import check_folder, describe_folder, image_folder, imagenet
+from bnnfree.data.pixel_split import AUGMENTS, NAMES, PixelSplit, Split
+from bnnfree.data.parts import (
     CIFAR10,
     CIFAR100,
     IMAGENET,
@@ -45,9 +45,9 @@ from bnnfree.train.parts import (
     size_of,
     spread,
 )
-from bnnfree.train.shards import Found, find_shards
-from bnnfree.train.streamed import FILE_AUGMENTS, FileSplit, sample_pixels
-from bnnfree.train.subset import SPLIT_SEED, carve, thin
+from bnnfree.data.tar_index import Found, find_shards
+from bnnfree.data.file_split import FILE_AUGMENTS, FileSplit, sample_pixels
+from bnnfree.data.subset import SPLIT_SEED, carve, thin
 
 __all__ = ["CIFAR10", "CIFAR100", "IMAGENET", "Data", "DataOptions", "Source", "Stats", "describe", "load_data"]
 
@@ -263,7 +263,7 @@ def _cifar(options: DataOptions, where: str, kind: str, stats: Stats) -> Source:
 
 
 def shards(options: DataOptions, where: str) -> Source:
-    """Tar shards by index or pattern, local or by URL (see shards.py); validated and tested as image_folder."""
+    """Tar shards by index or pattern, local or by URL (see tar_index.py); validated and tested as image_folder."""
     size = size_of(options.image_size) or (STREAMED_SIZE, STREAMED_SIZE)
     if is_decoded(size):
         raise DataError(

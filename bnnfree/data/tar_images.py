@@ -4,7 +4,7 @@ A shard at a URL is fetched whole into the cache folder when it is first needed,
 goes through the shards in random order with WINDOW of them open at a time and takes images from those at random,
 so few shards are needed at once.
 
-Must not import bnnfree.nn, models, export or engine, nor bnnfree.train.data.
+Must not import bnnfree.nn, models, export or engine, nor bnnfree.data.datasets.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 from bnnfree.errors import DataError
 from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import read_image
-from bnnfree.train.addresses import fetch, is_url
-from bnnfree.train.streamed import Files
+from bnnfree.data.addresses import fetch, is_url
+from bnnfree.data.file_split import Files
 
 WINDOW = 16  # shards that an epoch takes images from at a time
 BLOCK = 512  # bytes: a tar header

@@ -19,10 +19,10 @@ import torch
 import torchvision.transforms  # noqa: F401  Why: what is measured then has it
 from PIL import Image
 
+from bnnfree.bench.process_memory import told
+from bnnfree.data.file_split import FileSplit, Reader, collate
+from bnnfree.data.pixel_split import Split
 from bnnfree.errors import DataError
-from bnnfree.train.images import Split
-from bnnfree.train.resident import told
-from bnnfree.train.streamed import FileSplit, Reader, collate
 
 PHASES = ("read", "decode", "augment", "collate")
 ROUGHNESS = (15.0, 65.0)  # standard deviation of a synthetic image's brightness, from the smoothest to the roughest
