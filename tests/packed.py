@@ -8,6 +8,7 @@ from bnnfree.format.schema import CONVOLUTIONS, NORMS, OPS, POOLINGS
 
 F32 = np.float32
 PARTS = ("scale", "bias", "other", "slope", "low", "high")
+AFTER = ("scale_after", "bias_after")
 WILD = np.array([0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -3e-39, 3e38, -3e38, 1e30, -1e20, 1.0, -1.0, 1 / 3], F32)
 
 GEOMETRIES = [  # height, width, kernel, stride, padding, dilation
@@ -26,9 +27,10 @@ GEOMETRIES = [  # height, width, kernel, stride, padding, dilation
 ]
 
 
-def fields_of(kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), **more) -> dict[str, int]:
-    """The window fields of an op."""
-    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+def fields_of(kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), after=None, **more) -> dict[str, int]:
+    """The window fields of an op; after: padding below and on the right (None: as above and on the left)."""
+    after = padding if after is None else after
+    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "after": after}
     return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")} | more
 
 
@@ -66,21 +68,19 @@ class Net:
         return self.tensors[index].shape
 
     def add(self, name, source, *, outputs=None, parts=(), other=None, writes="real", weights=None, threshold=None,
-            flip=False, **window) -> int:  # fmt: skip
+            flip=False, factor=None, other_last=0, **window) -> int:  # fmt: skip
         """One more op; returns what it writes: the real of "both". threshold: None, "f32" or "i32"."""
         height, width, channels = self.shape(source)
         groups = window.pop("groups", 1) if name in NORMS else None
         spatial = window and ops.Window(*[(window[f"{n}_h"], window[f"{n}_w"])
-                                          for n in ("kernel", "stride", "padding", "dilation")])  # fmt: skip
-        fields = {"input": source, **window}
+                                          for n in ("kernel", "stride", "padding", "dilation", "after")])  # fmt: skip
+        fields = {"input": source, "factor": factor, "other_last": other_last, **window}
         if name in CONVOLUTIONS:
             kind = weights or {"binary_conv2d": "bits", "pixel_conv2d": "i8", "conv2d": "f32"}[name]
             fields["weights"] = self._weights(kind, (outputs, *spatial.size, channels // window.get("groups", 1)))
             if name == "pixel_conv2d":
                 parts = {"scale", "bias", *parts}
-                sides = zip((height, width), *(getattr(spatial, n) for n in ("size", "stride", "padding", "dilation")),
-                            strict=True)  # fmt: skip
-                bias_shape = tuple(len(ops.border_classes(*side)[1]) for side in sides)
+                bias_shape = tuple(len(ops.border_classes(side)[1]) for side in spatial.sides(height, width))
             height, width = spatial.output(height, width)
             channels = outputs
         elif name in POOLINGS:
@@ -90,7 +90,7 @@ class Net:
             channels += self.shape(other)[2]
         elif groups:
             fields["weights"] = self._eps(groups)
-        for part in PARTS:
+        for part in (*PARTS, *AFTER):
             if part == "other" and part in parts:
                 fields["other"] = other
             elif part in parts:

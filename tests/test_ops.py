@@ -147,9 +147,7 @@ def test_linear_sums_inputs_in_order_then_scales_then_adds_the_bias(dtype):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_border_classes_say_which_taps_are_inside(geometry):
     height, _, window = window_of(geometry)
-    index, patterns = border_classes(
-        height, *(getattr(window, n)[0] for n in ("size", "stride", "padding", "dilation"))
-    )
+    index, patterns = border_classes(window.sides(height, height)[0])
     assert sorted(set(index.tolist())) == list(range(len(patterns)))
     for r, _, taps in positions(window, height, 1 + 2 * window.dilation[1] * window.size[1]):
         inside = [0 <= row < height for i, j, row, _, _ in taps if j == 0]
@@ -165,8 +163,7 @@ def test_pixel_conv2d_equals_a_convolution_of_normalised_pixels_padded_with_zero
     mean = random.random(3)
     q = random.integers(-127, 128, (4, *window.size, 3), np.int8)
     scale, bias = random.random(4) / 100, random.standard_normal(4)
-    sides = list(zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True))
-    (_, rows), (_, columns) = (border_classes(*side) for side in sides)
+    (_, rows), (_, columns) = map(border_classes, window.sides(height, width))
     table = np.empty((len(rows), len(columns), 4))
     for (a, row), (b, column) in itertools.product(enumerate(rows), enumerate(columns)):
         inside = np.outer(row, column)[..., None] * 255 * mean

@@ -7,7 +7,7 @@ examples:
 
 With two files: what was removed (-), added (+) and changed, ops matched by the name of what they write, and the
 constants that differ: how many values, and by how much at most (bits: how many). Ends with 0 if the files are the
-same to the byte ("identical"), with 1 if they differ. window: k kernel, s stride, p padding, d dilation, g groups, as
+same to the byte ("identical"), with 1 if they differ. window: k kernel, s stride, p padding (a: below and on the right, where it is another), d dilation, g groups, as
 far as it is not the usual; epilogue: its parts in order. With --json the file's path is printed last.
 """
 
@@ -93,7 +93,7 @@ def op_row(model, number: int) -> dict:
 
     op, tensors = model.ops[number], model.tensors
     written = tensors[op.writes()[0]]
-    parts = [f for f in ("scale", "bias", "other", *EPILOGUE_FIELDS[2:]) if op.fields[f] is not None]
+    parts = [f for f in ("scale", "bias", "factor", "other", *EPILOGUE_FIELDS[2:]) if op.fields[f] is not None]
     weights = None if op.weights is None else [tensors[op.weights].dtype, *tensors[op.weights].shape]
     return {
         "number": number,
@@ -114,10 +114,11 @@ def window_text(window: dict | None) -> str:
     """The fields of a window that are not the usual, in short."""
     if window is None:
         return ""
-    pairs = {"k": ("kernel", None), "s": ("stride", (1, 1)), "p": ("padding", (0, 0)), "d": ("dilation", (1, 1))}
+    pairs = {"k": ("kernel", None), "s": ("stride", (1, 1)), "p": ("padding", (0, 0)), "a": ("after", None), "d": ("dilation", (1, 1))}
     parts = []
     for letter, (name, usual) in pairs.items():
         pair = (window[f"{name}_h"], window[f"{name}_w"])
+        usual = (window["padding_h"], window["padding_w"]) if name == "after" else usual
         if pair != usual:
             parts.append(f"{letter}{pair[0]}" if pair[0] == pair[1] else f"{letter}{pair[0]}x{pair[1]}")
     parts += [f"g{window['groups']}"] if window["groups"] > 1 else []

@@ -8,9 +8,11 @@ from collections import Counter
 from bnnfree.errors import BnnfreeError
 from bnnfree.format import Op, PackedModel, window_of
 
-# Per value that the op writes, where FORMAT.md has that line: scale, bias, other one each; slope a comparison and a
+# Per value that the op writes, where FORMAT.md has that line: factors and terms one each; slope a comparison and a
 # product, which a negative value takes; low, high, a float threshold a comparison each
-EPILOGUE = {"scale": 1, "bias": 1, "other": 1, "slope": 2, "low": 1, "high": 1}
+EPILOGUE = {"slope": 2} | dict.fromkeys(
+    ("scale", "bias", "factor", "other", "low", "high", "scale_after", "bias_after"), 1
+)
 # A value of group_norm: sum, difference, square, sum, product; of rms_norm square, sum, product
 NORMS = {"group_norm": (5, 5), "rms_norm": (3, 4)}  # and per group: quotients, sum with eps, root, reciprocal
 SOFTMAX = 25  # a value: largest, difference, clamp, exponent, reduction, polynomial, power of two, sum, quotient

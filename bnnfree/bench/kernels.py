@@ -10,7 +10,7 @@ import numpy as np
 from bnnfree.bench.peak import BASE
 from bnnfree.engine import Engine
 from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
-from bnnfree.format.check import count_classes, sides_of
+from bnnfree.format.check import count_classes
 from bnnfree.format.schema import NORMS, OPS
 from bnnfree.ops import Window, pack_bits, pool_output
 
@@ -183,7 +183,7 @@ def _weights(make: _Maker, shape: Shape) -> int:
 def _epilogue(make: _Maker, shape: Shape, written: tuple[int, int, int], window: Window) -> dict[str, int]:
     outputs = shape.outputs
     if shape.op == "pixel_conv2d":
-        classes = [count_classes(side) for side in sides_of(window, shape.side, shape.side)]
+        classes = [count_classes(side) for side in window.sides(shape.side, shape.side)]
         return {"scale": make.floats(outputs), "bias": make.floats(*classes, outputs)}
     if shape.epilogue == "sign":
         whole = shape.op == "binary_conv2d"
@@ -206,7 +206,7 @@ def _shortcut(make: _Maker, shape: Shape, shortcut: int, written: tuple[int, int
         return
     weights = make.constant(np.ones((written[2], 1, 1, shape.channels), np.int8))
     window = Window((1, 1), (shape.stride, shape.stride))
-    classes = [count_classes(side) for side in sides_of(window, shape.side, shape.side)]
+    classes = [count_classes(side) for side in window.sides(shape.side, shape.side)]
     fields = {"weights": weights, "scale": make.floats(written[2]), "bias": make.floats(*classes, written[2])}
     kernel = {"kernel_h": 1, "kernel_w": 1, "stride_h": shape.stride, "stride_w": shape.stride}
     make.ops.append(make_op("pixel_conv2d", input=0, real=shortcut, **fields, **kernel))

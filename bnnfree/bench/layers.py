@@ -9,7 +9,7 @@ import numpy as np
 from bnnfree.bench.peak import Peak
 from bnnfree.engine import Engine
 from bnnfree.format import Op, PackedModel, window_of
-from bnnfree.format.check import inside_taps, sides_of
+from bnnfree.format.check import inside_taps
 from bnnfree.format.schema import CONVOLUTIONS
 
 SECONDS = 1.5  # for one model, about
@@ -22,7 +22,7 @@ def inside_macs(model: PackedModel, op: Op) -> int:
         return 0
     tensors, taps = model.tensors, []
     height, width, channels = tensors[op.writes()[0]].shape
-    for side, count in zip(sides_of(window_of(op), *tensors[op.input].shape[:2]), (height, width), strict=True):
+    for side, count in zip(window_of(op).sides(*tensors[op.input].shape[:2]), (height, width), strict=True):
         first, behind = inside_taps(side, np.arange(count))
         taps.append(int((behind - first).sum()))
     return taps[0] * taps[1] * channels * tensors[op.weights].shape[3]

@@ -109,17 +109,31 @@ class _Graph:
             v = make.add(v, make.constant(np.ascontiguousarray(bias.transpose(2, 0, 1)[None])))
         elif op.bias is not None:
             v = make.add(v, self.per_channel(self.data(op, "bias")))
-        if op.other is not None:
-            times = self.model.tensors[op.writes()[0]].shape[2] // self.model.tensors[op.other].shape[2]
-            other = self.real(op.other)
-            v = make.add(v, other if times == 1 else make.concat([other] * times, 1))
+        if op.factor is not None:
+            v = make.multiply(v, self.repeated(op, "factor"))
+        if op.other is not None and not op.other_last:
+            v = make.add(v, self.repeated(op, "other"))
         if op.slope is not None:
             v = make.prelu(v, make.constant(self.data(op, "slope").astype(F32)))
         if op.low is not None:
             v = make.maximum(v, self.per_channel(self.data(op, "low")))
         if op.high is not None:
             v = make.minimum(v, self.per_channel(self.data(op, "high")))
+        if op.scale_after is not None:
+            v = make.multiply(v, self.per_channel(self.data(op, "scale_after")))
+        if op.bias_after is not None:
+            v = make.add(v, self.per_channel(self.data(op, "bias_after")))
+        if op.other_last:
+            v = make.add(v, self.repeated(op, "other"))
         return v
+
+    def repeated(self, op: Op, field: str) -> Any:
+        """A second activation, its channels repeated until there are as many as the op writes."""
+        index = op.fields[field]
+        assert index is not None
+        times = self.model.tensors[op.writes()[0]].shape[2] // self.model.tensors[index].shape[2]
+        other = self.real(index)
+        return other if times == 1 else self.opset.concat([other] * times, 1)
 
     def thresholds(self, op: Op, v: Any) -> tuple[Any, Any, np.ndarray]:
         channels = self.model.tensors[op.bits].shape[2]
@@ -158,34 +172,34 @@ def _binary_conv2d(graph: _Graph, op: Op) -> Any:
     graph.borrowed.append(np.packbits(weights.reshape(-1), bitorder="little"))
     tensor = graph.openvino.Tensor(graph.borrowed[-1], weights.shape, graph.openvino.Type.u1)
     constant = graph.openvino.op.Constant(tensor)
-    strides, pads, dilations = _window(op)
-    make = graph.opset.binary_convolution
-    return make(graph.levels(op.input), constant, strides, pads, pads, dilations, "xnor-popcount", float(op.pad_value))
+    window, make = _window(op), graph.opset.binary_convolution
+    return make(graph.levels(op.input), constant, *window, "xnor-popcount", float(op.pad_value))
 
 
 def _conv2d(graph: _Graph, op: Op) -> Any:
-    make, x, w, (strides, pads, dilations) = graph.opset, graph.real(op.input), graph.signs(op), _window(op)
-    if op.pad_value and any(pads):
-        around, value = make.constant(np.array([0, 0, *pads])), make.constant(F32(op.pad_value))
-        x, pads = make.pad(x, around, around, "constant", value), [0, 0]
+    make, x, w, (strides, near, far, dilations) = graph.opset, graph.real(op.input), graph.signs(op), _window(op)
+    if op.pad_value and any((*near, *far)):
+        around = [make.constant(np.array([0, 0, *pads])) for pads in (near, far)]
+        x, near, far = make.pad(x, *around, "constant", make.constant(F32(op.pad_value))), [0, 0], [0, 0]
     if op.groups == 1:
-        return make.convolution(x, make.constant(np.ascontiguousarray(w)), strides, pads, pads, dilations)
+        return make.convolution(x, make.constant(np.ascontiguousarray(w)), strides, near, far, dilations)
     grouped = np.ascontiguousarray(w.reshape(op.groups, -1, *w.shape[1:]))
-    return make.group_convolution(x, make.constant(grouped), strides, pads, pads, dilations)
+    return make.group_convolution(x, make.constant(grouped), strides, near, far, dilations)
 
 
-def _window(op: Op) -> tuple[list[int], list[int], list[int]]:
-    """Strides, padding and dilations."""
-    return [op.stride_h, op.stride_w], [op.padding_h, op.padding_w], [op.dilation_h, op.dilation_w]
+def _window(op: Op) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Strides, padding before and after, and dilations."""
+    pads = [op.padding_h, op.padding_w], [op.after_h, op.after_w]
+    return [op.stride_h, op.stride_w], *pads, [op.dilation_h, op.dilation_w]
 
 
 def _pool(graph: _Graph, op: Op) -> Any:
     """Pool with far padding. Why: with ceil the last window hangs over, and runtimes differ in what they make of it."""
-    strides, near, dilations = _window(op)
+    strides, near, _, dilations = _window(op)
     (height, width, _), kernel = graph.model.tensors[op.input].shape, [op.kernel_h, op.kernel_w]
     counts = ops.pool_output(window_of(op), height, width, bool(op.ceil))
-    sides = zip(counts, (height, width), kernel, strides, near, dilations, strict=True)
-    far = [max(p, (count - 1) * s + d * (k - 1) + 1 - n - p) for count, n, k, s, p, d in sides]
+    sides = zip(counts, window_of(op).sides(height, width), strict=True)
+    far = [max(s.after, (count - 1) * s.stride + s.span - s.size - s.padding) for count, s in sides]
     x, make = graph.real(op.input), graph.opset
     if op.name == "max_pool2d":
         return make.max_pool(x, strides, dilations, near, far, kernel).output(0)

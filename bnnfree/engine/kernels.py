@@ -15,7 +15,7 @@ import numpy as np
 
 from bnnfree import ops
 from bnnfree.format import Op, window_of
-from bnnfree.format.check import Side, inside_taps, sides_of
+from bnnfree.format.check import inside_taps
 
 F32 = np.float32
 Constants = dict[str, Any]  # arrays by field; "channels" of the input; "other", an activation
@@ -80,7 +80,7 @@ REFERENCE: dict[str, Kernel] = {
 
 
 def _seen(padded: np.ndarray, op: Op) -> np.ndarray:
-    """Windows that the output positions see, as a view. Shapes: [N, H + 2p, W + 2p, K] -> [N, H', W', kh, kw, K]."""
+    """Windows that the output positions see, as a view. Shapes: [N, padded H, padded W, K] -> [N, H', W', kh, kw, K]."""
     window = window_of(op)
     (rows, columns), (down, across) = window.stride, window.dilation
     span = [d * (k - 1) + 1 for d, k in zip(window.dilation, window.size, strict=True)]
@@ -104,7 +104,7 @@ def _images_in_parts(kernel: Kernel) -> Kernel:
     """The kernel on so many images at a time that what padding adds stays within bounds."""
 
     def run(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
-        height, width = (n + 2 * p for n, p in zip(x.shape[1:3], window_of(op).padding, strict=True))
+        height, width = (side.padded for side in window_of(op).sides(*x.shape[1:3]))
         together = max(1, PADDED // (height * width * x.shape[3] * x.itemsize))
         if len(x) <= together:
             return kernel(op, x, constants)
@@ -113,12 +113,11 @@ def _images_in_parts(kernel: Kernel) -> Kernel:
     return run
 
 
-def border_index(side: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def border_index(side: ops.Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`ops.border_classes` in time and memory of the positions: the class of each position along one axis, and of
     each class the first tap inside and the first behind. Shapes: [H'], [classes], [classes]."""
-    size, kernel, stride, padding, dilation = side
-    count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    first, behind = inside_taps(side, np.arange(count))
+    first, behind = inside_taps(side, np.arange(side.positions))
+    kernel = side.kernel
     keys, at, index = np.unique(first * (kernel + 1) + behind, return_index=True, return_inverse=True)
     order = np.argsort(at)  # classes are numbered as they first occur
     rank = np.empty_like(order)
@@ -128,7 +127,7 @@ def border_index(side: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def border_bias(bias: np.ndarray, op: Op, height: int, width: int) -> np.ndarray:
     """The bias of every output position. Shapes: [row classes, column classes, O] -> [H', W', O]."""
-    (rows, *_), (columns, *_) = (border_index(side) for side in sides_of(window_of(op), height, width))
+    (rows, *_), (columns, *_) = map(border_index, window_of(op).sides(height, width))
     return bias[rows[:, None], columns]
 
 
@@ -174,7 +173,7 @@ def _binary_sums(op: Op, x: np.ndarray, weights: np.ndarray, channels: int) -> n
                 np.bitwise_count(xor[:positions], out=count[:positions])
                 differing += count[:positions]
         sums[tile] = (terms - 2 * differing.astype(np.int32)).reshape(*part.shape[:3], outputs)
-    if op.pad_value == 0 and any(window.padding):
+    if op.pad_value == 0 and any((*window.padding, *window.after)):  # type: ignore[misc]
         sums -= _padding_sums(op, weights, channels, height, width)
     return sums
 
@@ -185,9 +184,7 @@ def _padding_sums(op: Op, weights: np.ndarray, channels: int, height: int, width
     signs = channels - 2 * np.bitwise_count(weights).sum(3, dtype=np.int32)  # [O, kh, kw]: a tap on a word of 0
     running = np.zeros((op.kernel_h + 1, op.kernel_w + 1, len(weights)), np.int32)
     running[1:, 1:] = signs.cumsum(1, dtype=np.int32).cumsum(2, dtype=np.int32).transpose(1, 2, 0)
-    (rows, top, bottom), (columns, left, right) = (
-        border_index(side) for side in sides_of(window_of(op), height, width)
-    )
+    (rows, top, bottom), (columns, left, right) = map(border_index, window_of(op).sides(height, width))
     top, bottom = top[:, None], bottom[:, None]
     inside = running[bottom, right] - running[top, right] - running[bottom, left] + running[top, left]
     return (running[-1, -1] - inside)[rows[:, None], columns]

@@ -10,7 +10,7 @@ import numpy as np
 from bnnfree import ops
 from bnnfree.engine.kernels import Constants, Kernel, border_bias
 from bnnfree.format import Op, PackedModel, lifetimes
-from bnnfree.format.schema import OPS
+from bnnfree.format.schema import FLOAT_FIELDS, OPS
 
 Watch = Callable[[int, float], None]
 UNPACKED = 1 << 18  # words of bits that are made at a time
@@ -47,8 +47,9 @@ def constants_of(model: PackedModel, op: Op, values: Mapping[int, np.ndarray]) -
     """Values that a kernel of `op` needs beside its input."""
     constants: Constants = {name: model.tensors[index].data for name, index in op.constants().items()}
     constants["channels"] = model.tensors[op.input].shape[2]
-    if op.other is not None:
-        constants["other"] = values[op.other]
+    for name in ("other", "factor"):
+        if (index := op.fields[name]) is not None:
+            constants[name] = values[index]
     return constants
 
 
@@ -76,10 +77,11 @@ def _finish(op: Op, x: np.ndarray, v: np.ndarray, constants: Constants) -> dict[
         constants["bias"] = border_bias(constants["bias"], op, *x.shape[1:3])
     threshold = constants.get("threshold")
     if threshold is None or threshold.dtype != np.int32:
-        if "other" in constants:  # as often as the epilogue repeats it, in one step
-            constants["other"] = np.tile(constants["other"], v.shape[-1] // constants["other"].shape[-1])
-        parts = ("scale", "bias", "other", "slope", "low", "high")
-        v = ops.epilogue(v, *(constants.get(name) for name in parts))
+        for name in ("other", "factor"):  # as often as the epilogue repeats it, in one step
+            if name in constants:
+                constants[name] = np.tile(constants[name], v.shape[-1] // constants[name].shape[-1])
+        parts = {name: constants.get(name) for name in ("other", "factor", *FLOAT_FIELDS)}
+        v = ops.epilogue(v, **parts, other_last=bool(op.other_last))
     written = {}
     if op.real is not None:
         written[op.real] = v

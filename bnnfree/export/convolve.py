@@ -34,9 +34,9 @@ def lower_linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Va
     w = arrays.weight.transpose(0, 2, 3, 1)  # [O, kh, kw, C / groups]
     geometry = arrays.geometry
     fields: dict[str, Any] = {"kernel_h": w.shape[1], "kernel_w": w.shape[2]}
-    for name in ("stride", "padding", "dilation"):
+    for name in ("stride", "padding", "dilation", "after"):
         fields[f"{name}_h"], fields[f"{name}_w"] = getattr(geometry, name)
-    fields |= {"groups": geometry.groups, "pad_value": geometry.pad_value if any(geometry.padding) else 0}
+    fields |= {"groups": geometry.groups, "pad_value": geometry.pad_value if geometry.padded else 0}
     shape = (rows, columns, channels)
     low.slow += _slow(low, node, x, arrays)
     if arrays.kind == "binary" and x.kind == "bits" and x.scaled < 2 and not x.shifted:
@@ -77,8 +77,7 @@ def _as_conv(arrays: LayerArrays, shape: tuple[int, int, int]) -> LayerArrays:
 def _pixel_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
     """int8 weights on pixels. The image means scale * p + shift: shift goes into the bias, per border class."""
     window, outputs = _window(fields), len(w)
-    sides = zip(x.shape[:2], window.size, window.stride, window.padding, window.dilation, strict=True)
-    (_, rows), (_, columns) = (border_classes(*side) for side in sides)
+    (_, rows), (_, columns) = map(border_classes, window.sides(*x.shape[:2]))
     assert arrays.inputs is not None
     factor, bias = arrays.affine()
     per_tap = (w * (arrays.inputs * x.shift)).sum(3) * factor[:, None, None]  # [O, kh, kw]
@@ -93,12 +92,12 @@ def _pixel_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, sha
 
 
 def _window(fields: dict[str, Any]) -> Window:
-    return Window(*((fields[f"{n}_h"], fields[f"{n}_w"]) for n in ("kernel", "stride", "padding", "dilation")))
+    return Window(*((fields[f"{n}_h"], fields[f"{n}_w"]) for n in ("kernel", "stride", "padding", "dilation", "after")))
 
 
 def _real_conv(low: Lowering, x: Value, arrays: LayerArrays, w: np.ndarray, shape, fields) -> Value:
     """Float inputs: their scale goes into the weights and their shift into the bias, where that is exact."""
-    build, groups, padded = low.builder, fields["groups"], any(arrays.geometry.padding)
+    build, groups, padded = low.builder, fields["groups"], arrays.geometry.padded
     x = build.as_tensor(x)
     if (padded and x.shifted) or fields["pad_value"] or (arrays.kind != "real" and x.scaled == 2):
         x = build.settle(x)

@@ -46,7 +46,10 @@ IR_VERSION = 8  # the one that came with opset 17: older runtimes read it
 MAX_FILE = (1 << 31) - (1 << 20)  # what protobuf holds in one message, less a little for the graph
 
 F32 = np.float32
-EPILOGUE = (("scale", "Mul"), ("bias", "Add"), ("other", "Add"), ("slope", "PRelu"), ("low", "Max"), ("high", "Min"))
+EPILOGUE = (
+    ("scale", "Mul"), ("bias", "Add"), ("factor", "Mul"), ("other", "Add"), ("slope", "PRelu"), ("low", "Max"),
+    ("high", "Min"), ("scale_after", "Mul"), ("bias_after", "Add"),
+)  # fmt: skip
 # (ONNX operator, its inputs after the first, its attributes)
 Step = tuple[str, list[str], dict[str, Any]]
 
@@ -182,11 +185,13 @@ def _epilogue(graph: _Graph, op: Op) -> list[Step]:
     """Steps after the sum, a node for each that is there."""
     name = graph.name_of(op)
     steps: list[Step] = []
-    for field, kind in EPILOGUE:
+    last = ("other", "Add")
+    order = [*(step for step in EPILOGUE if step != last), last] if op.other_last else EPILOGUE
+    for field, kind in order:
         if op.fields[field] is None:
             continue
-        if field == "other":
-            constant = _repeated(graph, op, name)
+        if field in ("other", "factor"):
+            constant = _repeated(graph, op, field)
         elif field == "bias" and op.name == "pixel_conv2d":
             bias = ops.border_bias(graph.data(op, "bias"), window_of(op), *graph.model.tensors[op.input].shape[:2])
             constant = graph.constant(f"{name}/bias", bias.transpose(2, 0, 1)[None])
@@ -196,14 +201,15 @@ def _epilogue(graph: _Graph, op: Op) -> list[Step]:
     return steps
 
 
-def _repeated(graph: _Graph, op: Op, name: str) -> str:
-    """The second activation, its channels repeated until there are as many as the op writes."""
-    tensors, other = graph.model.tensors, graph.values[op.other]
-    times = tensors[op.writes()[0]].shape[2] // tensors[op.other].shape[2]
+def _repeated(graph: _Graph, op: Op, field: str) -> str:
+    """A second activation, its channels repeated until there are as many as the op writes."""
+    tensors, index, name = graph.model.tensors, op.fields[field], graph.name_of(op)
+    assert index is not None
+    other, times = graph.values[index], tensors[op.writes()[0]].shape[2] // tensors[index].shape[2]
     if times == 1:
         return other
-    repeats = graph.constant(f"{name}/repeats", np.array([1, times, 1, 1], np.int64))
-    tiled = graph.unique(f"{name}/other")
+    repeats = graph.constant(f"{name}/{field}_repeats", np.array([1, times, 1, 1], np.int64))
+    tiled = graph.unique(f"{name}/{field}")
     graph.chain(tiled, other, [("Tile", [repeats], {})])
     return tiled
 
@@ -237,7 +243,7 @@ def _weights(graph: _Graph, op: Op) -> np.ndarray:
 
 def _convolution(graph: _Graph, op: Op) -> list[Step]:
     """All convolutions: the sums of signs and of pixels are whole numbers in float32."""
-    steps, pads = [], [op.padding_h, op.padding_w] * 2
+    steps, pads = [], [op.padding_h, op.padding_w, op.after_h, op.after_w]
     if op.pad_value and any(pads):
         steps, pads = [_pad(graph, op, pads, op.pad_value)], [0] * 4
     weights = graph.constant(f"{graph.name_of(op)}/weights", _weights(graph, op))
@@ -263,8 +269,8 @@ def _pool_pads(graph: _Graph, op: Op) -> list[int]:
     """
     window, (height, width, _) = window_of(op), graph.model.tensors[op.input].shape
     counts = ops.pool_output(window, height, width, bool(op.ceil))
-    sides = zip(counts, (height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
-    far = [max(p, (count - 1) * s + d * (k - 1) + 1 - n - p) for count, n, k, s, p, d in sides]
+    sides = zip(counts, window.sides(height, width), strict=True)
+    far = [max(s.after, (count - 1) * s.stride + s.span - s.size - s.padding) for count, s in sides]
     return [*window.padding, *far]
 
 

@@ -30,6 +30,12 @@ class Geometry:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     pad_value: int = 0
+    after: tuple[int, int] = (0, 0)
+
+    @property
+    def padded(self) -> bool:
+        """True where some window may see the padding."""
+        return any((*self.padding, *self.after))
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def layer_arrays(layer: nn.Module, input_shape: Sequence[int], path: str) -> Lay
         kind = "binary" if isinstance(layer, (BinaryConv2d, BinaryLinear)) and layer.binary else "real"
         if isinstance(layer, ConvLayer):
             pads = (layer.groups, layer.pad_value)
-            geometry = Geometry(layer.stride, layer.padding, layer.dilation, *pads)
+            geometry = Geometry(layer.stride, layer.padding, layer.dilation, *pads, after=layer.padding)
         else:
             geometry = Geometry()
         signed = layer.gain is not None or getattr(layer, "scale", None) is not None
@@ -83,22 +89,19 @@ def layer_arrays(layer: nn.Module, input_shape: Sequence[int], path: str) -> Lay
             f"export: layer {path} (Conv2d): got padding_mode {layer.padding_mode!r}, expected 'zeros': the engine has "
             "no other. Pad with zeros."
         )
-    geometry = Geometry(_pair(layer.stride), _padding(layer, path), _pair(layer.dilation), layer.groups)
+    padding, after = _padding(layer)
+    geometry = Geometry(_pair(layer.stride), padding, _pair(layer.dilation), layer.groups, after=after)
     return _arrays("real", layer.weight, None, layer.bias, geometry, False)
 
 
-def _padding(layer: nn.Conv2d, path: str) -> tuple[int, int]:
+def _padding(layer: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Padding above and on the left, and below and on the right."""
     if layer.padding == "valid":
-        return 0, 0
+        return (0, 0), (0, 0)
     if layer.padding == "same":
-        reach = [d * (k - 1) for d, k in zip(_pair(layer.dilation), layer.kernel_size, strict=True)]
-        if any(r % 2 for r in reach):
-            raise ExportError(
-                f"export: layer {path} (Conv2d): padding 'same' is not symmetrical for kernel {layer.kernel_size}. "
-                "Use an odd kernel."
-            )
-        return reach[0] // 2, reach[1] // 2
-    return _pair(layer.padding)
+        rows, columns = (d * (k - 1) for d, k in zip(_pair(layer.dilation), layer.kernel_size, strict=True))
+        return (rows // 2, columns // 2), (rows - rows // 2, columns - columns // 2)
+    return _pair(layer.padding), _pair(layer.padding)
 
 
 def _pair(value) -> tuple[int, int]:
@@ -155,10 +158,10 @@ class Int8Layer(nn.Module):
         bias, g = self.bias.to(x.dtype), self.geometry
         if self.linear:
             return F.linear(x, weight, bias)
-        padding = g.padding
-        if g.pad_value and any(padding):
-            x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=float(g.pad_value)), (0, 0)
-        return F.conv2d(x, weight, bias, g.stride, padding, g.dilation, g.groups)
+        if g.padded:
+            around = (g.padding[1], g.after[1], g.padding[0], g.after[0])
+            x = F.pad(x, around, value=float(g.pad_value))
+        return F.conv2d(x, weight, bias, g.stride, 0, g.dilation, g.groups)
 
 
 def quantize_ends(traced: Traced, std: Sequence[float], stem: str, head: str) -> None:
@@ -173,7 +176,7 @@ def quantize_ends(traced: Traced, std: Sequence[float], stem: str, head: str) ->
 def fits_pixels(arrays: LayerArrays) -> bool:
     """Can this first layer run on the pixels themselves: zero padding, one group, sums within 32 bits?"""
     g = arrays.geometry
-    return g.groups == 1 and not (g.pad_value and any(g.padding)) and arrays.weight[0].size * 255 * 128 < 2**31
+    return g.groups == 1 and not (g.pad_value and g.padded) and arrays.weight[0].size * 255 * 128 < 2**31
 
 
 def _replace(traced: Traced, node: fx.Node, inputs: np.ndarray | None) -> None:

@@ -21,20 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from bnnfree.engine import Engine, backends
 from bnnfree.engine.kernels import FAST
 from bnnfree.engine.run import first_values
 from bnnfree.errors import BnnfreeError, one_line
+from bnnfree.export.double import epilogue_double, first_double, signed
 from bnnfree.export.options import check_verify
 from bnnfree.export.packed import Packed
 from bnnfree.export.twin import plain_mode
-from bnnfree.format import Op, PackedModel, window_of
-from bnnfree.format.schema import NORMS
+from bnnfree.format import PackedModel
 from bnnfree.nn import RSign, Sign
-from bnnfree.ops import border_bias, unpack_bits
+from bnnfree.ops import unpack_bits
 
 ULP = 2.0**-23
 FLOAT_LIMIT = 256 * ULP  # 3e-5: torch rounds in another order, layer after layer; seen: up to 6 ulp
@@ -229,10 +228,6 @@ def _nhwc(x: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
     return x.permute(0, 2, 3, 1).numpy()
 
 
-def _signed(words: np.ndarray, channels: int) -> np.ndarray:
-    return np.where(unpack_bits(words, channels), -1.0, 1.0)
-
-
 # -- the trained network
 
 
@@ -263,7 +258,7 @@ def _against_torch(
             ours, theirs = traced[name], _nhwc(result, value.shape)
             if value.kind == "bits":
                 layer = layers.setdefault(name, LayerReport(name, "bits"))
-                signs = _signed(ours, value.shape[2])
+                signs = signed(ours, value.shape[2])
                 before = _before_sign(modules.get(str(node.target)), _nhwc(source, value.shape))
                 _compare_bits(layer, signs < 0, theirs < 0, before)
                 shape = result.shape
@@ -310,7 +305,7 @@ def _against_double(model: PackedModel, images: np.ndarray, traced, layers: dict
     reals = {model.input: torch.from_numpy(images).permute(0, 3, 1, 2).double()}
     arrays = {i: traced[t.name] for i, t in enumerate(model.tensors) if t.name in traced and t.place != "constant"}
     for op in model.ops:
-        v = _double_sum(model, op, reals)
+        v = first_double(model, op, reals)
         name = model.tensors[op.writes()[0]].name
         if op.name in ("binary_conv2d", "pixel_conv2d"):
             layer = layers.setdefault(f"{name} (sums)", LayerReport(f"{name} (sums)", "sums"))
@@ -320,7 +315,7 @@ def _against_double(model: PackedModel, images: np.ndarray, traced, layers: dict
         constants = {field: model.tensors[index] for field, index in op.constants().items()}
         threshold = constants.get("threshold")
         if threshold is None or threshold.dtype == "f32":
-            v = _double_epilogue(model, op, v, reals)
+            v = epilogue_double(model, op, v, reals)
         if op.real is not None:
             name = model.tensors[op.real].name
             _compare_floats(layers, name, traced[name].astype(np.float64), _nhwc(v), DOUBLE_LIMIT)
@@ -331,69 +326,7 @@ def _against_double(model: PackedModel, images: np.ndarray, traced, layers: dict
             before = _nhwc(v) if threshold is None else _nhwc(v) - threshold.data
             words = constants["flip"].data if "flip" in constants else None
             flip = np.zeros(channels, bool) if words is None else unpack_bits(words, channels)
-            signs = _signed(traced[name], channels)
+            signs = signed(traced[name], channels)
             exact = threshold is not None and threshold.dtype == "i32"
             _compare_bits(layer, signs < 0, ~(before >= 0) ^ flip, np.full(before.shape, np.inf) if exact else before)
             reals[op.bits] = torch.from_numpy(signs).permute(0, 3, 1, 2)
-
-
-def _double_sum(model: PackedModel, op: Op, values: dict[int, Tensor]) -> Tensor:
-    """Values that the epilogue starts from, or the result of an op without one."""
-    x = values[op.input]
-    if op.name == "pointwise":
-        return x
-    if op.name == "concat":
-        return torch.cat([x, values[op.other]], 1)
-    if op.name == "softmax":
-        return torch.softmax(x, 1)
-    if op.name in NORMS:
-        return _double_norm(x, model.tensors[op.weights].data, op.name == "group_norm")
-    window = window_of(op)
-    if op.name == "max_pool2d":
-        shape = (window.size, window.stride, window.padding, window.dilation, bool(op.ceil))
-        return F.max_pool2d(x, *shape)
-    if op.name == "avg_pool2d":
-        return F.avg_pool2d(x, window.size, window.stride, window.padding, bool(op.ceil), False)
-    weights = model.tensors[op.weights]
-    assert weights.data is not None
-    array = _signed(weights.data, weights.shape[3]) if weights.dtype == "bits" else weights.data.astype(np.float64)
-    w = torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
-    rows, columns = window.padding
-    x = F.pad(x, (columns, columns, rows, rows), value=float(op.pad_value))
-    return F.conv2d(x, w, None, window.stride, 0, window.dilation, op.groups)
-
-
-def _double_norm(x: Tensor, eps: np.ndarray | None, centred: bool) -> Tensor:
-    """A group of channels for each eps. Shapes: [N, C, H, W], [groups] -> [N, C, H, W]."""
-    added = torch.from_numpy(np.array(eps, np.float64))[:, None]
-    groups = x.reshape(len(x), len(added), -1)
-    if centred:
-        groups = groups - groups.mean(2, keepdim=True)
-    return (groups / (groups.square().mean(2, keepdim=True) + added).sqrt()).view_as(x)
-
-
-def _double_epilogue(model: PackedModel, op: Op, v: Tensor, values: dict[int, Tensor]) -> Tensor:
-    if op.name in ("max_pool2d", "avg_pool2d", "concat", "softmax"):
-        return v
-    constants = {field: model.tensors[index].data for field, index in op.constants().items()}
-    if op.name == "pixel_conv2d":
-        _, _, height, width = values[op.input].shape
-        constants["bias"] = border_bias(constants["bias"], window_of(op), height, width)  # type: ignore[arg-type]
-
-    def given(name: str) -> Tensor | None:
-        """A constant, ready to be combined with [N, C, H, W]."""
-        array = constants.get(name)
-        if array is None:
-            return None
-        tensor = torch.from_numpy(np.array(array, np.float64))
-        return tensor.permute(2, 0, 1) if tensor.dim() == 3 else tensor.view(-1, 1, 1)
-
-    scale, bias, slope, low, high = map(given, ("scale", "bias", "slope", "low", "high"))
-    v = v if scale is None else v * scale
-    v = v if bias is None else v + bias
-    if op.other is not None:
-        other = values[op.other]
-        v = v + other.repeat(1, v.shape[1] // other.shape[1], 1, 1)
-    v = v if slope is None else torch.where(v >= 0, v, v * slope)
-    v = v if low is None else torch.maximum(v, low)
-    return v if high is None else torch.minimum(v, high)

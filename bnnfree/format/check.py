@@ -15,10 +15,9 @@ from bnnfree.format import schema
 from bnnfree.format.errors import ConstantError, GraphError, LimitError, OpError, TensorError
 from bnnfree.format.packed import Op, PackedModel, Tensor, storage_bytes
 from bnnfree.format.plan import check_plan
-from bnnfree.ops import Window, pool_output
+from bnnfree.ops import Side, Window, pool_output
 
 Shape = tuple[int, ...]
-Side = tuple[int, int, int, int, int]  # size, kernel, stride, padding, dilation along one axis
 
 
 def check_model(model: PackedModel) -> None:
@@ -116,7 +115,7 @@ def _check_fields(model: PackedModel, op: Op, where: str) -> None:
             raise OpError(f"{where}: got tensor {index} of {len(model.tensors)} as {name}.")
         place = model.tensors[index].place
         wanted = ("activation", "image") if name == "input" else ("activation",)
-        wanted = wanted if name in ("input", "other", "real", "bits") else ("constant",)
+        wanted = wanted if name in schema.ACTIVATION_FIELDS else ("constant",)
         if place not in wanted:
             raise OpError(f"{where}: its {name} is a {place}, expected {' or '.join(wanted)}.")
     if not op.writes():
@@ -132,10 +131,21 @@ def _check_fields(model: PackedModel, op: Op, where: str) -> None:
         if index is not None and model.tensors[index].dtype not in dtypes.get(name, ("f32",)):
             raise OpError(f"{where}: its {name} is {model.tensors[index].dtype}.")
     if op.threshold is not None and model.tensors[op.threshold].dtype == "i32":
-        extra = [n for n in ("other", "scale", "bias", "slope", "low", "high", "real") if op.fields[n] is not None]
+        alone = ("input", "weights", "bits", "threshold", "flip")
+        extra = [n for n in schema.TENSOR_FIELDS if n not in alone and op.fields[n] is not None]
         if extra:
             raise OpError(f"{where}: has a threshold of its sum, and {', '.join(extra)} as well.")
+    _check_options(op, where, rule)
     _check_window(op, where, rule.window)
+
+
+def _check_options(op: Op, where: str, rule: schema.Op) -> None:
+    """The fields of a record that are neither tensors nor a window."""
+    if op.other_last > 1 or (op.other_last and (op.other is None or "factor" not in rule.may)):
+        raise OpError(f"{where}: got other_last {op.other_last}, expected 0, or 1 where the epilogue adds an other.")
+    for name in ("mode", "size_h", "size_w"):
+        if op.fields[name]:
+            raise OpError(f"{where}: has a {name}, which this op does not take.")
 
 
 def _check_window(op: Op, where: str, used: bool) -> None:
@@ -145,7 +155,7 @@ def _check_window(op: Op, where: str, used: bool) -> None:
             raise OpError(f"{where}: has window fields, which this op does not take.")
         return
     for name, value in values.items():
-        least = {"padding_h": 0, "padding_w": 0, "ceil": 0, "pad_value": -1}.get(name, 1)
+        least = -1 if name == "pad_value" else 0 if name == "ceil" or name[:-2] in ("padding", "after") else 1
         most = 1 if name in ("ceil", "pad_value") else schema.MAX_SIDE
         if not least <= value <= most:
             kind = LimitError if value > schema.MAX_SIDE == most else OpError
@@ -155,7 +165,7 @@ def _check_window(op: Op, where: str, used: bool) -> None:
     pooling = op.name in schema.POOLINGS
     if pooling and (values["groups"] != 1 or values["pad_value"]):
         raise OpError(f"{where}: has groups or a pad value, which a pooling does not take.")
-    if pooling and any(2 * values[f"padding_{d}"] > values[f"kernel_{d}"] for d in "hw"):
+    if pooling and any(2 * values[f"{side}_{d}"] > values[f"kernel_{d}"] for side in ("padding", "after") for d in "hw"):
         raise OpError(f"{where}: its padding is more than half its kernel.")
     if values["ceil"] and not pooling:
         raise OpError(f"{where}: has ceil, which a convolution does not take.")
@@ -166,7 +176,7 @@ def _check_window(op: Op, where: str, used: bool) -> None:
 def window_of(op: Op) -> Window:
     """The geometry of an op that has a window."""
     f = op.fields
-    pairs = [(f[f"{name}_h"], f[f"{name}_w"]) for name in ("kernel", "stride", "padding", "dilation")]
+    pairs = [(f[f"{name}_h"], f[f"{name}_w"]) for name in ("kernel", "stride", "padding", "dilation", "after")]
     return Window(*pairs)  # type: ignore[arg-type]
 
 
@@ -203,7 +213,7 @@ def _check_shapes(model: PackedModel, op: Op, where: str) -> Shape:
         outputs = _check_weights(model, op, where, channels)
         if op.name == "pixel_conv2d":
             try:
-                rows_columns = [count_classes(side) for side in sides_of(window, height, width)]
+                rows_columns = [count_classes(side) for side in window.sides(height, width)]
             except LimitError as error:
                 raise LimitError(f"{where}: {error}") from None
             bias_shape = (*rows_columns, outputs)
@@ -213,19 +223,17 @@ def _check_shapes(model: PackedModel, op: Op, where: str) -> Shape:
         if name != "weights":
             if tensors[index].shape != shapes[name]:
                 raise GraphError(f"{where}: its {name} has shape {tensors[index].shape}, expected {shapes[name]}.")
-    if op.other is not None:
-        other = tensors[op.other].shape
-        if other[:2] != (height, width) or outputs % other[2]:
-            raise GraphError(f"{where}: adds {other} to {(height, width, outputs)}.")
+    for name in ("other", "factor"):
+        if op.fields[name] is not None:
+            taken = tensors[op.fields[name]].shape  # type: ignore[index]
+            if taken[:2] not in ((height, width), (1, 1)) or outputs % taken[2]:
+                raise GraphError(f"{where}: its {name} {taken} does not fit {(height, width, outputs)}.")
     return height, width, outputs
 
 
 def _padded(op: Op, shape: Shape) -> tuple[int, int]:
     """Rows and columns of the input with its padding; a window that hangs over the far edge needs one stride more."""
-    window = window_of(op)
-    height, width = (
-        n + 2 * p + (s if op.ceil else 0) for n, p, s in zip(shape[:2], window.padding, window.stride, strict=True)
-    )
+    height, width = (side.padded + (side.stride if op.ceil else 0) for side in window_of(op).sides(*shape[:2]))
     return height, width
 
 
@@ -235,7 +243,8 @@ def _check_padded(op: Op, record: Tensor, where: str) -> None:
         raise LimitError(f"{where}: its padded input of {size} takes more than {schema.MAX_BYTES} bytes.")
     if op.name in schema.POOLINGS:
         for axis, side in zip("hw", record.shape, strict=False):
-            if getattr(op, f"padding_{axis}") and getattr(op, f"dilation_{axis}") > side:
+            around = getattr(op, f"padding_{axis}") or getattr(op, f"after_{axis}")
+            if around and getattr(op, f"dilation_{axis}") > side:
                 raise GraphError(f"{where}: a window may see nothing of the image: its dilation is above {side}.")
 
 
@@ -251,32 +260,23 @@ def _work(model: PackedModel, op: Op, shape: Shape) -> int:
 def inside_taps(side: Side, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Taps of a window that lie inside the image, along one axis: at each of `positions` those from the first
     result up to, without, the second; 0 and 0 where there is none. Shapes: [R] -> [R], [R]."""
-    size, kernel, stride, padding, dilation = side
-    start = positions * stride - padding
-    first = np.clip(-(start // dilation), 0, kernel)
-    behind = np.clip(-((start - size) // dilation), 0, kernel)
+    start = positions * side.stride - side.padding
+    first = np.clip(-(start // side.dilation), 0, side.kernel)
+    behind = np.clip(-((start - side.size) // side.dilation), 0, side.kernel)
     some = first < behind
     return first * some, behind * some
 
 
-def sides_of(window: Window, height: int, width: int) -> list[Side]:
-    """(size, kernel, stride, padding, dilation) of rows and of columns."""
-    sides = zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
-    return list(sides)
-
-
 def count_classes(side: Side) -> int:
     """Number of different sets of taps inside the image, along one axis. Error: LimitError."""
-    size, kernel, stride, padding, dilation = side
-    span = dilation * (kernel - 1) + 1
-    count = (size + 2 * padding - span) // stride + 1
-    near = min(count, -(-padding // stride))  # positions that begin before the image
-    far = min(count, max(near, (size + padding - span) // stride + 1))  # the first that ends behind it
+    count, stride = side.positions, side.stride
+    near = min(count, -(-side.padding // stride))  # positions that begin before the image
+    far = min(count, max(near, (side.size + side.padding - side.span) // stride + 1))  # the first that ends behind it
     if near + count - far > schema.MAX_BORDER:
         raise LimitError(f"got {near + count - far} positions at the border, expected up to {schema.MAX_BORDER}.")
     border = np.concatenate([np.arange(min(near + 1, far)), np.arange(far, count)])
     first, behind = inside_taps(side, border)
-    return len(np.unique(first * (kernel + 1) + behind))
+    return len(np.unique(first * (side.kernel + 1) + behind))
 
 
 def _check_weights(model: PackedModel, op: Op, where: str, channels: int) -> int:

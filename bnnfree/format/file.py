@@ -253,7 +253,9 @@ def _read_op(row: tuple, number: int) -> Op:
     code = row[0]
     if code not in _OP_NAMES:
         raise OpError(f"op {number}: got code {code}, expected one of {', '.join(map(str, _OP_NAMES))}.")
-    fields = {f.name: value for f, value in zip(schema.OP[1:], row[1:], strict=True)}
+    if any(row[-1]):
+        raise OpError(f"op {number}: got values where zeros belong.")
+    fields = {f.name: value for f, value in zip(schema.OP[1:-1], row[1:-1], strict=True)}
     tensors = {name: None if fields[name] == NONE else fields[name] for name in schema.TENSOR_FIELDS}
     return Op(_OP_NAMES[code], {**fields, **tensors})
 

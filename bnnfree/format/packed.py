@@ -57,7 +57,7 @@ class Op:
 
     def reads(self) -> list[int]:
         """The activations that the op reads."""
-        return [i for i in (self.input, self.other) if i is not None]
+        return [i for i in (self.input, self.other, self.factor) if i is not None]
 
     def writes(self) -> list[int]:
         """The activations that the op writes."""
@@ -71,7 +71,7 @@ class Op:
 
 def make_op(name: str, **fields: Any) -> Op:
     """An op with every field that is not given at its neutral value."""
-    blank: dict[str, int | None] = {f.name: 0 for f in schema.OP[1:]}
+    blank: dict[str, int | None] = {f.name: 0 for f in schema.OP[1:-1]}
     blank |= dict.fromkeys(schema.TENSOR_FIELDS)
     if schema.OPS[name].window:
         blank |= dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w", "groups"), 1)

@@ -32,7 +32,7 @@ def replaced(model: PackedModel, number: int, spans: dict[int, tuple[int, int]])
     """The activation whose place `real` of op `number` may take: its `other`, which nothing reads afterwards, which is
     not its input too, and which has the shape of `real`; None where there is none."""
     op = model.ops[number]
-    if op.real is None or op.other is None or op.name == "concat" or op.other in (op.input, model.input):
+    if op.real is None or op.other is None or op.name == "concat" or op.other in (op.input, op.factor, model.input):
         return None
     if op.other not in spans or spans[op.other][1] != number:
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MAGIC = b"bnnf\r\n\x1a\n"  # like PNG's: a transfer in text mode breaks it
-VERSION = 2
+VERSION = 3
 ALIGN = 64  # bytes: a section, a constant and an activation each start at a multiple
 NONE = 0xFFFFFFFF  # "no tensor here" in a record
 
@@ -97,16 +97,18 @@ TENSOR = (
 )
 
 WINDOW_FIELDS = (
-    "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w",
+    "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w", "after_h", "after_w",
     "dilation_h", "dilation_w", "groups", "pad_value", "ceil",
 )  # fmt: skip
-EPILOGUE_FIELDS = ("scale", "bias", "slope", "low", "high", "threshold", "flip")
+EPILOGUE_FIELDS = ("scale", "bias", "slope", "low", "high", "scale_after", "bias_after", "threshold", "flip")
+FLOAT_FIELDS = EPILOGUE_FIELDS[:-2]  # what makes the value
 MAY_BE_INFINITE = ("low", "high", "threshold")  # every other float constant is a finite number
 
 OP = (
     Field("code", "<u4", "which op"),
     Field("input", "<u4", "activation that it reads, or the image"),
     Field("other", "<u4", "second activation: what the epilogue adds, or the second part of a concat"),
+    Field("factor", "<u4", "activation that the epilogue multiplies by"),
     Field("real", "<u4", "activation it writes in float32"),
     Field("bits", "<u4", "activation it writes in bits"),
     Field("weights", "<u4", "constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps"),
@@ -115,24 +117,34 @@ OP = (
     Field("slope", "<u4", "constant f32 [channels]: factor of negative values"),
     Field("low", "<u4", "constant f32 [channels]: smallest value"),
     Field("high", "<u4", "constant f32 [channels]: largest value"),
+    Field("scale_after", "<u4", "constant f32 [channels]: factor after the activation"),
+    Field("bias_after", "<u4", "constant f32 [channels]: added after the activation"),
     Field("threshold", "<u4", "constant [channels]: f32, of the value; or i32, of the sum of signs"),
     Field("flip", "<u4", "constant bits [channels]: where the bit is inverted"),
     Field("kernel_h", "<u4", "rows of the window"),
     Field("kernel_w", "<u4", "columns of the window"),
     Field("stride_h", "<u4", "rows from one position to the next"),
     Field("stride_w", "<u4", "columns from one position to the next"),
-    Field("padding_h", "<u4", "rows added above, and below"),
-    Field("padding_w", "<u4", "columns added on the left, and on the right"),
+    Field("padding_h", "<u4", "rows added above"),
+    Field("padding_w", "<u4", "columns added on the left"),
+    Field("after_h", "<u4", "rows added below"),
+    Field("after_w", "<u4", "columns added on the right"),
     Field("dilation_h", "<u4", "rows from one tap to the next"),
     Field("dilation_w", "<u4", "columns from one tap to the next"),
     Field("groups", "<u4", "channels are split into so many independent convolutions"),
     Field("pad_value", "<i4", "what padding carries: 0, 1 or -1"),
     Field("ceil", "<u4", "1: windows of a pooling may hang over the far edge"),
+    Field("other_last", "<u4", "1: the epilogue adds `other` after the activation"),
+    Field("mode", "<u4", "which of its kind, for an op that has several"),
+    Field("size_h", "<u4", "rows of the result, for an op that does not follow them from its window"),
+    Field("size_w", "<u4", "columns of the result, likewise"),
+    Field("rest", "(7,)<u4", "zeros"),
 )
 
 HEADER_TYPE, TENSOR_TYPE, OP_TYPE = (np.dtype([(f.name, f.type) for f in part]) for part in (HEADER, TENSOR, OP))
 CHECKED_FROM = 16  # the checksum covers the bytes from here on
-TENSOR_FIELDS = ("input", "other", "real", "bits", "weights", *EPILOGUE_FIELDS)
+ACTIVATION_FIELDS = ("input", "other", "factor", "real", "bits")
+TENSOR_FIELDS = (*ACTIVATION_FIELDS, "weights", *EPILOGUE_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -181,7 +193,7 @@ class Op:
     weights: tuple[str, ...] = ()
 
 
-_EPILOGUE = ("other", *EPILOGUE_FIELDS, "real", "bits")
+_EPILOGUE = ("other", "factor", *EPILOGUE_FIELDS, "real", "bits")
 
 OPS: dict[str, Op] = {
     "pointwise": Op(
@@ -250,10 +262,14 @@ OPS: dict[str, Op] = {
 EPILOGUE = """\
 v <- fl(v * scale)              where there is a scale
 v <- fl(v + bias)               where there is a bias
-v <- fl(v + other)              where there is an other; its channel c % (its channels)
+v <- fl(v * factor)             where there is a factor
+v <- fl(v + other)              where there is an other and other_last is 0
 v <- v if v >= 0 else fl(v * slope)     where there is a slope
 v <- v if v > low else low      where there is a low
 v <- v if v < high else high    where there is a high
+v <- fl(v * scale_after)        where there is a scale_after
+v <- fl(v + bias_after)         where there is a bias_after
+v <- fl(v + other)              where there is an other and other_last is 1
 real = v                        where real is written
 bit = not (v >= threshold)      where bits are written (threshold 0 where there is none),
 bit <- bit xor flip             where there is a flip"""

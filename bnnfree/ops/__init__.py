@@ -8,6 +8,7 @@ bnnfree.errors only.
 
 from bnnfree.ops.binary import (
     WORD,
+    Side,
     Window,
     binary_conv2d,
     binary_linear,
@@ -43,6 +44,7 @@ from bnnfree.ops.real import (
 
 __all__ = [
     "WORD",
+    "Side",
     "Window",
     "add",
     "avg_pool2d",

@@ -10,6 +10,7 @@ above the last channel are 0. Two signs multiply to -1 where their bits differ, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,26 +19,59 @@ from bnnfree.errors import BnnfreeError
 WORD = 64  # bits
 
 
+class Side(NamedTuple):
+    """A window along one axis of an image: `size` is the image's."""
+
+    size: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    after: int
+
+    @property
+    def span(self) -> int:
+        """Rows from the first tap to the last, both included."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def padded(self) -> int:
+        return self.size + self.padding + self.after
+
+    @property
+    def positions(self) -> int:
+        """Number of windows; none below 1 fits."""
+        return (self.padded - self.span) // self.stride + 1
+
+
 @dataclass(frozen=True)
 class Window:
-    """Geometry of a kernel over an image: (rows, columns) each of size, stride, padding and dilation."""
+    """Geometry of a kernel over an image: (rows, columns) each of size, stride, padding and dilation.
+
+    padding: above and on the left. after: below and on the right; None: as much as on the other side.
+    """
 
     size: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    after: tuple[int, int] | None = None
 
     def __post_init__(self):
-        for name, least in (("size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        if self.after is None:
+            object.__setattr__(self, "after", self.padding)
+        for name, least in (("size", 1), ("stride", 1), ("padding", 0), ("dilation", 1), ("after", 0)):
             if min(getattr(self, name)) < least:
                 raise BnnfreeError(f"window: got {name} {getattr(self, name)}, expected {least} or more.")
 
+    def sides(self, height: int, width: int) -> list[Side]:
+        """The same along each axis, with the size of the image: rows, then columns."""
+        fields = (self.size, self.stride, self.padding, self.dilation, self.after)
+        return [Side(*side) for side in zip((height, width), *fields, strict=True)]  # type: ignore[arg-type]
+
     def output(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the output for an image of height x width."""
-        out = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip((height, width), self.size, self.stride, self.padding, self.dilation, strict=True)
-        ]
+        out = [side.positions for side in self.sides(height, width)]
         if min(out) < 1:
             raise BnnfreeError(f"window: got an image of {height}x{width}, smaller than a kernel of {self}.")
         return out[0], out[1]
@@ -45,7 +79,7 @@ class Window:
     def taps(self, padded: np.ndarray, height: int, width: int):
         """(i, j, values) of each tap, row by row: what tap (i, j) sees at every output position.
 
-        Shapes: padded [N, H + 2p, W + 2p, ...] -> values [N, H', W', ...]. height, width: of the image without padding.
+        Shapes: padded [N, padded H, padded W, ...] -> values [N, H', W', ...]. height, width: of the image alone.
         """
         rows, columns = self.output(height, width)
         for i in range(self.size[0]):
@@ -63,8 +97,8 @@ class Window:
 
     def pad(self, image: np.ndarray, value) -> np.ndarray:
         """`image` [N, H, W, ...] with `value` around it."""
-        (p, q), rest = self.padding, [(0, 0)] * (image.ndim - 3)
-        return np.pad(image, [(0, 0), (p, p), (q, q), *rest], constant_values=value)
+        around = list(zip(self.padding, self.after, strict=True))  # type: ignore[arg-type]
+        return np.pad(image, [(0, 0), *around, *[(0, 0)] * (image.ndim - 3)], constant_values=value)
 
 
 def sign_bits(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.ops.binary import Window
+from bnnfree.ops.binary import Side, Window
 
 F32 = np.float32
 
@@ -61,15 +61,14 @@ def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, scale: np.ndar
     return y if bias is None else y + _float(bias)
 
 
-def border_classes(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[np.ndarray, np.ndarray]:
+def border_classes(side: Side) -> tuple[np.ndarray, np.ndarray]:
     """Taps that lie inside the image, along one axis.
 
     Returns (index, patterns): output position r sees the taps patterns[index[r]]; patterns are in the order in
     which they first occur. Shapes: index [H'], patterns bool [classes, kernel].
     """
-    count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    at = np.arange(count)[:, None] * stride - padding + np.arange(kernel) * dilation
-    inside = (at >= 0) & (at < size)
+    at = np.arange(side.positions)[:, None] * side.stride - side.padding + np.arange(side.kernel) * side.dilation
+    inside = (at >= 0) & (at < side.size)
     patterns: list[tuple] = []
     index = []
     for row in map(tuple, inside.tolist()):
@@ -100,8 +99,7 @@ def border_bias(bias: np.ndarray, window: Window, height: int, width: int) -> np
 
     Shapes: bias [rows, columns, O] as `border_classes` numbers them -> [H', W', O].
     """
-    sides = zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
-    (rows, _), (columns, _) = (border_classes(*side) for side in sides)
+    (rows, _), (columns, _) = map(border_classes, window.sides(height, width))
     return _float(bias)[rows[:, None], columns]
 
 
@@ -127,23 +125,39 @@ def epilogue(
     slope: np.ndarray | None = None,
     low: np.ndarray | None = None,
     high: np.ndarray | None = None,
+    *,
+    factor: np.ndarray | None = None,
+    scale_after: np.ndarray | None = None,
+    bias_after: np.ndarray | None = None,
+    other_last: bool = False,
 ) -> np.ndarray:
     """Steps after a sum, those that are given, each rounded on its own:
 
-        v <- fl(v scale);  v <- fl(v + bias);  v <- fl(v + other)
+        v <- fl(v scale);  v <- fl(v + bias);  v <- fl(v factor);  v <- fl(v + other)
         v <- v where v >= 0, else fl(v slope);  v <- v where v > low, else low;  v <- v where v < high, else high
+        v <- fl(v scale_after);  v <- fl(v + bias_after)
 
-    Where `other` has fewer channels they repeat: channel c adds its channel c % (its channels).
-    Shapes: v int32 or float32 [..., C], other [..., C / n], the rest [C] -> float32 [..., C].
+    other_last: `other` is added at the end instead. Where `other` and `factor` have fewer channels they repeat: channel
+    c takes their channel c % (their channels); where they have one row and column, all positions take those.
+    Shapes: v int32 or float32 [N, H, W, C], other and factor [N, H, W, C / n] or [N, 1, 1, C / n], the rest [C] ->
+    float32 [N, H, W, C].
     """
     v = v.astype(F32) if v.dtype == np.int32 else _float(v)
     v = v if scale is None else v * _float(scale)
     v = v if bias is None else v + _float(bias)
-    if other is not None:
-        v = add(v, np.concatenate([other] * (v.shape[-1] // other.shape[-1]), axis=-1))
+    v = v if factor is None else v * _repeated(factor, v)
+    v = v if other is None or other_last else add(v, _repeated(other, v))
     v = v if slope is None else prelu(v, slope)
     v = v if low is None else tlu(v, low)
-    return v if high is None else np.where(v < high, v, _float(high))
+    v = v if high is None else np.where(v < high, v, _float(high))
+    v = v if scale_after is None else v * _float(scale_after)
+    v = v if bias_after is None else v + _float(bias_after)
+    return v if other is None or not other_last else add(v, _repeated(other, v))
+
+
+def _repeated(x: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The channels of x as often as v has them."""
+    return np.concatenate([_float(x)] * (v.shape[-1] // x.shape[-1]), axis=-1)
 
 
 def prelu(x: np.ndarray, slope: np.ndarray) -> np.ndarray:
@@ -182,10 +196,9 @@ def pool_output(window: Window, height: int, width: int, ceil_mode: bool = False
     A window that would start beyond the image and its near padding is left out.
     """
     counts = []
-    for n, k, s, p, d in zip((height, width), window.size, window.stride, window.padding, window.dilation, strict=True):
-        reach, span = n + 2 * p, d * (k - 1) + 1
-        count = (reach - span) // s + 1
-        if ceil_mode and (count - 1) * s + span < reach and count * s < n + p:
+    for side in window.sides(height, width):
+        count, stride = side.positions, side.stride
+        if ceil_mode and (count - 1) * stride + side.span < side.padded and count * stride < side.size + side.padding:
             count += 1
         counts.append(count)
     if min(counts) < 1:
@@ -197,8 +210,8 @@ def pool_windows(x: np.ndarray, window: Window, ceil_mode: bool):
     """(values, inside) of each tap of a pooling. Shapes: x [N, H, W, C] -> [N, H', W', C], bool [1, H', W', 1]."""
     _, height, width, _ = x.shape
     counts = pool_output(window, height, width, ceil_mode)
-    sides = zip(counts, (height, width), window.size, window.stride, window.padding, window.dilation, strict=True)
-    far = [(0, max(0, (count - 1) * s + d * (k - 1) + 1 - n - 2 * p)) for count, n, k, s, p, d in sides]
+    sides = zip(counts, window.sides(height, width), strict=True)
+    far = [(0, max(0, (count - 1) * side.stride + side.span - side.padded)) for count, side in sides]
     grown = np.pad(x, [(0, 0), *far, (0, 0)])
     inside = np.pad(np.ones((1, height, width, 1), bool), [(0, 0), *far, (0, 0)])
     size = (height + far[0][1], width + far[1][1])

@@ -56,9 +56,9 @@ INLINE void store(float *to, uint32_t count, __m256 v) {
     else _mm256_maskstore_ps(to, first_lanes(count), v);
 }
 
-/* Channels `lane` to lane + count - 1 of `other` at a position, repeated where it has fewer than the output. */
-INLINE __m256 load_other(const bnnf__op *op, const float *pixel, uint32_t lane, uint32_t count) {
-    const uint32_t channels = op->epilogue.other_channels;
+/* Channels `lane` to lane + count - 1 of a second activation of `channels` at a position, repeated where it has fewer
+   than the output. */
+INLINE __m256 load_second(const bnnf__op *op, const float *pixel, uint32_t channels, uint32_t lane, uint32_t count) {
     const uint32_t at = channels == op->outputs ? lane : lane % channels;
     if (at + count <= channels) return load(pixel + at, count);
     float repeated[LANES] = {0};
@@ -88,6 +88,16 @@ INLINE void put_bits(const bnnf__op *op, const bnnf__io *io, size_t pixel, uint3
     }
 }
 
+INLINE void add_other(const bnnf__op *op, const bnnf__io *io, size_t pixel, const uint32_t count, uint32_t lane,
+                      uint32_t valid, __m256 v[TILE]) {
+    const bnnf__epilogue *e = &op->epilogue;
+    if (!io->other) return;
+    const float *other = io->other + pixel * e->other_step;
+    UNROLL for (uint32_t i = 0; i < TILE; i++)
+        if (i < count)
+            v[i] = _mm256_add_ps(v[i], load_second(op, other + i * e->other_step, e->other_channels, lane, valid));
+}
+
 /* The epilogue for 8 channels from `lane` on of `count` positions (up to 4) from `pixel` on. bias: of each position,
    for a bias that depends on it; NULL: that of the epilogue. Bits are added to `bits` from bit `shift` on. */
 INLINE void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, const uint32_t count, uint32_t lane,
@@ -104,11 +114,13 @@ INLINE void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, const u
         const __m256 same = _mm256_load_ps(e->bias + lane);
         UNROLL for (uint32_t i = 0; i < TILE; i++) v[i] = _mm256_add_ps(v[i], same);
     }
-    if (io->other) {
+    if (io->factor) {
+        const float *factor = io->factor + pixel * e->factor_step;
         UNROLL for (uint32_t i = 0; i < TILE; i++)
             if (i < count)
-                v[i] = _mm256_add_ps(v[i], load_other(op, io->other + (pixel + i) * e->other_channels, lane, valid));
+                v[i] = _mm256_mul_ps(v[i], load_second(op, factor + i * e->factor_step, e->factor_channels, lane, valid));
     }
+    if (!e->other_last) add_other(op, io, pixel, count, lane, valid, v);
     if (e->slope) {
         const __m256 slope = _mm256_load_ps(e->slope + lane);
         UNROLL for (uint32_t i = 0; i < TILE; i++)
@@ -124,6 +136,15 @@ INLINE void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, const u
         const __m256 high = _mm256_load_ps(e->high + lane);
         UNROLL for (uint32_t i = 0; i < TILE; i++) v[i] = _mm256_min_ps(v[i], high);
     }
+    if (e->scale_after) {
+        const __m256 scale = _mm256_load_ps(e->scale_after + lane);
+        UNROLL for (uint32_t i = 0; i < TILE; i++) v[i] = _mm256_mul_ps(v[i], scale);
+    }
+    if (e->bias_after) {
+        const __m256 same = _mm256_load_ps(e->bias_after + lane);
+        UNROLL for (uint32_t i = 0; i < TILE; i++) v[i] = _mm256_add_ps(v[i], same);
+    }
+    if (e->other_last) add_other(op, io, pixel, count, lane, valid, v);
     if (io->real) {
         UNROLL for (uint32_t i = 0; i < TILE; i++)
             if (i < count) store(io->real + (pixel + i) * op->outputs + lane, valid, v[i]);

@@ -53,19 +53,28 @@ static inline share share_of(const bnnf__op *op, const bnnf__io *io, size_t leas
 /* -- the epilogue */
 
 /* The parts that an op's epilogue has. */
-enum { SCALE = 1, BIAS = 2, OTHER = 4, SLOPE = 8, LOW = 16, HIGH = 32, REAL = 64, BITS = 128, SUM_THRESHOLD = 256 };
+enum { SCALE = 1, BIAS = 2, OTHER = 4, SLOPE = 8, LOW = 16, HIGH = 32, REAL = 64, BITS = 128, SUM_THRESHOLD = 256,
+       FACTOR = 512, SCALE_AFTER = 1024, BIAS_AFTER = 2048, OTHER_LAST = 4096 };
 
 static inline int parts_of(const bnnf__op *op, const bnnf__io *io) {
     const bnnf__epilogue *e = &op->epilogue;
     return (e->scale ? SCALE : 0) | (e->bias ? BIAS : 0) | (io->other ? OTHER : 0) | (e->slope ? SLOPE : 0) |
            (e->low ? LOW : 0) | (e->high ? HIGH : 0) | (io->real ? REAL : 0) | (io->bits ? BITS : 0) |
-           (e->sum_threshold ? SUM_THRESHOLD : 0);
+           (e->sum_threshold ? SUM_THRESHOLD : 0) | (io->factor ? FACTOR : 0) | (e->scale_after ? SCALE_AFTER : 0) |
+           (e->bias_after ? BIAS_AFTER : 0) | (e->other_last ? OTHER_LAST : 0);
 }
 
-/* What `other` adds to a panel from `channel` on, where it is no run of its channels. */
-static __attribute__((noinline)) void repeat_other(const bnnf__op *op, const float *other, size_t channel, float *to) {
-    const size_t channels = op->epilogue.other_channels;
-    for (size_t k = 0; k < LANES; k++) to[k] = other[(channel + k) % channels];
+/* A second activation of `channels` for a panel from `channel` on, where that is no run of its channels. */
+static __attribute__((noinline)) void repeat(const float *from, size_t channels, size_t channel, float *to) {
+    for (size_t k = 0; k < LANES; k++) to[k] = from[(channel + k) % channels];
+}
+
+/* Its values for the panel from channel c on, at a pixel. */
+INLINE_AVX512 __m512 second(const float *pixel, size_t channels, size_t outputs, size_t c, __mmask16 live) {
+    if (channels == outputs || channels % LANES == 0) return _mm512_maskz_loadu_ps(live, pixel + c % channels);
+    float copy[LANES];
+    repeat(pixel, channels, c, copy);
+    return _mm512_maskz_loadu_ps(live, copy);
 }
 
 /* Behind the last panel: the rest of the last word of bits, of `pixels` pixels from `pixel` on. */
@@ -93,7 +102,7 @@ INLINE_AVX512 void finish_parts(const bnnf__op *op, const bnnf__io *io, size_t p
                                 const void *const *rows, const char *sums, size_t each, int source, int parts,
                                 int full) {
     const bnnf__epilogue *e = &op->epilogue;
-    const size_t c = panel * LANES, outputs = op->outputs, left = outputs - c, channels = e->other_channels;
+    const size_t c = panel * LANES, outputs = op->outputs, left = outputs - c;
     const __mmask16 live = full || left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1);
     const __m512 zero = _mm512_setzero_ps();
     __m512 scale = parts & SCALE ? _mm512_loadu_ps(e->scale + c) : _mm512_set1_ps(1.0f);
@@ -110,8 +119,10 @@ INLINE_AVX512 void finish_parts(const bnnf__op *op, const bnnf__io *io, size_t p
     }
     uint16_t flip = 0;
     if (parts & BITS && e->flip) memcpy(&flip, (const uint8_t *)e->flip + c / 8, sizeof flip);
-    const int repeated = parts & OTHER && channels != outputs && channels % LANES;
-    const float *other = parts & OTHER ? io->other + pixel * channels + (repeated ? 0 : c % channels) : NULL;
+    const __m512 scale_after = parts & SCALE_AFTER ? _mm512_loadu_ps(e->scale_after + c) : _mm512_set1_ps(1.0f);
+    const __m512 bias_after = parts & BIAS_AFTER ? _mm512_loadu_ps(e->bias_after + c) : zero;
+    const float *other = parts & OTHER ? io->other + pixel * e->other_step : NULL;
+    const float *factor = parts & FACTOR ? io->factor + pixel * e->factor_step : NULL;
     float *real = parts & REAL ? io->real + pixel * outputs + c : NULL;
     const size_t words = (size_t)op->out_words * 8;
     uint8_t *bits = parts & BITS ? (uint8_t *)io->bits + pixel * words + c / 8 : NULL;
@@ -130,16 +141,24 @@ INLINE_AVX512 void finish_parts(const bnnf__op *op, const bnnf__io *io, size_t p
             if (parts & SCALE || source == HALVES) v = _mm512_mul_ps(v, scale);
             if (source == PIXELS) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(live, (const float *)rows[i] + c));
             if (parts & BIAS) v = _mm512_add_ps(v, bias);
-            if (parts & OTHER) {
-                float copy[LANES];
-                if (repeated) repeat_other(op, other, c, copy);
-                v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(live, repeated ? copy : other));
-                other += channels;
+            if (parts & FACTOR) {
+                v = _mm512_mul_ps(v, second(factor, e->factor_channels, outputs, c, live));
+                factor += e->factor_step;
+            }
+            if (parts & OTHER && !(parts & OTHER_LAST)) {
+                v = _mm512_add_ps(v, second(other, e->other_channels, outputs, c, live));
+                other += e->other_step;
             }
             if (parts & SLOPE) v = _mm512_mask_mul_ps(v, _mm512_cmp_ps_mask(v, zero, _CMP_NGE_UQ), v, slope);
             /* max and min give their second operand where both are equal or one is NaN */
             if (parts & LOW) v = _mm512_max_ps(v, low);
             if (parts & HIGH) v = _mm512_min_ps(v, high);
+            if (parts & SCALE_AFTER) v = _mm512_mul_ps(v, scale_after);
+            if (parts & BIAS_AFTER) v = _mm512_add_ps(v, bias_after);
+            if (parts & OTHER_LAST) {
+                v = _mm512_add_ps(v, second(other, e->other_channels, outputs, c, live));
+                other += e->other_step;
+            }
             if (parts & REAL) {
                 if (full) _mm512_storeu_ps(real, v);
                 else _mm512_mask_storeu_ps(real, live, v);

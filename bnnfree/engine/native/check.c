@@ -8,13 +8,15 @@
 #include "model.h"
 
 enum field {
-    INPUT = 1, OTHER, REAL, BITS, WEIGHTS, SCALE, BIAS, SLOPE, LOW, HIGH, THRESHOLD, FLIP, WINDOW, FIELDS = 24
+    INPUT = 1, OTHER, FACTOR, REAL, BITS, WEIGHTS, SCALE, BIAS, SLOPE, LOW, HIGH, SCALE_AFTER, BIAS_AFTER, THRESHOLD,
+    FLIP, WINDOW, PAD_VALUE = WINDOW + 11, OTHER_LAST = WINDOW + 13, MODE, SIZE_H, SIZE_W, REST, FIELDS = REST + 7
 };
 
-static const char *const field_name[FIELDS] = {
-    "code", "input", "other", "real", "bits", "weights", "scale", "bias", "slope", "low", "high", "threshold", "flip",
-    "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "groups",
-    "pad_value", "ceil"};
+static const char *const field_name[REST] = {
+    "code", "input", "other", "factor", "real", "bits", "weights", "scale", "bias", "slope", "low", "high",
+    "scale_after", "bias_after", "threshold", "flip", "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h",
+    "padding_w", "after_h", "after_w", "dilation_h", "dilation_w", "groups", "pad_value", "ceil", "other_last", "mode",
+    "size_h", "size_w"};
 _Static_assert(sizeof(struct bnnf_op_record) == FIELDS * sizeof(uint32_t), "a record is its fields, 32 bits each");
 
 #define BIT(n) (1u << (n))
@@ -24,8 +26,8 @@ _Static_assert(sizeof(struct bnnf_op_record) == FIELDS * sizeof(uint32_t), "a re
 #define U8 BIT(BNNF_DTYPE_U8)
 #define I32 BIT(BNNF_DTYPE_I32)
 #define EPILOGUE \
-    (BIT(OTHER) | BIT(REAL) | BIT(BITS) | BIT(SCALE) | BIT(BIAS) | BIT(SLOPE) | BIT(LOW) | BIT(HIGH) | \
-     BIT(THRESHOLD) | BIT(FLIP))
+    (BIT(OTHER) | BIT(FACTOR) | BIT(REAL) | BIT(BITS) | BIT(SCALE) | BIT(BIAS) | BIT(SLOPE) | BIT(LOW) | BIT(HIGH) | \
+     BIT(SCALE_AFTER) | BIT(BIAS_AFTER) | BIT(THRESHOLD) | BIT(FLIP))
 
 /* As OPS in schema.py: fields that an op needs and those it may have, dtypes of its input and of its weights. */
 static const struct rule {
@@ -164,9 +166,21 @@ static int check_fields(checker *c) {
     if (field[BITS] == BNNF__NONE && (field[THRESHOLD] != BNNF__NONE || field[FLIP] != BNNF__NONE))
         return FAIL(c, BNNF_ERROR_OP, "has a %s but writes no bits.", "threshold");
     if (field[THRESHOLD] != BNNF__NONE && tensors[field[THRESHOLD]].dtype == BNNF_DTYPE_I32)
-        for (int f = OTHER; f <= HIGH; f++)
+        for (int f = OTHER; f < THRESHOLD; f++)
             if (f != BITS && f != WEIGHTS && field[f] != BNNF__NONE)
                 return FAIL(c, BNNF_ERROR_OP, "has a threshold of its sum, and %s as well.", field_name[f]);
+    return BNNF_OK;
+}
+
+/* The fields that are neither tensors nor a window; those that are kept for later stand in file.c. */
+static int check_options(checker *c) {
+    const uint32_t *field = c->field;
+    const int adds = field[OTHER] != BNNF__NONE && c->rule->may & BIT(OTHER);
+    if (field[OTHER_LAST] > 1 || (field[OTHER_LAST] && !adds))
+        return FAIL(c, BNNF_ERROR_OP, "got other_last %u, expected 0, or 1 where the epilogue adds an other.",
+                    (unsigned)field[OTHER_LAST]);
+    for (int f = MODE; f < REST; f++)
+        if (field[f]) return FAIL(c, BNNF_ERROR_OP, "has a %s, which this op does not take.", field_name[f]);
     return BNNF_OK;
 }
 
@@ -174,15 +188,15 @@ static int check_window(checker *c) {
     const uint32_t *field = c->field;
     const struct bnnf_op_record *w = &c->op->record;
     if (!c->rule->window) {
-        for (int f = WINDOW; f < FIELDS; f++)
+        for (int f = WINDOW; f < OTHER_LAST; f++)
             if (field[f]) return FAIL(c, BNNF_ERROR_OP, "has a %s, which this op does not take.", field_name[f]);
         return BNNF_OK;
     }
-    for (int f = WINDOW; f < FIELDS - 2; f++) {
+    for (int f = WINDOW; f < PAD_VALUE; f++) {
         if (field[f] > BNNF_MAX_SIDE)
             return FAIL(c, BNNF_ERROR_LIMIT, "got %s %u, expected up to %u.", field_name[f], (unsigned)field[f],
                         (unsigned)BNNF_MAX_SIDE);
-        if (!field[f] && f != WINDOW + 4 && f != WINDOW + 5)
+        if (!field[f] && (f < WINDOW + 4 || f > WINDOW + 7)) /* a padding may be 0 */
             return FAIL(c, BNNF_ERROR_OP, "got %s 0, expected 1 or more.", field_name[f]);
     }
     if (w->pad_value < -1 || w->pad_value > 1 || w->ceil > 1)
@@ -194,15 +208,17 @@ static int check_window(checker *c) {
     if ((pooling(c) || w->code == BNNF_OP_PIXEL_CONV2D) && (w->groups != 1 || w->pad_value))
         return FAIL(c, BNNF_ERROR_OP, "got %u groups and pad_value %d, expected 1 and 0.", (unsigned)w->groups,
                     (int)w->pad_value);
-    if (pooling(c) && (2 * w->padding_h > w->kernel_h || 2 * w->padding_w > w->kernel_w))
-        return FAIL(c, BNNF_ERROR_OP, "got padding %u, %u, expected up to half its kernel.", (unsigned)w->padding_h,
-                    (unsigned)w->padding_w);
+    const uint32_t rows = w->padding_h > w->after_h ? w->padding_h : w->after_h;
+    const uint32_t columns = w->padding_w > w->after_w ? w->padding_w : w->after_w;
+    if (pooling(c) && (2 * rows > w->kernel_h || 2 * columns > w->kernel_w))
+        return FAIL(c, BNNF_ERROR_OP, "got padding %u, %u, expected up to half its kernel.", (unsigned)rows,
+                    (unsigned)columns);
     if (w->ceil && !pooling(c)) return FAIL(c, BNNF_ERROR_OP, "has %s, which this op does not take.", "ceil");
     return BNNF_OK;
 }
 
 static int check_reads(checker *c) {
-    for (int f = INPUT; f <= OTHER; f++) {
+    for (int f = INPUT; f <= FACTOR; f++) {
         uint32_t index = c->field[f];
         if (index == BNNF__NONE || index == c->model->input) continue;
         if (c->model->tensors[index].written == BNNF__NONE)
@@ -219,7 +235,7 @@ static int check_reads(checker *c) {
 /* Rows or columns of the input with its padding; a window that hangs over the far edge needs one stride more. */
 static uint64_t padded(const checker *c, int axis) {
     const bnnf__side *s = &c->side[axis];
-    return (uint64_t)(s->size + 2 * s->padding + (c->op->record.ceil ? s->stride : 0));
+    return (uint64_t)(s->size + s->padding + s->after + (c->op->record.ceil ? s->stride : 0));
 }
 
 static int check_sides(checker *c) {
@@ -232,7 +248,7 @@ static int check_sides(checker *c) {
         return FAIL(c, BNNF_ERROR_LIMIT, "its padded input takes more than %u bytes.", (unsigned)BNNF_MAX_BYTES);
     for (int axis = 0; axis < 2; axis++) {
         const bnnf__side *s = &c->side[axis];
-        if (pooling(c) && s->padding && s->dilation > s->size)
+        if (pooling(c) && (s->padding || s->after) && s->dilation > s->size)
             return FAIL(c, BNNF_ERROR_GRAPH, "a window may see nothing of the image: its dilation is above %u.",
                         (unsigned)s->size);
         if (s->positions < 1)
@@ -304,6 +320,17 @@ static int check_border(checker *c) {
     return BNNF_OK;
 }
 
+/* A second activation of the epilogue: the output's rows and columns, or one of each; channels that divide its own. */
+static int check_second(const checker *c, int f) {
+    if (c->field[f] == BNNF__NONE) return BNNF_OK;
+    const bnnf__tensor *t = &c->model->tensors[c->field[f]];
+    const int same = t->shape[0] == c->op->out_height && t->shape[1] == c->op->out_width;
+    if ((!same && (t->shape[0] != 1 || t->shape[1] != 1)) || c->op->outputs % t->shape[2])
+        return FAIL(c, BNNF_ERROR_GRAPH, "its %s is [%u, %u, %u], which does not fit.", field_name[f],
+                    (unsigned)t->shape[0], (unsigned)t->shape[1], (unsigned)t->shape[2]);
+    return BNNF_OK;
+}
+
 static int check_shapes(checker *c) {
     bnnf__op *op = c->op;
     const bnnf__tensor *tensors = c->model->tensors, *input = &tensors[c->field[INPUT]];
@@ -328,10 +355,11 @@ static int check_shapes(checker *c) {
                        : t->rank == 1 && t->shape[0] == op->outputs;
         if (!fits) return FAIL(c, BNNF_ERROR_GRAPH, "its %s has another shape than its outputs.", field_name[f]);
     }
-    if (other && (other->shape[0] != op->out_height || other->shape[1] != op->out_width ||
-                  (c->field[0] != BNNF_OP_CONCAT && op->outputs % other->shape[2])))
+    if (c->field[0] == BNNF_OP_CONCAT && (other->shape[0] != op->out_height || other->shape[1] != op->out_width))
         return FAIL(c, BNNF_ERROR_GRAPH, "its other is [%u, %u, %u], which does not fit.", (unsigned)other->shape[0],
                     (unsigned)other->shape[1], (unsigned)other->shape[2]);
+    for (int f = OTHER; f <= FACTOR && c->field[0] != BNNF_OP_CONCAT; f++)
+        if ((status = check_second(c, f))) return status;
     return BNNF_OK;
 }
 
@@ -383,7 +411,8 @@ static int check_op(checker *c, uint32_t number) {
     c->op = &c->model->ops[number];
     c->rule = &rules[c->op->record.code];
     memcpy(c->field, &c->op->record, sizeof c->field);
-    if ((status = check_fields(c)) || (status = check_window(c)) || (status = check_reads(c))) return status;
+    if ((status = check_fields(c)) || (status = check_options(c)) || (status = check_window(c))) return status;
+    if ((status = check_reads(c))) return status;
     if ((status = check_shapes(c)) || (status = check_values(c)) || (status = check_work(c))) return status;
     return check_writes(c);
 }
@@ -466,7 +495,7 @@ static int check_offsets(const bnnf_model *model, space *s, const bnnf__message 
 static uint32_t replaced(const bnnf_model *model, uint32_t number) {
     const struct bnnf_op_record *r = &model->ops[number].record;
     if (r->real == BNNF__NONE || r->other == BNNF__NONE || r->code == BNNF_OP_CONCAT || r->other == r->input ||
-        r->other == model->input)
+        r->other == r->factor || r->other == model->input)
         return BNNF__NONE;
     const bnnf__tensor *other = &model->tensors[r->other], *real = &model->tensors[r->real];
     const int same = other->rank == real->rank && !memcmp(other->shape, real->shape, sizeof real->shape);
@@ -478,7 +507,8 @@ static int check_overlaps(const bnnf_model *model, space *s, const bnnf__message
     for (uint32_t number = 0; number < model->op_count; number++) {
         const struct bnnf_op_record *r = &model->ops[number].record;
         const uint32_t written[2] = {r->real, r->bits}, before = replaced(model, number);
-        const uint32_t touched[4] = {r->input, before == BNNF__NONE ? r->other : BNNF__NONE, r->real, r->bits};
+        const uint32_t other = before == BNNF__NONE ? r->other : BNNF__NONE;
+        const uint32_t touched[5] = {r->input, other, r->factor, r->real, r->bits};
         for (int i = 0; i < 2; i++) {
             if (written[i] == BNNF__NONE || (i == 0 && before != BNNF__NONE)) continue;
             const bnnf__tensor *t = &model->tensors[written[i]];
@@ -489,7 +519,7 @@ static int check_overlaps(const bnnf_model *model, space *s, const bnnf__message
                                   (unsigned)written[i]);
             take(s, 1, 0, s->leaves, from, to, 1);
         }
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 5; i++) {
             if (touched[i] == BNNF__NONE || touched[i] == model->input) continue;
             const bnnf__tensor *t = &model->tensors[touched[i]];
             if (t->last_read == number) take(s, 1, 0, s->leaves, edge_at(s, t->offset), edge_at(s, end_of(t)), 0);

@@ -207,6 +207,8 @@ static int read_ops(reader *r) {
         if (record->code < BNNF_OP_POINTWISE || record->code >= BNNF_OP_END)
             return bnnf__fail(r->message, BNNF_ERROR_OP, "op %u: got code %u, expected %d to %d.", (unsigned)i,
                               (unsigned)record->code, BNNF_OP_POINTWISE, BNNF_OP_END - 1);
+        if (!is_zero(record->rest, sizeof record->rest))
+            return bnnf__fail(r->message, BNNF_ERROR_OP, "op %u: got values where zeros belong.", (unsigned)i);
     }
     model->input = r->header.input;
     model->output = r->header.output;

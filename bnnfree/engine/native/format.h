@@ -8,7 +8,7 @@
 
 #define BNNF_MAGIC "\142\156\156\146\015\012\032\012"
 #define BNNF_MAGIC_BYTES 8
-#define BNNF_VERSION 2u
+#define BNNF_VERSION 3u
 #define BNNF_ALIGN 64u
 #define BNNF_CHECKED_FROM 16u
 #define BNNF_NONE 0xFFFFFFFFu
@@ -66,22 +66,22 @@ enum bnnf_place {
 #define BNNF_OP_COUNT 10
 enum bnnf_op {
     /* the epilogue on its own: v is the input, bits as +1 and -1, pixels as 0 to 255 */
-    /* input: f32 or bits or u8; may have: other, scale, bias, slope, low, high, threshold, flip, real, bits; no
-       window */
+    /* input: f32 or bits or u8; may have: other, factor, scale, bias, slope, low, high, scale_after, bias_after,
+       threshold, flip, real, bits; no window */
     BNNF_OP_POINTWISE = 1,
     /* v is the exact sum of products of signs; taps on padding count pad_value */
-    /* input: bits; weights: bits; needs: weights; may have: other, scale, bias, slope, low, high, threshold, flip,
-       real, bits; window */
+    /* input: bits; weights: bits; needs: weights; may have: other, factor, scale, bias, slope, low, high,
+       scale_after, bias_after, threshold, flip, real, bits; window */
     BNNF_OP_BINARY_CONV2D = 2,
     /* v is the exact sum of pixels times weights over the taps inside the image; the epilogue's bias depends on
        which taps are inside, so that padding is zero after normalisation */
-    /* input: u8; weights: i8; needs: weights, scale, bias; may have: other, slope, low, high, threshold, flip, real,
-       bits; window */
+    /* input: u8; weights: i8; needs: weights, scale, bias; may have: other, factor, slope, low, high, scale_after,
+       bias_after, threshold, flip, real, bits; window */
     BNNF_OP_PIXEL_CONV2D = 3,
     /* v is the float sum of inputs times weights, row by row, column by column, channel by channel, each product and
        each sum rounded; taps on padding count pad_value */
-    /* input: f32; weights: f32 or i8 or bits; needs: weights; may have: other, scale, bias, slope, low, high,
-       threshold, flip, real, bits; window */
+    /* input: f32; weights: f32 or i8 or bits; needs: weights; may have: other, factor, scale, bias, slope, low,
+       high, scale_after, bias_after, threshold, flip, real, bits; window */
     BNNF_OP_CONV2D = 4,
     /* largest value of the window inside the image */
     /* input: f32; needs: real; window */
@@ -96,12 +96,12 @@ enum bnnf_op {
     /* input: f32; needs: real; no window */
     BNNF_OP_SOFTMAX = 8,
     /* v is the input less the mean of its group of channels over all positions, divided by their deviation */
-    /* input: f32; weights: f32; needs: weights; may have: other, scale, bias, slope, low, high, threshold, flip,
-       real, bits; no window */
+    /* input: f32; weights: f32; needs: weights; may have: other, factor, scale, bias, slope, low, high, scale_after,
+       bias_after, threshold, flip, real, bits; no window */
     BNNF_OP_GROUP_NORM = 9,
     /* v is the input divided by the root mean square of its group of channels over all positions */
-    /* input: f32; weights: f32; needs: weights; may have: other, scale, bias, slope, low, high, threshold, flip,
-       real, bits; no window */
+    /* input: f32; weights: f32; needs: weights; may have: other, factor, scale, bias, slope, low, high, scale_after,
+       bias_after, threshold, flip, real, bits; no window */
     BNNF_OP_RMS_NORM = 10,
     BNNF_OP_END
 };
@@ -141,32 +141,42 @@ _Static_assert(sizeof(struct bnnf_tensor_record) == 40, "no gaps");
 _Static_assert(offsetof(struct bnnf_tensor_record, zeros) == 36, "no gaps");
 
 struct bnnf_op_record {
-    uint32_t code;       /*   0: which op */
-    uint32_t input;      /*   4: activation that it reads, or the image */
-    uint32_t other;      /*   8: second activation: what the epilogue adds, or the second part of a concat */
-    uint32_t real;       /*  12: activation it writes in float32 */
-    uint32_t bits;       /*  16: activation it writes in bits */
-    uint32_t weights;    /*  20: constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps */
-    uint32_t scale;      /*  24: constant f32 [channels]: factor of the epilogue */
-    uint32_t bias;       /*  28: constant f32 [channels]; of pixel_conv2d [row, column classes, channels] */
-    uint32_t slope;      /*  32: constant f32 [channels]: factor of negative values */
-    uint32_t low;        /*  36: constant f32 [channels]: smallest value */
-    uint32_t high;       /*  40: constant f32 [channels]: largest value */
-    uint32_t threshold;  /*  44: constant [channels]: f32, of the value; or i32, of the sum of signs */
-    uint32_t flip;       /*  48: constant bits [channels]: where the bit is inverted */
-    uint32_t kernel_h;   /*  52: rows of the window */
-    uint32_t kernel_w;   /*  56: columns of the window */
-    uint32_t stride_h;   /*  60: rows from one position to the next */
-    uint32_t stride_w;   /*  64: columns from one position to the next */
-    uint32_t padding_h;  /*  68: rows added above, and below */
-    uint32_t padding_w;  /*  72: columns added on the left, and on the right */
-    uint32_t dilation_h; /*  76: rows from one tap to the next */
-    uint32_t dilation_w; /*  80: columns from one tap to the next */
-    uint32_t groups;     /*  84: channels are split into so many independent convolutions */
-    int32_t pad_value;   /*  88: what padding carries: 0, 1 or -1 */
-    uint32_t ceil;       /*  92: 1: windows of a pooling may hang over the far edge */
+    uint32_t code;        /*   0: which op */
+    uint32_t input;       /*   4: activation that it reads, or the image */
+    uint32_t other;       /*   8: second activation: what the epilogue adds, or the second part of a concat */
+    uint32_t factor;      /*  12: activation that the epilogue multiplies by */
+    uint32_t real;        /*  16: activation it writes in float32 */
+    uint32_t bits;        /*  20: activation it writes in bits */
+    uint32_t weights;     /*  24: constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps */
+    uint32_t scale;       /*  28: constant f32 [channels]: factor of the epilogue */
+    uint32_t bias;        /*  32: constant f32 [channels]; of pixel_conv2d [row, column classes, channels] */
+    uint32_t slope;       /*  36: constant f32 [channels]: factor of negative values */
+    uint32_t low;         /*  40: constant f32 [channels]: smallest value */
+    uint32_t high;        /*  44: constant f32 [channels]: largest value */
+    uint32_t scale_after; /*  48: constant f32 [channels]: factor after the activation */
+    uint32_t bias_after;  /*  52: constant f32 [channels]: added after the activation */
+    uint32_t threshold;   /*  56: constant [channels]: f32, of the value; or i32, of the sum of signs */
+    uint32_t flip;        /*  60: constant bits [channels]: where the bit is inverted */
+    uint32_t kernel_h;    /*  64: rows of the window */
+    uint32_t kernel_w;    /*  68: columns of the window */
+    uint32_t stride_h;    /*  72: rows from one position to the next */
+    uint32_t stride_w;    /*  76: columns from one position to the next */
+    uint32_t padding_h;   /*  80: rows added above */
+    uint32_t padding_w;   /*  84: columns added on the left */
+    uint32_t after_h;     /*  88: rows added below */
+    uint32_t after_w;     /*  92: columns added on the right */
+    uint32_t dilation_h;  /*  96: rows from one tap to the next */
+    uint32_t dilation_w;  /* 100: columns from one tap to the next */
+    uint32_t groups;      /* 104: channels are split into so many independent convolutions */
+    int32_t pad_value;    /* 108: what padding carries: 0, 1 or -1 */
+    uint32_t ceil;        /* 112: 1: windows of a pooling may hang over the far edge */
+    uint32_t other_last;  /* 116: 1: the epilogue adds `other` after the activation */
+    uint32_t mode;        /* 120: which of its kind, for an op that has several */
+    uint32_t size_h;      /* 124: rows of the result, for an op that does not follow them from its window */
+    uint32_t size_w;      /* 128: columns of the result, likewise */
+    uint32_t rest[7];     /* 132: zeros */
 };
-_Static_assert(sizeof(struct bnnf_op_record) == 96, "no gaps");
-_Static_assert(offsetof(struct bnnf_op_record, ceil) == 92, "no gaps");
+_Static_assert(sizeof(struct bnnf_op_record) == 160, "no gaps");
+_Static_assert(offsetof(struct bnnf_op_record, rest) == 132, "no gaps");
 
 #endif

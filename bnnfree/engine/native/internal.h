@@ -44,11 +44,15 @@ typedef struct bnnf__band {
 /* The epilogue of FORMAT.md with its constants unpacked: each array, where there is one, has `lanes` values, 64-byte
    aligned, the channels padded up with 0 (scale, slope: 0; flips: 0). */
 typedef struct bnnf__epilogue {
-    const float *scale, *bias, *slope, *low, *high;
+    const float *scale, *bias, *slope, *low, *high, *scale_after, *bias_after;
     const float *threshold;   /* of v; NULL: 0 */
     const int32_t *sum_threshold; /* of the sum of signs; then nothing else is there but flip */
     const uint64_t *flip;     /* words of bits; NULL: none */
     uint32_t other_channels;  /* channels of `other`; channel c adds its channel c % other_channels */
+    uint32_t factor_channels; /* likewise */
+    uint32_t other_step, factor_step; /* floats from one output pixel's values of `other`, `factor`, to the next; 0: all
+                                         pixels take the same */
+    int other_last;           /* `other` is added after the activation */
     uint32_t lanes;           /* channels rounded up to a multiple of 64 */
 } bnnf__epilogue;
 
@@ -57,7 +61,8 @@ typedef struct bnnf__op bnnf__op;
 /* What one call of a kernel works on; all activations are in the file's layout. */
 typedef struct bnnf__io {
     const void *input;   /* float [H][W][C], words [H][W][ceil(C/64)], or pixels [H][W][C] */
-    const float *other;  /* [H'][W'][other_channels], second input of concat; or NULL */
+    const float *other;  /* [H'][W'][other_channels] or [1][1][other_channels], second input of concat; or NULL */
+    const float *factor; /* [H'][W'][factor_channels] or [1][1][factor_channels]; or NULL */
     float *real;         /* [H'][W'][O]; or NULL */
     uint64_t *bits;      /* [H'][W'][ceil(O/64)]; or NULL */
     void *scratch;       /* op->scratch_bytes for this call alone, aligned to 64 */

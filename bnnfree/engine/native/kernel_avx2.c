@@ -194,7 +194,7 @@ typedef struct conv_plan {
 static conv_plan plan_conv(const bnnf__op *op) {
     conv_plan p = {.run = (uint64_t)taps_of_run(op) * op->channels, .strip_rows = op->out_height};
     const uint64_t terms = p.run * runs_of_row(op) * op->record.kernel_h;
-    if (op->record.padding_h || op->record.padding_w) {
+    if (op->record.padding_h || op->record.padding_w || op->record.after_h || op->record.after_w) {
         p.pitch = seen_columns(op) * op->channels;
         p.strip_rows = strip_rows(op, 4 * p.pitch, seen_rows(op, op->out_height));
         p.scratch = 4 * p.pitch * seen_rows(op, p.strip_rows);

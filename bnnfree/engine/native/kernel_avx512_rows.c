@@ -26,7 +26,7 @@ typedef struct {
 static int is_flat(const bnnf__op *op) {
     const struct bnnf_op_record *r = &op->record;
     return r->kernel_h == 1 && r->kernel_w == 1 && r->stride_h == 1 && r->stride_w == 1 && !r->padding_h &&
-           !r->padding_w;
+           !r->padding_w && !r->after_h && !r->after_w;
 }
 
 static layout layout_of(const bnnf__op *op) {

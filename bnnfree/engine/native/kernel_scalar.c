@@ -102,6 +102,16 @@ static size_t seen(const bnnf__op *op, const span *at, uint32_t i, uint32_t j) {
 
 /* -- the epilogue */
 
+static void add_other(const bnnf__epilogue *e, const bnnf__io *io, size_t pixel, uint32_t from, uint32_t n, float *v) {
+    if (!io->other) return;
+    const float *other = io->other + pixel * e->other_step;
+    uint32_t k = from % e->other_channels;
+    for (uint32_t c = 0; c < n; c++) {
+        v[c] = v[c] + other[k];
+        if (++k == e->other_channels) k = 0;
+    }
+}
+
 /* The values of outputs from..to of a pixel: v[0] is that of output `from`, a multiple of 64. */
 static void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, uint32_t from, uint32_t to, float *v,
                    const float *bias) {
@@ -111,20 +121,26 @@ static void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, uint32_
         for (uint32_t c = 0; c < n; c++) v[c] = v[c] * e->scale[from + c];
     if (bias)
         for (uint32_t c = 0; c < n; c++) v[c] = v[c] + bias[from + c];
-    if (io->other) {
-        const float *other = io->other + pixel * e->other_channels;
-        uint32_t k = from % e->other_channels;
+    if (io->factor) {
+        const float *factor = io->factor + pixel * e->factor_step;
+        uint32_t k = from % e->factor_channels;
         for (uint32_t c = 0; c < n; c++) {
-            v[c] = v[c] + other[k];
-            if (++k == e->other_channels) k = 0;
+            v[c] = v[c] * factor[k];
+            if (++k == e->factor_channels) k = 0;
         }
     }
+    if (!e->other_last) add_other(e, io, pixel, from, n, v);
     if (e->slope)
         for (uint32_t c = 0; c < n; c++) v[c] = v[c] >= 0 ? v[c] : v[c] * e->slope[from + c];
     if (e->low)
         for (uint32_t c = 0; c < n; c++) v[c] = v[c] > e->low[from + c] ? v[c] : e->low[from + c];
     if (e->high)
         for (uint32_t c = 0; c < n; c++) v[c] = v[c] < e->high[from + c] ? v[c] : e->high[from + c];
+    if (e->scale_after)
+        for (uint32_t c = 0; c < n; c++) v[c] = v[c] * e->scale_after[from + c];
+    if (e->bias_after)
+        for (uint32_t c = 0; c < n; c++) v[c] = v[c] + e->bias_after[from + c];
+    if (e->other_last) add_other(e, io, pixel, from, n, v);
     if (io->real) memcpy(io->real + pixel * op->outputs + from, v, n * sizeof *v);
     if (!io->bits) return;
     uint64_t *bits = io->bits + pixel * op->out_words + from / 64;

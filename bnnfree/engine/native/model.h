@@ -58,7 +58,7 @@ int bnnf__check_model(bnnf_model *model, const bnnf__message *message);
 
 /* plan.c: one axis of a window. */
 typedef struct bnnf__side {
-    int64_t size, kernel, stride, padding, dilation, positions;
+    int64_t size, kernel, stride, padding, after, dilation, positions;
 } bnnf__side;
 bnnf__side bnnf__side_of(const bnnf__op *op, int axis);
 /* plan.c: the bands along `side`, written to `bands` unless it is NULL; how many, and in *classes how many different

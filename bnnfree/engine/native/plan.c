@@ -14,9 +14,10 @@ static int64_t clamp(int64_t value, int64_t most) { return value < 0 ? 0 : value
 
 bnnf__side bnnf__side_of(const bnnf__op *op, int axis) {
     const struct bnnf_op_record *r = &op->record;
-    bnnf__side s = axis ? (bnnf__side){op->width, r->kernel_w, r->stride_w, r->padding_w, r->dilation_w, 0}
-                        : (bnnf__side){op->height, r->kernel_h, r->stride_h, r->padding_h, r->dilation_h, 0};
-    int64_t reach = s.size + 2 * s.padding, span = s.dilation * (s.kernel - 1) + 1;
+    bnnf__side s =
+        axis ? (bnnf__side){op->width, r->kernel_w, r->stride_w, r->padding_w, r->after_w, r->dilation_w, 0}
+             : (bnnf__side){op->height, r->kernel_h, r->stride_h, r->padding_h, r->after_h, r->dilation_h, 0};
+    int64_t reach = s.size + s.padding + s.after, span = s.dilation * (s.kernel - 1) + 1;
     s.positions = floor_divide(reach - span, s.stride) + 1;
     if (r->ceil && (s.positions - 1) * s.stride + span < reach && s.positions * s.stride < s.size + s.padding)
         s.positions++;
@@ -126,6 +127,13 @@ static const void *padded(padder *p, uint32_t index) {
     return p->copies[index];
 }
 
+/* Of a second activation of the epilogue: its channels, and the floats from one output pixel's to the next. */
+static void second(const bnnf__op *op, const bnnf__tensor *t, uint32_t *channels, uint32_t *step) {
+    const int same = t->shape[0] == op->out_height && t->shape[1] == op->out_width;
+    *channels = t->shape[2];
+    *step = same ? t->shape[2] : 0;
+}
+
 static void plan_epilogue(padder *p, bnnf__op *op) {
     const struct bnnf_op_record *r = &op->record;
     const bnnf__tensor *tensors = p->model->tensors;
@@ -137,11 +145,15 @@ static void plan_epilogue(padder *p, bnnf__op *op) {
     e->slope = padded(p, r->slope);
     e->low = padded(p, r->low);
     e->high = padded(p, r->high);
+    e->scale_after = padded(p, r->scale_after);
+    e->bias_after = padded(p, r->bias_after);
+    e->other_last = (int)r->other_last;
     if (r->threshold != BNNF__NONE && tensors[r->threshold].dtype == BNNF_DTYPE_I32)
         e->sum_threshold = padded(p, r->threshold);
     else e->threshold = padded(p, r->threshold);
     if (r->flip != BNNF__NONE) e->flip = tensors[r->flip].data;
-    if (r->other != BNNF__NONE) e->other_channels = tensors[r->other].shape[2];
+    if (r->other != BNNF__NONE) second(op, &tensors[r->other], &e->other_channels, &e->other_step);
+    if (r->factor != BNNF__NONE) second(op, &tensors[r->factor], &e->factor_channels, &e->factor_step);
 }
 
 static int plan_epilogues(bnnf_model *model, const bnnf__message *message) {

@@ -258,6 +258,7 @@ static void run_part(void *context, uint32_t index, int part, int thread) {
     const bnnf__io io = {
         .input = r->input == model->input ? session->pixels : activation(session, r->input),
         .other = activation(session, r->other),
+        .factor = activation(session, r->factor),
         .real = activation(session, r->real),
         .bits = activation(session, r->bits),
         .scratch = session->arena + model->activation_bytes + (size_t)thread * model->scratch_bytes,
