@@ -34,6 +34,44 @@ def fields_of(kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), after=None
     return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")} | more
 
 
+MOVES = {name for name, op in OPS.items() if op.moves}
+
+
+def _taken(net, fields, shape, outputs):
+    least = 0 if net.tensors[fields["input"]].dtype == "bits" else -1
+    fields["weights"] = net.constant(net.random.integers(least, shape[2], outputs).astype(np.int32), "i32")
+    return *shape[:2], outputs
+
+
+def _transposed(net, fields, shape, outputs):
+    groups = fields.setdefault("groups", 1)
+    fields["weights"] = net._weights("f32", (outputs, fields["kernel_h"], fields["kernel_w"], shape[2] // groups))
+    return fields["size_h"], fields["size_w"], outputs
+
+
+def _shuffled(net, fields, shape, _):
+    (height, width, channels), rows, columns = shape, fields["stride_h"], fields["stride_w"]
+    if fields.get("mode"):
+        return height // rows, width // columns, channels * rows * columns
+    return height * rows, width * columns, channels // (rows * columns)
+
+
+def _padded(net, fields, shape, _):
+    around = [fields.get(f"padding_{axis}", 0) + fields.get(f"after_{axis}", 0) for axis in "hw"]
+    return shape[0] + around[0], shape[1] + around[1], shape[2]
+
+
+RESULTS = {  # name -> the result's shape; some give their op constants
+    "take": _taken,
+    "conv_transpose2d": _transposed,
+    "pixel_shuffle": _shuffled,
+    "pad": _padded,
+    "crop": lambda net, fields, shape, _: (fields["size_h"], fields["size_w"], shape[2]),
+    "resize": lambda net, fields, shape, _: (fields["size_h"], fields["size_w"], shape[2]),
+    "reduce_channels": lambda net, fields, shape, _: (*shape[:2], 1),
+}
+
+
 class Net:
     """A model in the making; activations are indices. Constants are random: `tame` (about 1), `whole` (small whole
     numbers and powers of two, so that every float sum is exact) or `wild` (denormal, huge, zeros of both signs)."""
@@ -71,8 +109,10 @@ class Net:
             flip=False, factor=None, other_last=0, **window) -> int:  # fmt: skip
         """One more op; returns what it writes: the real of "both". threshold: None, "f32" or "i32"."""
         height, width, channels = self.shape(source)
-        groups = window.pop("groups", 1) if name in NORMS else None
-        spatial = window and ops.Window(*[(window[f"{n}_h"], window[f"{n}_w"])
+        if name in MOVES and self.tensors[source].dtype == "bits":
+            writes = "bits"
+        groups = window.pop("groups", 1) if name in NORMS or name == "channel_norm" else None
+        spatial = name in (*CONVOLUTIONS, *POOLINGS) and ops.Window(*[(window[f"{n}_h"], window[f"{n}_w"])
                                           for n in ("kernel", "stride", "padding", "dilation", "after")])  # fmt: skip
         fields = {"input": source, "factor": factor, "other_last": other_last, **window}
         if name in CONVOLUTIONS:
@@ -85,11 +125,13 @@ class Net:
             channels = outputs
         elif name in POOLINGS:
             height, width = ops.pool_output(spatial, height, width, bool(window.get("ceil")))
-        elif name == "concat":
+        elif name in ("concat", "xor"):
             fields["other"] = other
-            channels += self.shape(other)[2]
+            channels += self.shape(other)[2] if name == "concat" else 0
         elif groups:
             fields["weights"] = self._eps(groups)
+        elif name in RESULTS:
+            height, width, channels = RESULTS[name](self, fields, (height, width, channels), outputs)
         for part in (*PARTS, *AFTER):
             if part == "other" and part in parts:
                 fields["other"] = other

@@ -12,7 +12,7 @@ from bnnfree.engine import Engine
 from bnnfree.engine.kernels import border_index
 from bnnfree.errors import BnnfreeError
 from bnnfree.format import FormatError, LimitError, check_model, errors, from_bytes, make_op, read, schema
-from bnnfree.format.check import count_classes
+from bnnfree.format.shapes import count_classes
 from bnnfree.ops import Side, Window, border_classes
 
 GROUPS = [(error, *group) for error, groups in EDITS.items() for group in groups]

@@ -7,7 +7,7 @@ examples:
 
 With two files: what was removed (-), added (+) and changed, ops matched by the name of what they write, and the
 constants that differ: how many values, and by how much at most (bits: how many). Ends with 0 if the files are the
-same to the byte ("identical"), with 1 if they differ. window: k kernel, s stride, p padding (a: below and on the right, where it is another), d dilation, g groups, as
+same to the byte ("identical"), with 1 if they differ. window: k kernel, s stride, p padding (a where it is another below and right), d dilation, g groups, as
 far as it is not the usual; epilogue: its parts in order. With --json the file's path is printed last.
 """
 
@@ -114,7 +114,13 @@ def window_text(window: dict | None) -> str:
     """The fields of a window that are not the usual, in short."""
     if window is None:
         return ""
-    pairs = {"k": ("kernel", None), "s": ("stride", (1, 1)), "p": ("padding", (0, 0)), "a": ("after", None), "d": ("dilation", (1, 1))}
+    pairs = {
+        "k": ("kernel", None),
+        "s": ("stride", (1, 1)),
+        "p": ("padding", (0, 0)),
+        "a": ("after", None),
+        "d": ("dilation", (1, 1)),
+    }
     parts = []
     for letter, (name, usual) in pairs.items():
         pair = (window[f"{name}_h"], window[f"{name}_w"])

@@ -97,7 +97,10 @@ def _takes(op: schema.Op) -> str:
     parts += [f"weights: {' or '.join(op.weights)}"] if op.weights else []
     parts += [f"needs: {', '.join(op.needs)}"] if op.needs else []
     parts += [f"may have: {', '.join(op.may)}"] if op.may else []
-    return "; ".join([*parts, "window" if op.window else "no window"])
+    parts += [f"mode: {', '.join(f'{i} {name}' for i, name in enumerate(op.modes))}"] if op.modes else []
+    window = "window" if op.window == schema.WINDOW_FIELDS else ", ".join(op.window)
+    parts += [f"{window}{', size_h, size_w' if op.sized else ''}"] if op.window else ["size_h, size_w"] * op.sized
+    return "; ".join(parts)
 
 
 def _struct(name: str) -> str:

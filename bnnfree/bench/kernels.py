@@ -10,8 +10,8 @@ import numpy as np
 from bnnfree.bench.peak import BASE
 from bnnfree.engine import Engine
 from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
-from bnnfree.format.check import count_classes
 from bnnfree.format.schema import NORMS, OPS
+from bnnfree.format.shapes import count_classes
 from bnnfree.ops import Window, pack_bits, pool_output
 
 

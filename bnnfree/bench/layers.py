@@ -9,8 +9,8 @@ import numpy as np
 from bnnfree.bench.peak import Peak
 from bnnfree.engine import Engine
 from bnnfree.format import Op, PackedModel, window_of
-from bnnfree.format.check import inside_taps
 from bnnfree.format.schema import CONVOLUTIONS
+from bnnfree.format.shapes import inside_taps
 
 SECONDS = 1.5  # for one model, about
 MOST = 300  # runs

@@ -15,10 +15,11 @@ import numpy as np
 
 from bnnfree import ops
 from bnnfree.format import Op, window_of
-from bnnfree.format.check import inside_taps
+from bnnfree.format.schema import OPS
+from bnnfree.format.shapes import inside_taps
 
 F32 = np.float32
-Constants = dict[str, Any]  # arrays by field; "channels" of the input; "other", an activation
+Constants = dict[str, Any]  # arrays by field; "other", "factor": activations; "channels", "other_channels": of those
 Kernel = Callable[[Op, np.ndarray, Constants], np.ndarray]
 CACHED = 1 << 16  # values of a block that the fast kernels keep in the processor's cache
 COLUMNS = 1 << 20  # values of the matrix that a pixel convolution makes of a block
@@ -35,6 +36,11 @@ def _as_float(x: np.ndarray, channels: int) -> np.ndarray:
 def _real_weights(op: Op, constants: Constants, channels: int) -> np.ndarray:
     """Weights of conv2d as float32; bits as +1 and -1."""
     return _as_float(constants["weights"], channels // op.groups)
+
+
+def mode_of(op: Op) -> str:
+    """Name of an op's mode."""
+    return OPS[op.name].modes[op.mode]
 
 
 def _pointwise(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
@@ -62,17 +68,69 @@ def _conv2d(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
     return ops.conv2d(x, w, None, window_of(op), groups=op.groups, pad_value=op.pad_value)
 
 
+def _moved(kernel: Kernel) -> Kernel:
+    """A kernel that copies values, for floats as they are and for words of bits one by one."""
+
+    def run(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
+        if x.dtype != np.uint64:
+            return kernel(op, x, constants)
+        others = dict(constants)
+        if "other" in constants:
+            others["other"] = ops.unpack_bits(constants["other"], constants["other_channels"])
+        return ops.pack_bits(kernel(op, ops.unpack_bits(x, constants["channels"]), others))
+
+    return run
+
+
+def _max_pool2d(op: Op, x: np.ndarray, _: Constants) -> np.ndarray:
+    pool = ops.max_pool_bits if x.dtype == bool else ops.max_pool2d
+    return pool(x, window_of(op), ceil_mode=bool(op.ceil))
+
+
+def _pad(op: Op, x: np.ndarray, _: Constants) -> np.ndarray:
+    value = op.pad_value < 0 if x.dtype == bool else op.pad_value
+    return ops.pad(x, ops.Window((1, 1), (1, 1), *_around(op)), mode_of(op), value)
+
+
+def _around(op: Op) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Padding before, dilation and padding after, of an op that has no window."""
+    return (op.padding_h, op.padding_w), (1, 1), (op.after_h, op.after_w)
+
+
+def _crop(op: Op, x: np.ndarray, _: Constants) -> np.ndarray:
+    return ops.crop(x, (op.padding_h, op.padding_w), (op.stride_h, op.stride_w), (op.size_h, op.size_w))
+
+
+def _pixel_shuffle(op: Op, x: np.ndarray, _: Constants) -> np.ndarray:
+    return (ops.pixel_unshuffle if op.mode else ops.pixel_shuffle)(x, (op.stride_h, op.stride_w))
+
+
+def _conv_transpose2d(op: Op, x: np.ndarray, constants: Constants) -> np.ndarray:
+    size = (op.size_h, op.size_w)
+    return ops.conv_transpose2d(x, constants["weights"], window_of(op), size, groups=op.groups)
+
+
 REFERENCE: dict[str, Kernel] = {
     "pointwise": _pointwise,
     "binary_conv2d": _binary_conv2d,
     "pixel_conv2d": _pixel_conv2d,
     "conv2d": _conv2d,
-    "max_pool2d": lambda op, x, _: ops.max_pool2d(x, window_of(op), ceil_mode=bool(op.ceil)),
+    "max_pool2d": _moved(_max_pool2d),
     "avg_pool2d": lambda op, x, _: ops.avg_pool2d(x, window_of(op), ceil_mode=bool(op.ceil)),
-    "concat": lambda op, x, constants: ops.concat([x, constants["other"]]),
+    "concat": _moved(lambda op, x, constants: ops.concat([x, constants["other"]])),
     "softmax": lambda op, x, _: ops.softmax(x),
     "group_norm": lambda op, x, constants: ops.group_norm(x, constants["weights"]),
     "rms_norm": lambda op, x, constants: ops.rms_norm(x, constants["weights"]),
+    "channel_norm": lambda op, x, constants: ops.channel_norm(x, constants["weights"], op.mode == 0),
+    "function": lambda op, x, _: ops.function(x, mode_of(op)),
+    "conv_transpose2d": _conv_transpose2d,
+    "take": _moved(lambda op, x, constants: ops.take_channels(x, constants["weights"])),
+    "crop": _moved(_crop),
+    "pad": _moved(_pad),
+    "resize": lambda op, x, _: ops.resize(x, (op.size_h, op.size_w), mode_of(op)),
+    "pixel_shuffle": _pixel_shuffle,
+    "reduce_channels": lambda op, x, _: ops.reduce_channels(x, mode_of(op)),
+    "xor": lambda op, x, constants: x ^ constants["other"],
 }
 
 
@@ -80,7 +138,7 @@ REFERENCE: dict[str, Kernel] = {
 
 
 def _seen(padded: np.ndarray, op: Op) -> np.ndarray:
-    """Windows that the output positions see, as a view. Shapes: [N, padded H, padded W, K] -> [N, H', W', kh, kw, K]."""
+    """Windows that the output positions see, as a view. Shapes: [N, H + p, W + p, K] -> [N, H', W', kh, kw, K]."""
     window = window_of(op)
     (rows, columns), (down, across) = window.stride, window.dilation
     span = [d * (k - 1) + 1 for d, k in zip(window.dilation, window.size, strict=True)]

@@ -50,6 +50,7 @@ def constants_of(model: PackedModel, op: Op, values: Mapping[int, np.ndarray]) -
     for name in ("other", "factor"):
         if (index := op.fields[name]) is not None:
             constants[name] = values[index]
+            constants[f"{name}_channels"] = model.tensors[index].shape[2]
     return constants
 
 
@@ -72,8 +73,9 @@ def run_op(
 def _finish(op: Op, x: np.ndarray, v: np.ndarray, constants: Constants) -> dict[int, np.ndarray]:
     """The epilogue: what an op writes, given its input and what its kernel returned."""
     if "scale" not in OPS[op.name].may + OPS[op.name].needs:
-        return {op.real: v}
-    if op.name == "pixel_conv2d":
+        return {op.writes()[0]: v}
+    bias = constants.get("bias")
+    if bias is not None and bias.ndim == 3:
         constants["bias"] = border_bias(constants["bias"], op, *x.shape[1:3])
     threshold = constants.get("threshold")
     if threshold is None or threshold.dtype != np.int32:

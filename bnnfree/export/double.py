@@ -49,9 +49,7 @@ def _double_pool(x: Tensor, window: Window, ceil: bool, largest: bool) -> Tensor
     """Maxima or averages of what each window has inside the image."""
     sides = window.sides(x.shape[2], x.shape[3])
     counts = pool_output(window, x.shape[2], x.shape[3], ceil)
-    far = [
-        max(s.after, (n - 1) * s.stride + s.span - s.size - s.padding) for n, s in zip(counts, sides, strict=True)
-    ]
+    far = [max(s.after, (n - 1) * s.stride + s.span - s.size - s.padding) for n, s in zip(counts, sides, strict=True)]
     around = (sides[1].padding, far[1], sides[0].padding, far[0])
     if largest:
         return F.max_pool2d(F.pad(x, around, value=-math.inf), window.size, window.stride, 0, window.dilation)

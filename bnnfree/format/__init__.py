@@ -4,7 +4,7 @@ schema (the one table), packed (the model in memory), check (what must hold), pl
 errors (one name per rule). Standard library, numpy and bnnfree.ops (geometry) only; never torch or engine.
 """
 
-from bnnfree.format.check import check_model, window_of
+from bnnfree.format.check import check_model
 from bnnfree.format.errors import (
     ChecksumError,
     ConstantError,
@@ -24,6 +24,7 @@ from bnnfree.format.file import from_bytes, read, seal, to_bytes, write
 from bnnfree.format.packed import Op, PackedModel, Tensor, make_op
 from bnnfree.format.plan import lifetimes, plan
 from bnnfree.format.schema import VERSION
+from bnnfree.format.shapes import window_of
 
 __all__ = [
     "VERSION",

@@ -73,8 +73,8 @@ def make_op(name: str, **fields: Any) -> Op:
     """An op with every field that is not given at its neutral value."""
     blank: dict[str, int | None] = {f.name: 0 for f in schema.OP[1:-1]}
     blank |= dict.fromkeys(schema.TENSOR_FIELDS)
-    if schema.OPS[name].window:
-        blank |= dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w", "groups"), 1)
+    ones = ("stride_h", "stride_w", "dilation_h", "dilation_w", "groups")
+    blank |= {field: 1 for field in ones if field in schema.OPS[name].window}
     return Op(name, {**blank, **fields})
 
 

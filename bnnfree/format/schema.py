@@ -111,9 +111,17 @@ OP = (
     Field("factor", "<u4", "activation that the epilogue multiplies by"),
     Field("real", "<u4", "activation it writes in float32"),
     Field("bits", "<u4", "activation it writes in bits"),
-    Field("weights", "<u4", "constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps"),
+    Field(
+        "weights",
+        "<u4",
+        "constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps; of take i32 [outputs]",
+    ),
     Field("scale", "<u4", "constant f32 [channels]: factor of the epilogue"),
-    Field("bias", "<u4", "constant f32 [channels]; of pixel_conv2d [row, column classes, channels]"),
+    Field(
+        "bias",
+        "<u4",
+        "constant f32 [channels]; of pixel_conv2d, and where wanted of binary_conv2d, [row, column classes, channels]",
+    ),
     Field("slope", "<u4", "constant f32 [channels]: factor of negative values"),
     Field("low", "<u4", "constant f32 [channels]: smallest value"),
     Field("high", "<u4", "constant f32 [channels]: largest value"),
@@ -171,6 +179,7 @@ PLACE_MEANINGS = {
     "image": "the caller's pixels, [height, width, channels]",
 }
 
+DEPENDENT = ("binary_conv2d", "pixel_conv2d")  # whose bias may depend on the border class
 CONVOLUTIONS = ("binary_conv2d", "pixel_conv2d", "conv2d")
 POOLINGS = ("max_pool2d", "avg_pool2d")
 NORMS = ("group_norm", "rms_norm")
@@ -178,10 +187,11 @@ NORMS = ("group_norm", "rms_norm")
 
 @dataclass(frozen=True)
 class Op:
-    """An op: its code and meaning, the dtypes its input may have, and the tensor fields of its record.
+    """An op: its code and meaning, the dtypes its input may have, and the fields of its record.
 
-    needs: must name a tensor; may: can name one; every other tensor field is NONE. window: the window fields
-    are meant (else all are 0).
+    needs: must name a tensor; may: can name one; every other tensor field is NONE. window: the window fields that are
+    meant; every other is 0. modes: what its mode numbers, from 0 on. sized: size_h and size_w are those of its result.
+    moves: it copies values, and writes `real` of floats and `bits` of bits.
     """
 
     code: int
@@ -189,8 +199,11 @@ class Op:
     inputs: tuple[str, ...]
     needs: tuple[str, ...] = ()
     may: tuple[str, ...] = ()
-    window: bool = False
+    window: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    sized: bool = False
+    moves: bool = False
 
 
 _EPILOGUE = ("other", "factor", *EPILOGUE_FIELDS, "real", "bits")
@@ -208,7 +221,7 @@ OPS: dict[str, Op] = {
         ("bits",),
         ("weights",),
         _EPILOGUE,
-        True,
+        WINDOW_FIELDS,
         ("bits",),
     ),
     "pixel_conv2d": Op(
@@ -218,7 +231,7 @@ OPS: dict[str, Op] = {
         ("u8",),
         ("weights", "scale", "bias"),
         tuple(f for f in _EPILOGUE if f not in ("scale", "bias")),
-        True,
+        WINDOW_FIELDS,
         ("i8",),
     ),
     "conv2d": Op(
@@ -228,18 +241,32 @@ OPS: dict[str, Op] = {
         ("f32",),
         ("weights",),
         _EPILOGUE,
-        True,
+        WINDOW_FIELDS,
         ("f32", "i8", "bits"),
     ),
-    "max_pool2d": Op(5, "largest value of the window inside the image", ("f32",), ("real",), window=True),
+    "max_pool2d": Op(
+        5,
+        "largest value of the window inside the image",
+        ("f32", "bits"),
+        may=("real", "bits"),
+        window=WINDOW_FIELDS,
+        moves=True,
+    ),
     "avg_pool2d": Op(
         6,
         "sum of the window's values inside the image, row by row, then column by column, divided by their number",
         ("f32",),
         ("real",),
-        window=True,
+        window=WINDOW_FIELDS,
     ),
-    "concat": Op(7, "the channels of input, then those of other", ("f32",), ("other", "real")),
+    "concat": Op(
+        7,
+        "the channels of input, then those of other",
+        ("f32", "bits"),
+        ("other",),
+        ("real", "bits"),
+        moves=True,
+    ),
     "softmax": Op(8, "e^(v - max v) over its sum, along the channels", ("f32",), ("real",)),
     "group_norm": Op(
         9,
@@ -257,6 +284,95 @@ OPS: dict[str, Op] = {
         _EPILOGUE,
         weights=("f32",),
     ),
+    "channel_norm": Op(
+        11,
+        "v is the input less the mean of its position over all channels, divided by their deviation; uncentred: with a "
+        "mean of 0",
+        ("f32",),
+        ("weights",),
+        _EPILOGUE,
+        weights=("f32",),
+        modes=("centred", "uncentred"),
+    ),
+    "function": Op(
+        12,
+        "v is a function of the input",
+        ("f32",),
+        may=_EPILOGUE,
+        modes=("sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "elu", "exp", "sqrt", "reciprocal"),
+    ),
+    "conv_transpose2d": Op(
+        13,
+        "v is the float sum of inputs times weights, where output row r takes input row q by tap i if q stride_h - "
+        "padding_h + i dilation_h = r",
+        ("f32",),
+        ("weights",),
+        _EPILOGUE,
+        (
+            "kernel_h",
+            "kernel_w",
+            "stride_h",
+            "stride_w",
+            "padding_h",
+            "padding_w",
+            "dilation_h",
+            "dilation_w",
+            "groups",
+        ),
+        ("f32",),
+        sized=True,
+    ),
+    "take": Op(
+        14,
+        "channel o is the input's channel weights[o]; of floats +0 where that is -1",
+        ("f32", "bits"),
+        ("weights",),
+        ("real", "bits"),
+        weights=("i32",),
+        moves=True,
+    ),
+    "crop": Op(
+        15,
+        "row r is the input's row padding_h + r stride_h, likewise columns",
+        ("f32", "bits"),
+        may=("real", "bits"),
+        window=("stride_h", "stride_w", "padding_h", "padding_w"),
+        sized=True,
+        moves=True,
+    ),
+    "pad": Op(
+        16,
+        "rows and columns around the input",
+        ("f32", "bits"),
+        may=("real", "bits"),
+        window=("padding_h", "padding_w", "after_h", "after_w", "pad_value"),
+        modes=("constant", "reflect", "replicate", "circular"),
+        moves=True,
+    ),
+    "resize": Op(
+        17,
+        "the map in another size",
+        ("f32",),
+        ("real",),
+        modes=("nearest", "bilinear", "bilinear_corners"),
+        sized=True,
+    ),
+    "pixel_shuffle": Op(
+        18,
+        "channels to the stride_h x stride_w places of a block of positions, or back",
+        ("f32",),
+        ("real",),
+        window=("stride_h", "stride_w"),
+        modes=("shuffle", "unshuffle"),
+    ),
+    "reduce_channels": Op(
+        19,
+        "over the channels of each position: one result",
+        ("f32",),
+        ("real",),
+        modes=("mean", "sum", "max"),
+    ),
+    "xor": Op(20, "product of the signs of input and other", ("bits",), ("other", "bits"), moves=True),
 }
 
 EPILOGUE = """\

@@ -1,7 +1,7 @@
 """Meaning of every operation of a packed model, in numpy: the reference all else is tested against.
 
 Written to be read, never to be fast. Arrays are NHWC; a pixel's channels are what is packed into words.
-`binary` works on signs and bits, and is exact integers; `real` works on float32, where the order of every
+`binary` works on signs and bits, and is exact integers; `real` and `maps` work on float32, where the order of every
 sum is part of the meaning, so that any backend on any processor gives the same bits. Imports numpy and
 bnnfree.errors only.
 """
@@ -17,6 +17,19 @@ from bnnfree.ops.binary import (
     signs,
     threshold_bits,
     unpack_bits,
+)
+from bnnfree.ops.maps import (
+    channel_norm,
+    conv_transpose2d,
+    crop,
+    function,
+    max_pool_bits,
+    pad,
+    pixel_shuffle,
+    pixel_unshuffle,
+    reduce_channels,
+    resize,
+    take_channels,
 )
 from bnnfree.ops.real import (
     add,
@@ -52,25 +65,36 @@ __all__ = [
     "binary_linear",
     "border_bias",
     "border_classes",
+    "channel_norm",
     "concat",
     "conv2d",
+    "conv_transpose2d",
+    "crop",
     "epilogue",
     "exp",
+    "function",
     "global_avg_pool",
     "group_norm",
     "hardtanh",
     "linear",
     "max_pool2d",
+    "max_pool_bits",
     "pack_bits",
+    "pad",
     "pixel_conv2d",
+    "pixel_shuffle",
     "pixel_sums",
+    "pixel_unshuffle",
     "pool_output",
     "prelu",
+    "reduce_channels",
     "relu",
+    "resize",
     "rms_norm",
     "sign_bits",
     "signs",
     "softmax",
+    "take_channels",
     "threshold_bits",
     "tlu",
     "unpack_bits",

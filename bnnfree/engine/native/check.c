@@ -29,22 +29,39 @@ _Static_assert(sizeof(struct bnnf_op_record) == FIELDS * sizeof(uint32_t), "a re
     (BIT(OTHER) | BIT(FACTOR) | BIT(REAL) | BIT(BITS) | BIT(SCALE) | BIT(BIAS) | BIT(SLOPE) | BIT(LOW) | BIT(HIGH) | \
      BIT(SCALE_AFTER) | BIT(BIAS_AFTER) | BIT(THRESHOLD) | BIT(FLIP))
 
-/* As OPS in schema.py: fields that an op needs and those it may have, dtypes of its input and of its weights. */
+#define ALL_WINDOW (BIT(13) - 1)
+#define WINDOW_OF(f) BIT((f) - WINDOW)
+
+/* As OPS in schema.py: fields that an op needs and those it may have, dtypes of its input and of its weights, fields of
+   its window (bit 0: kernel_h), how many modes it has, whether it has a size, and whether it moves values. */
 static const struct rule {
     const char *name;
-    uint32_t needs, may, inputs, weights;
-    int window;
+    uint32_t needs, may, inputs, weights, window, modes;
+    int sized, moves;
 } rules[BNNF_OP_END] = {
-    [BNNF_OP_POINTWISE] = {"pointwise", 0, EPILOGUE, F32 | SIGNS | U8, 0, 0},
-    [BNNF_OP_BINARY_CONV2D] = {"binary_conv2d", BIT(WEIGHTS), EPILOGUE, SIGNS, SIGNS, 1},
-    [BNNF_OP_PIXEL_CONV2D] = {"pixel_conv2d", BIT(WEIGHTS) | BIT(SCALE) | BIT(BIAS), EPILOGUE, U8, I8, 1},
-    [BNNF_OP_CONV2D] = {"conv2d", BIT(WEIGHTS), EPILOGUE, F32, F32 | I8 | SIGNS, 1},
-    [BNNF_OP_MAX_POOL2D] = {"max_pool2d", BIT(REAL), 0, F32, 0, 1},
-    [BNNF_OP_AVG_POOL2D] = {"avg_pool2d", BIT(REAL), 0, F32, 0, 1},
-    [BNNF_OP_CONCAT] = {"concat", BIT(OTHER) | BIT(REAL), 0, F32, 0, 0},
-    [BNNF_OP_SOFTMAX] = {"softmax", BIT(REAL), 0, F32, 0, 0},
-    [BNNF_OP_GROUP_NORM] = {"group_norm", BIT(WEIGHTS), EPILOGUE, F32, F32, 0},
-    [BNNF_OP_RMS_NORM] = {"rms_norm", BIT(WEIGHTS), EPILOGUE, F32, F32, 0},
+    [BNNF_OP_POINTWISE] = {"pointwise", 0, EPILOGUE, F32 | SIGNS | U8, 0, 0, 1, 0, 0},
+    [BNNF_OP_BINARY_CONV2D] = {"binary_conv2d", BIT(WEIGHTS), EPILOGUE, SIGNS, SIGNS, ALL_WINDOW, 1, 0, 0},
+    [BNNF_OP_PIXEL_CONV2D] = {"pixel_conv2d", BIT(WEIGHTS) | BIT(SCALE) | BIT(BIAS), EPILOGUE, U8, I8, ALL_WINDOW, 1, 0,
+                              0},
+    [BNNF_OP_CONV2D] = {"conv2d", BIT(WEIGHTS), EPILOGUE, F32, F32 | I8 | SIGNS, ALL_WINDOW, 1, 0, 0},
+    [BNNF_OP_MAX_POOL2D] = {"max_pool2d", 0, BIT(REAL) | BIT(BITS), F32 | SIGNS, 0, ALL_WINDOW, 1, 0, 1},
+    [BNNF_OP_AVG_POOL2D] = {"avg_pool2d", BIT(REAL), 0, F32, 0, ALL_WINDOW, 1, 0, 0},
+    [BNNF_OP_CONCAT] = {"concat", BIT(OTHER), BIT(REAL) | BIT(BITS), F32 | SIGNS, 0, 0, 1, 0, 1},
+    [BNNF_OP_SOFTMAX] = {"softmax", BIT(REAL), 0, F32, 0, 0, 1, 0, 0},
+    [BNNF_OP_GROUP_NORM] = {"group_norm", BIT(WEIGHTS), EPILOGUE, F32, F32, 0, 1, 0, 0},
+    [BNNF_OP_RMS_NORM] = {"rms_norm", BIT(WEIGHTS), EPILOGUE, F32, F32, 0, 1, 0, 0},
+    [BNNF_OP_CHANNEL_NORM] = {"channel_norm", BIT(WEIGHTS), EPILOGUE, F32, F32, 0, 2, 0, 0},
+    [BNNF_OP_FUNCTION] = {"function", 0, EPILOGUE, F32, 0, 0, 9, 0, 0},
+    [BNNF_OP_CONV_TRANSPOSE2D] = {"conv_transpose2d", BIT(WEIGHTS), EPILOGUE, F32, F32,
+                                  (BIT(6) - 1) | BIT(8) | BIT(9) | BIT(10), 1, 1, 0},
+    [BNNF_OP_TAKE] = {"take", BIT(WEIGHTS), BIT(REAL) | BIT(BITS), F32 | SIGNS, I32, 0, 1, 0, 1},
+    [BNNF_OP_CROP] = {"crop", 0, BIT(REAL) | BIT(BITS), F32 | SIGNS, 0, BIT(2) | BIT(3) | BIT(4) | BIT(5), 1, 1, 1},
+    [BNNF_OP_PAD] = {"pad", 0, BIT(REAL) | BIT(BITS), F32 | SIGNS, 0,
+                     BIT(4) | BIT(5) | BIT(6) | BIT(7) | WINDOW_OF(PAD_VALUE), 4, 0, 1},
+    [BNNF_OP_RESIZE] = {"resize", BIT(REAL), 0, F32, 0, 0, 3, 1, 0},
+    [BNNF_OP_PIXEL_SHUFFLE] = {"pixel_shuffle", BIT(REAL), 0, F32, 0, BIT(2) | BIT(3), 2, 0, 0},
+    [BNNF_OP_REDUCE_CHANNELS] = {"reduce_channels", BIT(REAL), 0, F32, 0, 0, 3, 0, 0},
+    [BNNF_OP_XOR] = {"xor", BIT(OTHER) | BIT(BITS), 0, SIGNS, 0, 0, 1, 0, 1},
 };
 
 enum mark { USED = 1, HAS_INFINITY = 2, HAS_NAN = 4 };
@@ -133,6 +150,10 @@ static int check_constants(checker *c) {
 static uint32_t dtypes_of(const checker *c, int field) {
     switch (field) {
     case INPUT: return c->rule->inputs;
+    case OTHER:
+        if (c->field[0] == BNNF_OP_CONCAT || c->field[0] == BNNF_OP_XOR)
+            return BIT(c->model->tensors[c->field[INPUT]].dtype);
+        return F32;
     case BITS:
     case FLIP: return SIGNS;
     case WEIGHTS: return c->rule->weights;
@@ -162,7 +183,11 @@ static int check_fields(checker *c) {
             return FAIL(c, BNNF_ERROR_OP, "its %s is of another place or dtype (%u, %u).", field_name[f], t->place,
                         t->dtype);
     }
-    if (field[REAL] == BNNF__NONE && field[BITS] == BNNF__NONE) return FAIL(c, BNNF_ERROR_OP, "writes %s.", "nothing");
+    const int results = (field[REAL] != BNNF__NONE) + (field[BITS] != BNNF__NONE);
+    if (!results || (c->rule->moves && results > 1))
+        return FAIL(c, BNNF_ERROR_OP, "writes %s.", results ? "two results" : "nothing");
+    if (c->rule->moves && (field[BITS] == BNNF__NONE) == (tensors[field[INPUT]].dtype == BNNF_DTYPE_BITS))
+        return FAIL(c, BNNF_ERROR_OP, "writes %s than that of its input.", "another dtype");
     if (field[BITS] == BNNF__NONE && (field[THRESHOLD] != BNNF__NONE || field[FLIP] != BNNF__NONE))
         return FAIL(c, BNNF_ERROR_OP, "has a %s but writes no bits.", "threshold");
     if (field[THRESHOLD] != BNNF__NONE && tensors[field[THRESHOLD]].dtype == BNNF_DTYPE_I32)
@@ -179,20 +204,28 @@ static int check_options(checker *c) {
     if (field[OTHER_LAST] > 1 || (field[OTHER_LAST] && !adds))
         return FAIL(c, BNNF_ERROR_OP, "got other_last %u, expected 0, or 1 where the epilogue adds an other.",
                     (unsigned)field[OTHER_LAST]);
-    for (int f = MODE; f < REST; f++)
-        if (field[f]) return FAIL(c, BNNF_ERROR_OP, "has a %s, which this op does not take.", field_name[f]);
+    if (field[MODE] >= c->rule->modes)
+        return FAIL(c, BNNF_ERROR_OP, "got mode %u, expected 0 to %u.", (unsigned)field[MODE],
+                    (unsigned)c->rule->modes - 1);
+    for (int f = SIZE_H; f <= SIZE_W; f++) {
+        if (!c->rule->sized && field[f])
+            return FAIL(c, BNNF_ERROR_OP, "has a %s, which this op does not take.", field_name[f]);
+        if (c->rule->sized && (!field[f] || field[f] > BNNF_MAX_SIDE))
+            return FAIL(c, BNNF_ERROR_OP, "got %s %u, expected 1 to %u.", field_name[f], (unsigned)field[f],
+                        (unsigned)BNNF_MAX_SIDE);
+    }
     return BNNF_OK;
 }
 
 static int check_window(checker *c) {
     const uint32_t *field = c->field;
     const struct bnnf_op_record *w = &c->op->record;
-    if (!c->rule->window) {
-        for (int f = WINDOW; f < OTHER_LAST; f++)
+    for (int f = WINDOW; f < OTHER_LAST; f++) {
+        if (!(c->rule->window & WINDOW_OF(f))) {
             if (field[f]) return FAIL(c, BNNF_ERROR_OP, "has a %s, which this op does not take.", field_name[f]);
-        return BNNF_OK;
-    }
-    for (int f = WINDOW; f < PAD_VALUE; f++) {
+            continue;
+        }
+        if (f >= PAD_VALUE) continue;
         if (field[f] > BNNF_MAX_SIDE)
             return FAIL(c, BNNF_ERROR_LIMIT, "got %s %u, expected up to %u.", field_name[f], (unsigned)field[f],
                         (unsigned)BNNF_MAX_SIDE);
@@ -214,6 +247,8 @@ static int check_window(checker *c) {
         return FAIL(c, BNNF_ERROR_OP, "got padding %u, %u, expected up to half its kernel.", (unsigned)rows,
                     (unsigned)columns);
     if (w->ceil && !pooling(c)) return FAIL(c, BNNF_ERROR_OP, "has %s, which this op does not take.", "ceil");
+    if (w->code == BNNF_OP_PAD && w->mode && w->pad_value)
+        return FAIL(c, BNNF_ERROR_OP, "has a %s, which its mode does not take.", "pad_value");
     return BNNF_OK;
 }
 
@@ -240,6 +275,7 @@ static uint64_t padded(const checker *c, int axis) {
 
 static int check_sides(checker *c) {
     bnnf__op *op = c->op;
+    op->banded = 1;
     for (int axis = 0; axis < 2; axis++) c->side[axis] = bnnf__side_of(op, axis);
     uint64_t pixel = op->input_dtype == BNNF_DTYPE_BITS  ? (uint64_t)op->words * 8
                      : op->input_dtype == BNNF_DTYPE_F32 ? (uint64_t)op->channels * 4
@@ -254,6 +290,8 @@ static int check_sides(checker *c) {
         if (s->positions < 1)
             return FAIL(c, BNNF_ERROR_GRAPH, "got an image side of %u, smaller than its window.", (unsigned)s->size);
     }
+    if (c->side[0].positions > (int64_t)BNNF_MAX_VALUES || c->side[1].positions > (int64_t)BNNF_MAX_VALUES)
+        return FAIL(c, BNNF_ERROR_LIMIT, "its result has more than %u values.", (unsigned)BNNF_MAX_VALUES);
     op->out_height = (uint32_t)c->side[0].positions;
     op->out_width = (uint32_t)c->side[1].positions;
     return BNNF_OK;
@@ -287,7 +325,8 @@ static int check_weights(checker *c) {
 
 static int check_groups(checker *c) {
     const bnnf__tensor *eps = &c->model->tensors[c->op->record.weights];
-    if (eps->rank != 1 || c->op->channels % eps->shape[0])
+    if (eps->rank != 1 || c->op->channels % eps->shape[0] ||
+        (c->field[0] == BNNF_OP_CHANNEL_NORM && eps->shape[0] > 1))
         return FAIL(c, BNNF_ERROR_GRAPH, "got other weights than [groups], which divides %u channels.",
                     (unsigned)c->op->channels);
     c->op->group_channels = c->op->group_outputs = c->op->channels / eps->shape[0];
@@ -331,36 +370,166 @@ static int check_second(const checker *c, int f) {
     return BNNF_OK;
 }
 
+/* Does the bias of the op depend on the border class? */
+static int is_dependent(const checker *c) {
+    if (c->field[0] == BNNF_OP_PIXEL_CONV2D) return 1;
+    return c->field[0] == BNNF_OP_BINARY_CONV2D && c->field[BIAS] != BNNF__NONE &&
+           c->model->tensors[c->field[BIAS]].rank == 3;
+}
+
+static int check_epilogue(checker *c) {
+    bnnf__op *op = c->op;
+    int status;
+    for (int f = SCALE; f < WINDOW; f++) {
+        if (c->field[f] == BNNF__NONE) continue;
+        const bnnf__tensor *t = &c->model->tensors[c->field[f]];
+        const int dependent = f == BIAS && is_dependent(c);
+        if (dependent && (status = check_border(c))) return status;
+        int fits = dependent ? t->rank == 3 && t->shape[0] == op->row_classes && t->shape[1] == op->column_classes &&
+                                   t->shape[2] == op->outputs
+                             : t->rank == 1 && t->shape[0] == op->outputs;
+        if (!fits) return FAIL(c, BNNF_ERROR_GRAPH, "its %s has another shape than its outputs.", field_name[f]);
+    }
+    if (op->row_classes && op->record.pad_value)
+        return FAIL(c, BNNF_ERROR_GRAPH, "has a pad value, and a bias that depends on the %s.", "padding");
+    if ((status = check_second(c, OTHER))) return status;
+    return check_second(c, FACTOR);
+}
+
+/* -- shapes of what ops write */
+
+static int check_joined(checker *c) {
+    const bnnf__tensor *other = &c->model->tensors[c->field[OTHER]];
+    bnnf__op *op = c->op;
+    if (other->shape[0] != op->height || other->shape[1] != op->width ||
+        (c->field[0] == BNNF_OP_XOR && other->shape[2] != op->channels))
+        return FAIL(c, BNNF_ERROR_GRAPH, "its other is [%u, %u, %u], which does not fit.", (unsigned)other->shape[0],
+                    (unsigned)other->shape[1], (unsigned)other->shape[2]);
+    if (c->field[0] == BNNF_OP_CONCAT) op->outputs += other->shape[2];
+    return BNNF_OK;
+}
+
+static int check_transposed(checker *c) {
+    const struct bnnf_op_record *r = &c->op->record;
+    const int64_t size[2] = {r->size_h, r->size_w}, side[2] = {c->op->height, c->op->width};
+    const int64_t kernel[2] = {r->kernel_h, r->kernel_w}, stride[2] = {r->stride_h, r->stride_w};
+    const int64_t padding[2] = {r->padding_h, r->padding_w}, dilation[2] = {r->dilation_h, r->dilation_w};
+    for (int i = 0; i < 2; i++) {
+        const int64_t whole = (side[i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i];
+        const int64_t most = stride[i] > dilation[i] ? stride[i] : dilation[i];
+        if (size[i] < whole || size[i] - whole >= most)
+            return FAIL(c, BNNF_ERROR_GRAPH, "got a size of %lld, expected %lld or up to %lld more.", (long long)size[i],
+                        (long long)whole, (long long)most - 1);
+    }
+    c->op->out_height = r->size_h;
+    c->op->out_width = r->size_w;
+    return check_weights(c);
+}
+
+static int check_taken(checker *c) {
+    const bnnf__tensor *t = &c->model->tensors[c->field[WEIGHTS]];
+    const int32_t *index = t->data, least = c->op->input_dtype == BNNF_DTYPE_BITS ? 0 : -1;
+    if (t->rank != 1) return FAIL(c, BNNF_ERROR_GRAPH, "got other weights than %s.", "[channels]");
+    for (uint32_t i = 0; i < t->shape[0]; i++) {
+        int32_t value;
+        memcpy(&value, index + i, sizeof value);
+        if (value < least || value >= (int64_t)c->op->channels)
+            return FAIL(c, BNNF_ERROR_CONSTANT, "its weights name channel %ld of %u.", (long)value,
+                        (unsigned)c->op->channels);
+    }
+    c->op->outputs = t->shape[0];
+    c->op->weights = t->data;
+    return BNNF_OK;
+}
+
+static int check_cropped(checker *c) {
+    const struct bnnf_op_record *r = &c->op->record;
+    if (r->padding_h + (uint64_t)r->stride_h * (r->size_h - 1) >= c->op->height ||
+        r->padding_w + (uint64_t)r->stride_w * (r->size_w - 1) >= c->op->width)
+        return FAIL(c, BNNF_ERROR_GRAPH, "its last row or column is beyond [%u, %u].", (unsigned)c->op->height,
+                    (unsigned)c->op->width);
+    c->op->out_height = r->size_h;
+    c->op->out_width = r->size_w;
+    return BNNF_OK;
+}
+
+static int check_surrounded(checker *c) {
+    enum { CONSTANT, REFLECT, REPLICATE, CIRCULAR };
+    const struct bnnf_op_record *r = &c->op->record;
+    bnnf__op *op = c->op;
+    const uint64_t most[2] = {op->height - (uint64_t)(r->mode == REFLECT), op->width - (uint64_t)(r->mode == REFLECT)};
+    const uint64_t around[2][2] = {{r->padding_h, r->after_h}, {r->padding_w, r->after_w}};
+    for (int i = 0; i < 2 && (r->mode == REFLECT || r->mode == CIRCULAR); i++)
+        if (around[i][0] > most[i] || around[i][1] > most[i])
+            return FAIL(c, BNNF_ERROR_GRAPH, "its padding is more than %llu.", (unsigned long long)most[i]);
+    if (op->input_dtype == BNNF_DTYPE_BITS && r->mode == CONSTANT && !r->pad_value)
+        return FAIL(c, BNNF_ERROR_GRAPH, "pads signs with %s, expected 1 or -1.", "0");
+    const uint64_t rows = op->height + around[0][0] + around[0][1], columns = op->width + around[1][0] + around[1][1];
+    if (rows > BNNF_MAX_SIDE || columns > BNNF_MAX_SIDE)
+        return FAIL(c, BNNF_ERROR_LIMIT, "its result has sides above %u.", (unsigned)BNNF_MAX_SIDE);
+    op->out_height = (uint32_t)rows;
+    op->out_width = (uint32_t)columns;
+    return BNNF_OK;
+}
+
+static int check_shuffled(checker *c) {
+    bnnf__op *op = c->op;
+    const uint64_t rows = op->record.stride_h, columns = op->record.stride_w, block = rows * columns;
+    if (op->record.mode ? op->height % rows || op->width % columns : op->channels % block != 0)
+        return FAIL(c, BNNF_ERROR_GRAPH, "its blocks of %llu x %llu do not divide its input.", (unsigned long long)rows,
+                    (unsigned long long)columns);
+    const uint64_t height = op->record.mode ? op->height / rows : op->height * rows;
+    const uint64_t width = op->record.mode ? op->width / columns : op->width * columns;
+    const uint64_t channels = op->record.mode ? times(op->channels, block) : op->channels / block;
+    if (height > BNNF_MAX_SIDE || width > BNNF_MAX_SIDE)
+        return FAIL(c, BNNF_ERROR_LIMIT, "its result has sides above %u.", (unsigned)BNNF_MAX_SIDE);
+    if (channels > BNNF_MAX_VALUES)
+        return FAIL(c, BNNF_ERROR_LIMIT, "its result has more than %u values.", (unsigned)BNNF_MAX_VALUES);
+    op->out_height = (uint32_t)height;
+    op->out_width = (uint32_t)width;
+    op->outputs = (uint32_t)channels;
+    return BNNF_OK;
+}
+
+static int check_result(checker *c) {
+    bnnf__op *op = c->op;
+    int status;
+    switch (op->record.code) {
+    case BNNF_OP_BINARY_CONV2D:
+    case BNNF_OP_PIXEL_CONV2D:
+    case BNNF_OP_CONV2D: return (status = check_sides(c)) ? status : check_weights(c);
+    case BNNF_OP_MAX_POOL2D:
+    case BNNF_OP_AVG_POOL2D: return check_sides(c);
+    case BNNF_OP_CONCAT:
+    case BNNF_OP_XOR: return check_joined(c);
+    case BNNF_OP_GROUP_NORM:
+    case BNNF_OP_RMS_NORM:
+    case BNNF_OP_CHANNEL_NORM: return check_groups(c);
+    case BNNF_OP_CONV_TRANSPOSE2D: return check_transposed(c);
+    case BNNF_OP_TAKE: return check_taken(c);
+    case BNNF_OP_CROP: return check_cropped(c);
+    case BNNF_OP_PAD: return check_surrounded(c);
+    case BNNF_OP_PIXEL_SHUFFLE: return check_shuffled(c);
+    case BNNF_OP_RESIZE: op->out_height = op->record.size_h, op->out_width = op->record.size_w; return BNNF_OK;
+    case BNNF_OP_REDUCE_CHANNELS: op->outputs = 1; return BNNF_OK;
+    default: return BNNF_OK;
+    }
+}
+
 static int check_shapes(checker *c) {
     bnnf__op *op = c->op;
-    const bnnf__tensor *tensors = c->model->tensors, *input = &tensors[c->field[INPUT]];
-    const bnnf__tensor *other = c->field[OTHER] == BNNF__NONE ? NULL : &tensors[c->field[OTHER]];
-    int status;
+    const bnnf__tensor *input = &c->model->tensors[c->field[INPUT]];
     op->height = op->out_height = input->shape[0];
     op->width = op->out_width = input->shape[1];
     op->channels = op->outputs = op->group_channels = op->group_outputs = input->shape[2];
     op->words = op->group_words = (op->channels + 63) / 64;
     op->input_dtype = input->dtype;
-    if (c->field[0] == BNNF_OP_CONCAT) op->outputs += other->shape[2];
-    if (c->rule->window && (status = check_sides(c))) return status;
-    if (c->rule->weights && (status = c->rule->window ? check_weights(c) : check_groups(c))) return status;
-    if (c->field[0] == BNNF_OP_PIXEL_CONV2D && (status = check_border(c))) return status;
+    int status = check_result(c);
+    if (status) return status;
     op->out_words = (op->outputs + 63) / 64;
-    for (int f = SCALE; f < WINDOW; f++) {
-        if (c->field[f] == BNNF__NONE) continue;
-        const bnnf__tensor *t = &tensors[c->field[f]];
-        int fits = f == BIAS && c->field[0] == BNNF_OP_PIXEL_CONV2D
-                       ? t->rank == 3 && t->shape[0] == op->row_classes && t->shape[1] == op->column_classes &&
-                             t->shape[2] == op->outputs
-                       : t->rank == 1 && t->shape[0] == op->outputs;
-        if (!fits) return FAIL(c, BNNF_ERROR_GRAPH, "its %s has another shape than its outputs.", field_name[f]);
-    }
-    if (c->field[0] == BNNF_OP_CONCAT && (other->shape[0] != op->out_height || other->shape[1] != op->out_width))
-        return FAIL(c, BNNF_ERROR_GRAPH, "its other is [%u, %u, %u], which does not fit.", (unsigned)other->shape[0],
-                    (unsigned)other->shape[1], (unsigned)other->shape[2]);
-    for (int f = OTHER; f <= FACTOR && c->field[0] != BNNF_OP_CONCAT; f++)
-        if ((status = check_second(c, f))) return status;
-    return BNNF_OK;
+    if (times(times(op->out_height, op->out_width), op->outputs) > BNNF_MAX_VALUES)
+        return FAIL(c, BNNF_ERROR_LIMIT, "its result has more than %u values.", (unsigned)BNNF_MAX_VALUES);
+    return c->rule->may & BIT(SCALE) ? check_epilogue(c) : BNNF_OK;
 }
 
 static int check_values(checker *c) {
@@ -377,10 +546,9 @@ static int check_work(checker *c) {
     const bnnf__op *op = c->op;
     uint64_t terms = 1, taken = (uint64_t)op->height * op->width * op->channels;
     uint64_t results = times((uint64_t)op->out_height * op->out_width, op->outputs);
-    if (c->rule->window) {
-        taken = padded(c, 0) * padded(c, 1) * op->channels;
+    if (op->banded) taken = padded(c, 0) * padded(c, 1) * op->channels;
+    if (op->record.kernel_h)
         terms = (uint64_t)op->record.kernel_h * op->record.kernel_w * (c->rule->weights ? op->group_channels : 1);
-    }
     if (results < BNNF_LEAST_WORK) results = BNNF_LEAST_WORK;
     uint64_t work = times(results, terms);
     if (work > BNNF_MAX_WORK || (c->work += taken + work) > BNNF_MAX_WORK)

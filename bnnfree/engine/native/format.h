@@ -63,11 +63,11 @@ enum bnnf_place {
     BNNF_PLACE_IMAGE = 2,
 };
 
-#define BNNF_OP_COUNT 10
+#define BNNF_OP_COUNT 20
 enum bnnf_op {
     /* the epilogue on its own: v is the input, bits as +1 and -1, pixels as 0 to 255 */
     /* input: f32 or bits or u8; may have: other, factor, scale, bias, slope, low, high, scale_after, bias_after,
-       threshold, flip, real, bits; no window */
+       threshold, flip, real, bits */
     BNNF_OP_POINTWISE = 1,
     /* v is the exact sum of products of signs; taps on padding count pad_value */
     /* input: bits; weights: bits; needs: weights; may have: other, factor, scale, bias, slope, low, high,
@@ -84,25 +84,62 @@ enum bnnf_op {
        high, scale_after, bias_after, threshold, flip, real, bits; window */
     BNNF_OP_CONV2D = 4,
     /* largest value of the window inside the image */
-    /* input: f32; needs: real; window */
+    /* input: f32 or bits; may have: real, bits; window */
     BNNF_OP_MAX_POOL2D = 5,
     /* sum of the window's values inside the image, row by row, then column by column, divided by their number */
     /* input: f32; needs: real; window */
     BNNF_OP_AVG_POOL2D = 6,
     /* the channels of input, then those of other */
-    /* input: f32; needs: other, real; no window */
+    /* input: f32 or bits; needs: other; may have: real, bits */
     BNNF_OP_CONCAT = 7,
     /* e^(v - max v) over its sum, along the channels */
-    /* input: f32; needs: real; no window */
+    /* input: f32; needs: real */
     BNNF_OP_SOFTMAX = 8,
     /* v is the input less the mean of its group of channels over all positions, divided by their deviation */
     /* input: f32; weights: f32; needs: weights; may have: other, factor, scale, bias, slope, low, high, scale_after,
-       bias_after, threshold, flip, real, bits; no window */
+       bias_after, threshold, flip, real, bits */
     BNNF_OP_GROUP_NORM = 9,
     /* v is the input divided by the root mean square of its group of channels over all positions */
     /* input: f32; weights: f32; needs: weights; may have: other, factor, scale, bias, slope, low, high, scale_after,
-       bias_after, threshold, flip, real, bits; no window */
+       bias_after, threshold, flip, real, bits */
     BNNF_OP_RMS_NORM = 10,
+    /* v is the input less the mean of its position over all channels, divided by their deviation; uncentred: with a
+       mean of 0 */
+    /* input: f32; weights: f32; needs: weights; may have: other, factor, scale, bias, slope, low, high, scale_after,
+       bias_after, threshold, flip, real, bits; mode: 0 centred, 1 uncentred */
+    BNNF_OP_CHANNEL_NORM = 11,
+    /* v is a function of the input */
+    /* input: f32; may have: other, factor, scale, bias, slope, low, high, scale_after, bias_after, threshold, flip,
+       real, bits; mode: 0 sigmoid, 1 tanh, 2 gelu, 3 gelu_tanh, 4 silu, 5 elu, 6 exp, 7 sqrt, 8 reciprocal */
+    BNNF_OP_FUNCTION = 12,
+    /* v is the float sum of inputs times weights, where output row r takes input row q by tap i if q stride_h -
+       padding_h + i dilation_h = r */
+    /* input: f32; weights: f32; needs: weights; may have: other, factor, scale, bias, slope, low, high, scale_after,
+       bias_after, threshold, flip, real, bits; kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+       dilation_h, dilation_w, groups, size_h, size_w */
+    BNNF_OP_CONV_TRANSPOSE2D = 13,
+    /* channel o is the input's channel weights[o]; of floats +0 where that is -1 */
+    /* input: f32 or bits; weights: i32; needs: weights; may have: real, bits */
+    BNNF_OP_TAKE = 14,
+    /* row r is the input's row padding_h + r stride_h, likewise columns */
+    /* input: f32 or bits; may have: real, bits; stride_h, stride_w, padding_h, padding_w, size_h, size_w */
+    BNNF_OP_CROP = 15,
+    /* rows and columns around the input */
+    /* input: f32 or bits; may have: real, bits; mode: 0 constant, 1 reflect, 2 replicate, 3 circular; padding_h,
+       padding_w, after_h, after_w, pad_value */
+    BNNF_OP_PAD = 16,
+    /* the map in another size */
+    /* input: f32; needs: real; mode: 0 nearest, 1 bilinear, 2 bilinear_corners; size_h, size_w */
+    BNNF_OP_RESIZE = 17,
+    /* channels to the stride_h x stride_w places of a block of positions, or back */
+    /* input: f32; needs: real; mode: 0 shuffle, 1 unshuffle; stride_h, stride_w */
+    BNNF_OP_PIXEL_SHUFFLE = 18,
+    /* over the channels of each position: one result */
+    /* input: f32; needs: real; mode: 0 mean, 1 sum, 2 max */
+    BNNF_OP_REDUCE_CHANNELS = 19,
+    /* product of the signs of input and other */
+    /* input: bits; needs: other, bits */
+    BNNF_OP_XOR = 20,
     BNNF_OP_END
 };
 _Static_assert(BNNF_OP_END - BNNF_OP_POINTWISE == BNNF_OP_COUNT, "the codes of the ops follow each other");
@@ -147,9 +184,9 @@ struct bnnf_op_record {
     uint32_t factor;      /*  12: activation that the epilogue multiplies by */
     uint32_t real;        /*  16: activation it writes in float32 */
     uint32_t bits;        /*  20: activation it writes in bits */
-    uint32_t weights;     /*  24: constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps */
+    uint32_t weights;     /*  24: constant [outputs, kernel_h, kernel_w, channels / groups]; of a norm [groups]: its eps; of take i32 [outputs] */
     uint32_t scale;       /*  28: constant f32 [channels]: factor of the epilogue */
-    uint32_t bias;        /*  32: constant f32 [channels]; of pixel_conv2d [row, column classes, channels] */
+    uint32_t bias;        /*  32: constant f32 [channels]; of pixel_conv2d, and where wanted of binary_conv2d, [row, column classes, channels] */
     uint32_t slope;       /*  36: constant f32 [channels]: factor of negative values */
     uint32_t low;         /*  40: constant f32 [channels]: smallest value */
     uint32_t high;        /*  44: constant f32 [channels]: largest value */

@@ -92,10 +92,12 @@ struct bnnf__op {
     uint32_t words, out_words;                  /* 64-bit words of a pixel's channels, in and out */
     uint32_t group_channels, group_outputs, group_words;
     uint8_t input_dtype, weights_dtype;         /* BNNF_DTYPE_... */
+    uint8_t banded;                             /* 1: its window has bands */
     const void *weights;                        /* as in the file */
-    const float *pixel_bias;                    /* pixel_conv2d: [row classes][column classes][outputs], in the file */
+    const float *pixel_bias;                    /* bias by border class, of pixel_conv2d and at times of binary_conv2d:
+                                                   [row classes][column classes][outputs], in the file; else NULL */
     uint32_t row_classes, column_classes;
-    const uint32_t *row_class, *column_class;   /* pixel_conv2d: class of each output row and column */
+    const uint32_t *row_class, *column_class;   /* where there is a pixel_bias: class of each output row */
     const bnnf__band *row_bands, *column_bands; /* of an op with a window: cover the output, in order */
     uint32_t row_band_count, column_band_count;
     bnnf__epilogue epilogue;

@@ -508,7 +508,7 @@ INLINE void pool_part(const bnnf__op *op, const bnnf__io *io, const int largest)
     }
 }
 
-int bnnf_max_pool2d__avx2_fits(const bnnf__op *op) { return bnnf_pointwise__avx2_fits(op); }
+int bnnf_max_pool2d__avx2_fits(const bnnf__op *op) { return op->input_dtype == BNNF_DTYPE_F32; }
 
 size_t bnnf_max_pool2d__avx2_pack(bnnf__op *op, void *memory) { return bnnf_pointwise__avx2_pack(op, memory); }
 

@@ -56,7 +56,7 @@ static lut_plan plan_lut(const bnnf__op *op) {
 }
 
 int bnnf_binary_conv2d__avx2lut_4x64_fits(const bnnf__op *op) {
-    if (op->record.groups != 1) return 0;
+    if (op->record.groups != 1 || op->pixel_bias) return 0;
     const lut_plan p = plan_lut(op);
     return p.scratch <= MOST_SCRATCH && p.bytes <= MOST_PACKED;
 }

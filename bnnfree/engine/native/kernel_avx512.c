@@ -344,7 +344,7 @@ static size_t pack_binary(bnnf__op *op, char *memory, const bnnf__core *cores, s
 static WITH_AVX512 void run_binary(const bnnf__op *op, const bnnf__io *io) { convolve(op, io, WORDS, COUNTS); }
 
 int bnnf_binary_conv2d__avx512_7x16_fits(const bnnf__op *op) {
-    return can_gather(op, (size_t)op->words * 8) && class_count(op) * op->outputs <= WORST_SUMS;
+    return can_gather(op, (size_t)op->words * 8) && !op->pixel_bias && class_count(op) * op->outputs <= WORST_SUMS;
 }
 
 int bnnf_binary_conv2d__avx512vpopcnt_12x16_fits(const bnnf__op *op) {
@@ -582,7 +582,7 @@ INLINE_AVX512 void run_pool(const bnnf__op *op, const bnnf__io *io, int largest)
     }
 }
 
-int bnnf_max_pool2d__avx512_fits(const bnnf__op *op) { return bnnf_pointwise__avx512_fits(op); }
+int bnnf_max_pool2d__avx512_fits(const bnnf__op *op) { return op->input_dtype == BNNF_DTYPE_F32; }
 size_t bnnf_max_pool2d__avx512_pack(bnnf__op *op, void *memory) { return bnnf_pointwise__avx512_pack(op, memory); }
 WITH_AVX512 void bnnf_max_pool2d__avx512_run(const bnnf__op *op, const bnnf__io *io) { run_pool(op, io, 1); }
 

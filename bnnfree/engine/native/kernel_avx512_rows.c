@@ -55,7 +55,7 @@ static int can_halve(const bnnf__op *op) {
 int bnnf_binary_conv2d__avx512vpopcnt_rows_14x16_fits(const bnnf__op *op) {
     const struct bnnf_op_record *r = &op->record;
     const uint64_t words = (uint64_t)r->kernel_h * r->kernel_w * ((op->channels + 31) / 32);
-    return __builtin_cpu_supports("avx512vpopcntdq") && r->groups == 1 && r->dilation_w == 1 &&
+    return __builtin_cpu_supports("avx512vpopcntdq") && r->groups == 1 && !op->pixel_bias && r->dilation_w == 1 &&
            r->stride_w <= r->kernel_w && words <= MOST_WORDS && words * panels_of(op) * LANES * 4 <= MOST_WEIGHTS &&
            class_count(op) * op->outputs <= WORST_SUMS && can_halve(op);
 }

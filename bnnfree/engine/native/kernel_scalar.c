@@ -6,37 +6,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "internal.h"
-
-#if FLT_EVAL_METHOD != 0
-#error "floats must be computed as floats: on 32-bit x86 compile with -msse2 -mfpmath=sse"
-#endif
-#if defined __FAST_MATH__ || (defined __FINITE_MATH_ONLY__ && __FINITE_MATH_ONLY__)
-#error "-ffast-math and -ffinite-math-only change results"
-#endif
+#include "scalar.h"
 
 #define SPAN 8u /* pixels of a row worked on together, so that weights are read once for all of them */
-
-#define FITS(name)                                \
-    int bnnf_##name##_fits(const bnnf__op *op);   \
-    int bnnf_##name##_fits(const bnnf__op *op) {  \
-        (void)op;                                 \
-        return 1;                                 \
-    }
-#define PACKS(name) size_t bnnf_##name##_pack(bnnf__op *op, void *memory)
-#define RUNS(name) void bnnf_##name##_run(const bnnf__op *op, const bnnf__io *io)
-#define PACKS_NOTHING(name, scratch)       \
-    PACKS(name);                           \
-    PACKS(name) {                          \
-        (void)memory;                      \
-        op->scratch_bytes = (scratch);     \
-        return 0;                          \
-    }
-
-static size_t least(size_t a, size_t b) { return a < b ? a : b; }
-
-/* A size that malloc refuses where size_t does not hold it. */
-static size_t bytes_of(uint64_t bytes) { return bytes > SIZE_MAX / 2 ? SIZE_MAX / 2 : (size_t)bytes; }
 
 static uint32_t popcount(uint64_t x) {
 #if defined(__POPCNT__) || defined(__aarch64__)
@@ -47,130 +19,6 @@ static uint32_t popcount(uint64_t x) {
     x = (x + (x >> 4)) & UINT64_C(0x0F0F0F0F0F0F0F0F);
     return (uint32_t)(x * UINT64_C(0x0101010101010101) >> 56);
 #endif
-}
-
-/* -- shares and spans */
-
-/* What a part works on: pixels of the output in order, and of each the outputs from, to. Many pixels are shared out as
-   they are; few are worked on by all, each with its own words of channels. */
-typedef struct share {
-    size_t pixel, last;
-    uint32_t from, to;
-} share;
-
-static share share_of(const bnnf__op *op, const bnnf__io *io) {
-    size_t pixels = (size_t)op->out_height * op->out_width, from = 0, to = op->out_words;
-    share s = {0, pixels, 0, 0};
-    if (pixels < 4 * (size_t)io->parts && op->out_words > 1)
-        bnnf__share(op->out_words, io->part, io->parts, &from, &to);
-    else
-        bnnf__share(pixels, io->part, io->parts, &s.pixel, &s.last);
-    s.from = (uint32_t)least(64 * from, op->outputs);
-    s.to = (uint32_t)least(64 * to, op->outputs);
-    return s;
-}
-
-/* Neighbours within a row of the output that see the same taps. */
-typedef struct span {
-    size_t pixel;             /* the first */
-    uint32_t row, column, count;
-    const bnnf__band *rows, *columns;
-} span;
-
-/* Moves on to the next span of the share, of up to `most` pixels; start with all zero. */
-static int next_span(const bnnf__op *op, share *s, span *at, uint32_t most) {
-    if (s->from == s->to || s->pixel == s->last) return 0;
-    at->pixel = s->pixel;
-    at->row = (uint32_t)(s->pixel / op->out_width);
-    at->column = (uint32_t)(s->pixel % op->out_width);
-    if (!at->rows) at->rows = op->row_bands;
-    if (!at->columns || at->columns->from > at->column) at->columns = op->column_bands;
-    while (at->rows->to <= at->row) at->rows++;
-    while (at->columns->to <= at->column) at->columns++;
-    at->count = (uint32_t)least(least(at->columns->to - at->column, most), s->last - s->pixel);
-    s->pixel += at->count;
-    return 1;
-}
-
-/* The input pixel that tap (i, j) of the span's first window sees, which must lie inside. */
-static size_t seen(const bnnf__op *op, const span *at, uint32_t i, uint32_t j) {
-    const struct bnnf_op_record *r = &op->record;
-    size_t row = (size_t)at->row * r->stride_h + (size_t)i * r->dilation_h - r->padding_h;
-    size_t column = (size_t)at->column * r->stride_w + (size_t)j * r->dilation_w - r->padding_w;
-    return row * op->width + column;
-}
-
-/* -- the epilogue */
-
-static void add_other(const bnnf__epilogue *e, const bnnf__io *io, size_t pixel, uint32_t from, uint32_t n, float *v) {
-    if (!io->other) return;
-    const float *other = io->other + pixel * e->other_step;
-    uint32_t k = from % e->other_channels;
-    for (uint32_t c = 0; c < n; c++) {
-        v[c] = v[c] + other[k];
-        if (++k == e->other_channels) k = 0;
-    }
-}
-
-/* The values of outputs from..to of a pixel: v[0] is that of output `from`, a multiple of 64. */
-static void finish(const bnnf__op *op, const bnnf__io *io, size_t pixel, uint32_t from, uint32_t to, float *v,
-                   const float *bias) {
-    const bnnf__epilogue *e = &op->epilogue;
-    const uint32_t n = to - from;
-    if (e->scale)
-        for (uint32_t c = 0; c < n; c++) v[c] = v[c] * e->scale[from + c];
-    if (bias)
-        for (uint32_t c = 0; c < n; c++) v[c] = v[c] + bias[from + c];
-    if (io->factor) {
-        const float *factor = io->factor + pixel * e->factor_step;
-        uint32_t k = from % e->factor_channels;
-        for (uint32_t c = 0; c < n; c++) {
-            v[c] = v[c] * factor[k];
-            if (++k == e->factor_channels) k = 0;
-        }
-    }
-    if (!e->other_last) add_other(e, io, pixel, from, n, v);
-    if (e->slope)
-        for (uint32_t c = 0; c < n; c++) v[c] = v[c] >= 0 ? v[c] : v[c] * e->slope[from + c];
-    if (e->low)
-        for (uint32_t c = 0; c < n; c++) v[c] = v[c] > e->low[from + c] ? v[c] : e->low[from + c];
-    if (e->high)
-        for (uint32_t c = 0; c < n; c++) v[c] = v[c] < e->high[from + c] ? v[c] : e->high[from + c];
-    if (e->scale_after)
-        for (uint32_t c = 0; c < n; c++) v[c] = v[c] * e->scale_after[from + c];
-    if (e->bias_after)
-        for (uint32_t c = 0; c < n; c++) v[c] = v[c] + e->bias_after[from + c];
-    if (e->other_last) add_other(e, io, pixel, from, n, v);
-    if (io->real) memcpy(io->real + pixel * op->outputs + from, v, n * sizeof *v);
-    if (!io->bits) return;
-    uint64_t *bits = io->bits + pixel * op->out_words + from / 64;
-    for (uint32_t start = 0; start < n; start += 64, bits++) {
-        uint64_t word = 0;
-        for (uint32_t c = 0; c < 64 && start + c < n; c++) {
-            float threshold = e->threshold ? e->threshold[from + start + c] : 0;
-            word |= (uint64_t)!(v[start + c] >= threshold) << c;
-        }
-        *bits = e->flip ? word ^ e->flip[(from + start) / 64] : word;
-    }
-}
-
-/* The same for sums of signs: v is scratch for as many floats. */
-static void finish_sums(const bnnf__op *op, const bnnf__io *io, size_t pixel, uint32_t from, uint32_t to,
-                        const int32_t *sums, float *v, const float *bias) {
-    const bnnf__epilogue *e = &op->epilogue;
-    const uint32_t n = to - from;
-    if (!e->sum_threshold) {
-        for (uint32_t c = 0; c < n; c++) v[c] = (float)sums[c];
-        finish(op, io, pixel, from, to, v, bias);
-        return;
-    }
-    uint64_t *bits = io->bits + pixel * op->out_words + from / 64;
-    for (uint32_t start = 0; start < n; start += 64, bits++) {
-        uint64_t word = 0;
-        for (uint32_t c = 0; c < 64 && start + c < n; c++)
-            word |= (uint64_t)(sums[start + c] < e->sum_threshold[from + start + c]) << c;
-        *bits = e->flip ? word ^ e->flip[(from + start) / 64] : word;
-    }
 }
 
 /* -- pointwise */
@@ -282,8 +130,9 @@ RUNS(binary_conv2d__scalar) {
             if (o / op->group_outputs != group) copy_windows(op, io, &at, group = o / op->group_outputs, windows);
             sum_signs(op, &at, windows, o, op->record.pad_value ? pad[o - s.from] : 0, sums + (o - s.from));
         }
+        const float *bias = op->pixel_bias ? border_bias(op, &at) : op->epilogue.bias;
         for (uint32_t p = 0; p < at.count; p++)
-            finish_sums(op, io, at.pixel + p, s.from, s.to, sums + (size_t)p * op->outputs, v, op->epilogue.bias);
+            finish_sums(op, io, at.pixel + p, s.from, s.to, sums + (size_t)p * op->outputs, v, bias);
     }
 }
 
@@ -353,8 +202,7 @@ RUNS(pixel_conv2d__scalar) {
             for (uint32_t p = 0; p < at.count; p++)
                 sum_pixels(op, io, &at, p, block, sums + p * lanes + (o - s.from));
         }
-        const float *biases = op->pixel_bias + (size_t)op->row_class[at.row] * op->column_classes * op->outputs;
-        const float *bias = biases + (size_t)op->column_class[at.column] * op->outputs;
+        const float *bias = border_bias(op, &at);
         for (uint32_t p = 0; p < at.count; p++)
             finish_sums(op, io, at.pixel + p, s.from, s.to, sums + p * lanes, v, bias);
     }
@@ -442,12 +290,27 @@ RUNS(conv2d__scalar) {
 FITS(max_pool2d__scalar)
 PACKS_NOTHING(max_pool2d__scalar, 0)
 
+/* Of signs: +1 where any of the window is. */
+static void pool_bits(const bnnf__op *op, const bnnf__io *io, const span *at, size_t from, size_t to) {
+    uint64_t *v = io->bits + at->pixel * op->out_words;
+    for (size_t k = from; k < to; k++) v[k] = ~UINT64_C(0);
+    for (uint32_t i = at->rows->first; i < at->rows->behind; i++)
+        for (uint32_t j = at->columns->first; j < at->columns->behind; j++) {
+            const uint64_t *x = (const uint64_t *)io->input + seen(op, at, i, j) * op->words;
+            for (size_t k = from; k < to; k++) v[k] &= x[k];
+        }
+}
+
 /* Why -infinity first where the first tap is outside: a NaN behind it is not larger, and must not win. */
 RUNS(max_pool2d__scalar);
 RUNS(max_pool2d__scalar) {
     share s = share_of(op, io);
     span at = {0};
     while (next_span(op, &s, &at, 1)) {
+        if (io->bits) {
+            pool_bits(op, io, &at, s.from / 64, (s.to + 63) / 64);
+            continue;
+        }
         float *v = io->real + at.pixel * op->outputs;
         int started = at.rows->first == 0 && at.columns->first == 0;
         for (uint32_t c = s.from; c < s.to && !started; c++) v[c] = -INFINITY;
@@ -479,63 +342,6 @@ RUNS(avg_pool2d__scalar) {
             }
         for (uint32_t c = s.from; c < s.to; c++) v[c] = v[c] / count;
     }
-}
-
-/* -- concat, softmax */
-
-FITS(concat__scalar)
-PACKS_NOTHING(concat__scalar, 0)
-
-RUNS(concat__scalar);
-RUNS(concat__scalar) {
-    const uint32_t first = op->channels, second = op->outputs - first;
-    size_t pixel, last;
-    bnnf__share((size_t)op->height * op->width, io->part, io->parts, &pixel, &last);
-    for (; pixel < last; pixel++) {
-        float *to = io->real + pixel * op->outputs;
-        memcpy(to, (const float *)io->input + pixel * first, first * sizeof *to);
-        memcpy(to + first, io->other + pixel * second, second * sizeof *to);
-    }
-}
-
-FITS(softmax__scalar)
-PACKS_NOTHING(softmax__scalar, 0)
-
-/* e to the x of x <= 0, as FORMAT.md says it; 2^n is a normal number, and the product is rounded once. */
-static float exponential(float x) {
-    static const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
-    if (x < -87.0f) x = -87.0f;
-    const float n = rintf(x * 1.44269504f);
-    float z = x - n * 0.693359375f;
-    z = z - n * -0.000212194440f;
-    float y = 1.0f / 5040, power;
-    for (int i = 0; i < 7; i++) y = y * z + factors[i];
-    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    memcpy(&power, &bits, sizeof power);
-    return y * power;
-}
-
-static void softmax(const float *x, float *to, uint32_t channels) {
-    float most = x[0], sum = 0;
-    int broken = 0;
-    for (uint32_t c = 0; c < channels; c++) {
-        broken |= isnan(x[c]) || x[c] == INFINITY;
-        if (x[c] > most) most = x[c];
-    }
-    broken |= most == -INFINITY;
-    for (uint32_t c = 0; c < channels && !broken; c++) {
-        to[c] = exponential(x[c] - most);
-        sum = sum + to[c];
-    }
-    for (uint32_t c = 0; c < channels; c++) to[c] = broken ? NAN : to[c] / sum;
-}
-
-RUNS(softmax__scalar);
-RUNS(softmax__scalar) {
-    size_t pixel, last;
-    bnnf__share((size_t)op->height * op->width, io->part, io->parts, &pixel, &last);
-    for (; pixel < last; pixel++)
-        softmax((const float *)io->input + pixel * op->channels, io->real + pixel * op->outputs, op->channels);
 }
 
 /* -- norms */

@@ -65,6 +65,16 @@
     K(CONCAT, "scalar", concat__scalar) \
     K(SOFTMAX, "scalar", softmax__scalar) \
     K(GROUP_NORM, "scalar", group_norm__scalar) \
-    K(RMS_NORM, "scalar", rms_norm__scalar)
+    K(RMS_NORM, "scalar", rms_norm__scalar) \
+    K(CHANNEL_NORM, "scalar", channel_norm__scalar) \
+    K(FUNCTION, "scalar", function__scalar) \
+    K(CONV_TRANSPOSE2D, "scalar", conv_transpose2d__scalar) \
+    K(TAKE, "scalar", take__scalar) \
+    K(CROP, "scalar", crop__scalar) \
+    K(PAD, "scalar", pad__scalar) \
+    K(RESIZE, "scalar", resize__scalar) \
+    K(PIXEL_SHUFFLE, "scalar", pixel_shuffle__scalar) \
+    K(REDUCE_CHANNELS, "scalar", reduce_channels__scalar) \
+    K(XOR, "scalar", xor__scalar)
 
 #endif

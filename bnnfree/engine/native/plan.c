@@ -73,7 +73,7 @@ static uint64_t plan_borders(bnnf__op *op, char *memory) {
         bnnf__band *bands = memory ? (bnnf__band *)(void *)(memory + bytes) : NULL;
         uint32_t count = bnnf__bands(&side, bands, NULL), *class_of = NULL;
         bytes += count * sizeof *bands;
-        if (op->record.code == BNNF_OP_PIXEL_CONV2D) {
+        if (op->row_classes) {
             if (memory) {
                 class_of = (uint32_t *)(void *)(memory + bytes);
                 fill_classes(bands, count, class_of);
@@ -89,13 +89,13 @@ static uint64_t plan_borders(bnnf__op *op, char *memory) {
 static int plan_all_borders(bnnf_model *model, const bnnf__message *message) {
     uint64_t bytes = 0;
     for (uint32_t i = 0; i < model->op_count; i++)
-        if (model->ops[i].record.kernel_h) bytes += plan_borders(&model->ops[i], NULL);
+        if (model->ops[i].banded) bytes += plan_borders(&model->ops[i], NULL);
     if (!bytes) return BNNF_OK;
     model->borders = bnnf__alloc(bytes);
     if (!model->borders) return bnnf__fail(message, BNNF_ERROR_MEMORY, "not enough memory.");
     char *at = model->borders;
     for (uint32_t i = 0; i < model->op_count; i++)
-        if (model->ops[i].record.kernel_h) at += plan_borders(&model->ops[i], at);
+        if (model->ops[i].banded) at += plan_borders(&model->ops[i], at);
     return BNNF_OK;
 }
 
@@ -140,7 +140,7 @@ static void plan_epilogue(padder *p, bnnf__op *op) {
     bnnf__epilogue *e = &op->epilogue;
     e->lanes = op->out_words * 64;
     e->scale = padded(p, r->scale);
-    if (r->code == BNNF_OP_PIXEL_CONV2D) op->pixel_bias = tensors[r->bias].data;
+    if (op->row_classes) op->pixel_bias = tensors[r->bias].data;
     else e->bias = padded(p, r->bias);
     e->slope = padded(p, r->slope);
     e->low = padded(p, r->low);
