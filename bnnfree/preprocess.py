@@ -96,11 +96,21 @@ def reading_of(metadata: Mapping[str, Any], channels: int, where: str) -> Readin
             f"{where}: takes {channels} channels, expected 1 (grey), 3 (RGB) or 4 (RGBA), which image files have."
         )
     orientation, limits = metadata.get("orientation", "stored"), metadata.get("range")
+    if isinstance(limits, str):
+        limits = _numbers(limits)
     if orientation not in ORIENTATIONS:
         raise DataError(f"{where}: metadata: orientation: got {orientation!r}, expected one of exif, stored.")
     if limits is None:
         return Reading(channels, orientation)
     return Reading(channels, orientation, check_limits(limits, f"{where}: metadata: range"))
+
+
+def _numbers(text: str) -> list[float] | str:
+    """Numbers with spaces between; the text itself where they are not."""
+    try:
+        return [float(part) for part in text.split(" ")]
+    except ValueError:
+        return text
 
 
 def check_limits(limits: Any, what: str) -> Limits:

@@ -7,8 +7,9 @@ examples:
 
 With two files: what was removed (-), added (+) and changed, ops matched by the name of what they write, and the
 constants that differ: how many values, and by how much at most (bits: how many). Ends with 0 if the files are the
-same to the byte ("identical"), with 1 if they differ. window: k kernel, s stride, p padding (a where it is another below and right), d dilation, g groups, as
-far as it is not the usual; epilogue: its parts in order. With --json the file's path is printed last.
+same to the byte ("identical"), with 1 if they differ. window: k kernel, s stride, p padding (a: below and right, if
+another), d dilation, g groups, as far as it is not the usual; epilogue: its parts in order. With --json the file's path
+is printed last.
 """
 
 import json

@@ -10,8 +10,8 @@ examples:
 
 The network and its data come from the checkpoint's own recipe; overrides may move the data (data.*, precision,
 device). A recipe stands for its last stage's network with random weights, at chance, and overrides may change
-all of it. A packed file (.bnnf) runs in bnnfree.engine on the data of the recipe that it carries. With --json the
-path of the file written is printed last.
+all of it. A packed file (.bnnf) runs in bnnfree.engine on the data set that it names, or that data.* says. With
+--json the path of the file written is printed last.
 
 --settle measures the statistics of batch norms and the input means of centred layers anew first, on that many
 augmented training images, as the recipe key `settle` does for each evaluation in training. best.pt of a training
@@ -85,24 +85,52 @@ def open_packed(path: str, overrides: list[str]):
     from torch import nn
 
     from bnnfree.engine import load
-    from bnnfree.errors import BnnfreeError
     from bnnfree.recipe.read import parse_recipe
-    from bnnfree.train.open_network import without_places
     from models import MODELS
 
     engine = load(path)
-    metadata, channels = engine.model.metadata, engine.model.image_shape[2]
-    if not isinstance(metadata.get("recipe"), dict):
-        raise BnnfreeError(f"{path}: carries no recipe, which would say what data it is for.")
+    channels = engine.model.image_shape[2]
 
     class Packed(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             pixels = x.permute(0, 2, 3, 1).round().to(torch.uint8)
             return torch.from_numpy(engine.run(pixels.contiguous().numpy()))
 
-    recipe = parse_recipe(without_places(metadata["recipe"], local=False), f"packed file {path}", MODELS, overrides)
+    recipe = parse_recipe(recipe_of(engine.model, path, overrides), f"packed file {path}", MODELS, overrides)
     known = {"classes": engine.model.classes, "mean": [0.0] * channels, "std": [1 / 255] * channels}
     return Packed(), recipe, known
+
+
+def recipe_of(model, path: str, overrides: list[str]) -> dict:
+    """The recipe that a packed file carries, without places; else one that says what its metadata does of its data."""
+    from bnnfree.errors import BnnfreeError
+    from bnnfree.format.text import split_numbers
+    from bnnfree.recipe.data_section import FILES
+    from bnnfree.train.open_network import without_places
+    from models import MODELS
+
+    metadata = model.metadata
+    if "recipe" in metadata:
+        try:
+            tree = json.loads(metadata["recipe"])
+        except (ValueError, RecursionError) as error:
+            raise BnnfreeError(f"{path}: metadata: recipe: got what is no JSON ({str(error)[:80]}).") from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("data") or {}, dict):
+            raise BnnfreeError(f"{path}: metadata: recipe: got what is no recipe.")
+        return without_places(tree, local=False)
+    given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    name = given.get("data.name", metadata.get("data"))
+    if name is None:
+        raise BnnfreeError(f"{path}: names no data set. Say which, such as data.name=image_folder data.root=FOLDER.")
+    height, width, channels = model.image_shape
+    data = {"name": name, "image_size": height if height == width else [height, width]}
+    if name in FILES:
+        data |= {"orientation": metadata.get("orientation", "stored"), "channels": channels}
+    if "range" in metadata and name in (*FILES, "arrays"):
+        data["range"] = split_numbers(metadata["range"], f"{path}: metadata: range")
+    if name == "fake":
+        data |= {"channels": channels, "classes": max(2, len(model.classes))}
+    return {"model": {"name": next(iter(MODELS))}, "data": data, "stages": [{"epochs": 1}]}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to a recipe, dotted keys")
     parser.add_argument("-o", "--out", required=True, type=_cli.to_file, metavar="FILE", help="the file to write")
     parser.add_argument("--format", choices=tuple(SUFFIXES), help="default: by the ending of FILE, else bnnf")
+    parser.add_argument("--with-recipe", action="store_true", help="keep the recipe in the file, but for its paths")
     parser.add_argument("--no-check", dest="check", action="store_false", help="write without running it first")
     own = parser.add_argument_group("of a network FILE.py:NAME")
     own.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="of its images, pixels")
@@ -56,6 +57,8 @@ def main() -> None:
     given = {name: getattr(args, name) for name in OWN if getattr(args, name) is not None}
     ends = {"stem": args.stem, "head": args.head}
     if is_own(args.source):
+        if args.with_recipe:
+            raise BnnfreeError(f"--with-recipe: got it for {args.source}, which has no recipe.")
         if "image_size" not in given:
             raise BnnfreeError(f"--image-size: missing; {args.source} does not say what images it is for.")
         numbers = {
@@ -69,7 +72,7 @@ def main() -> None:
         network = open_source(args.source, MODELS, args.overrides)
         weights = "" if network.trained else ", random weights"
         title = f"network   {network.recipe.model.name}, norm {network.recipe.model.norm}{weights}"
-        packed = pack_network(network, **ends)
+        packed = pack_network(network, **ends, with_recipe=args.with_recipe)
     if args.check:
         check_packed(packed)
     model = packed.model

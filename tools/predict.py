@@ -78,7 +78,7 @@ def reader(model, path):
     if (rows, columns) != (1, 1):
         raise BnnfreeError(f"{path}: gives a map of {rows}x{columns}, expected one number per class.")
     reading = reading_of(model.metadata, channels, path)
-    resize = str(model.metadata.get("resize", "square"))
+    resize = model.metadata.get("resize", "square")
     pick(RESIZES, resize, f"{path}: metadata: resize")
     known = {"orientation": reading.orientation, "limits": reading.limits}
     return lambda file: load_image(file, (height, width), channels, resize, **known)

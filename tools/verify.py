@@ -43,6 +43,7 @@ def main() -> None:
     from bnnfree.export.verify import check_same_activations, sample_images, verify
     from bnnfree.files import replacing
     from bnnfree.format import read
+    from bnnfree.format.text import split_numbers
     from bnnfree.preprocess import find_images, load_image, reading_of
     from bnnfree.train import open_source
     from models import MODELS
@@ -59,7 +60,7 @@ def main() -> None:
         if args.overrides:
             raise BnnfreeError(f"{args.source}: got {' '.join(args.overrides)} for a network of its own code.")
         rows, columns, depth = model.image_shape
-        known = {key: model.metadata[key] for key in ("mean", "std")}
+        known = {key: split_numbers(model.metadata.get(key, ""), f"{args.model}: {key}") for key in ("mean", "std")}
         packed = pack(load_own(args.source), image_size=(rows, columns), channels=depth, **known, **ends)
     else:
         packed = pack_network(open_source(args.source, MODELS, args.overrides), **ends)

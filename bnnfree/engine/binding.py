@@ -60,6 +60,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "bnnf_model_free": (None, [Handle]),
     "bnnf_model_info": (Info, [Handle]),
+    "bnnf_metadata": (ctypes.c_char_p, [Handle, ctypes.c_char_p]),
     "bnnf_kernel_name": (ctypes.c_char_p, [Handle, ctypes.c_uint32]),
     "bnnf_session_create": (ctypes.c_int, [ctypes.POINTER(Handle), Handle, Handle, Size, ctypes.c_char_p, Size]),
     "bnnf_session_free": (None, [Handle]),

@@ -7,6 +7,7 @@ graph for other tools).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,10 +48,10 @@ def pack(
     head: str = "int8",
     resize: str | None = None,
     reading: dict[str, Any] | None = None,
-    recipe: dict[str, Any] | None = None,
+    about: dict[str, str] | None = None,
 ) -> Packed:
     """The packed model of `module`, in memory; arguments as `export`."""
-    options = Options(image_size, channels, mean, std, classes, stem, head, resize, reading, recipe)
+    options = Options(image_size, channels, mean, std, classes, stem, head, resize, reading, about)
     traced = trace(module, options.image_size, options.channels)
     quantize_ends(traced, options.std.tolist(), stem, head)
     lowering = Lowering(traced, options.mean, options.std)
@@ -81,9 +82,26 @@ class Network(Protocol):
     @property
     def reading(self) -> dict[str, Any] | None: ...
 
+    @property
+    def about(self) -> dict[str, str]: ...
 
-def pack_network(network: Network, *, stem: str = "int8", head: str = "int8") -> Packed:
-    """`pack` of a network that knows its own data and recipe."""
+
+PLACES = {"data": ("root", "test_root", "val_root", "cache"), "loss": ("teacher",), "": ("init",)}
+"""Keys of a recipe that name places of the machine it ran on."""
+
+
+def _plain_recipe(recipe: Any) -> str:
+    """A recipe as one line of JSON, without its places."""
+    tree = recipe.model_dump()
+    for section, keys in PLACES.items():
+        part = tree[section] if section else tree
+        for key in keys:
+            part.pop(key, None)
+    return json.dumps(tree, separators=(",", ":"))
+
+
+def pack_network(network: Network, *, stem: str = "int8", head: str = "int8", with_recipe: bool = False) -> Packed:
+    """`pack` of a network that knows its own data; with_recipe: its recipe goes along, but for its places."""
     data = network.data
     height, width = data["image_size"]
     return pack(
@@ -97,7 +115,7 @@ def pack_network(network: Network, *, stem: str = "int8", head: str = "int8") ->
         head=head,
         resize=network.resize,
         reading=network.reading,
-        recipe=None if network.recipe is None else network.recipe.model_dump(),
+        about=network.about | ({"recipe": _plain_recipe(network.recipe)} if with_recipe else {}),
     )
 
 
@@ -114,7 +132,7 @@ def export(
     head: str = "int8",
     resize: str | None = None,
     reading: dict[str, Any] | None = None,
-    recipe: dict[str, Any] | None = None,
+    about: dict[str, str] | None = None,
     check: bool = True,
 ) -> Packed:
     """Write `module` as a bit-packed file that bnnfree.engine runs without torch.
@@ -124,7 +142,8 @@ def export(
     mean, std   of pixels scaled to 0..1, per channel, as in training: the network was given (pixel/255 - mean) / std
     classes     their names
     stem, head  "int8" (default) or "float": weights of the first and of the last layer
-    resize      how image files become that size: a name of bnnfree.preprocess.RESIZES; recipe: any JSON
+    resize      how image files become that size: a name of bnnfree.preprocess.RESIZES
+    about       more for the file's metadata: texts by key
     reading     how else image files are read: {"orientation": "exif" (default) or "stored", "range": [low, high] of
                 files of more than 8 bits}, see bnnfree.preprocess.Reading
     check       run network and packed model on random images and write nothing where they differ
@@ -146,7 +165,7 @@ def export(
         head=head,
         resize=resize,
         reading=reading,
-        recipe=recipe,
+        about=about,
     )
     if check:
         check_packed(packed)

@@ -13,6 +13,7 @@ from bnnfree.export.errors import ExportError
 from bnnfree.export.packed import Packed
 from bnnfree.export.verify import verify
 from bnnfree.format import from_bytes, to_bytes
+from bnnfree.format.text import split_numbers
 
 IMAGES = 3
 
@@ -32,5 +33,6 @@ def check_packed(packed: Packed) -> None:
 def likely_images(packed: Packed) -> np.ndarray:
     """Random pixels of the mean and deviation that the network was trained for. Shapes: uint8 [IMAGES, H, W, C]."""
     random, metadata = np.random.RandomState(0), packed.model.metadata  # Why: its stream is frozen for ever
-    pixels = random.standard_normal((IMAGES, *packed.model.image_shape)) * metadata["std"] + metadata["mean"]
+    mean, std = (np.array(split_numbers(metadata[key], key)) for key in ("mean", "std"))
+    pixels = random.standard_normal((IMAGES, *packed.model.image_shape)) * std + mean
     return np.rint(255 * pixels.clip(0, 1)).astype(np.uint8)

@@ -17,7 +17,7 @@ What differs: a runtime sums floats in its own order and may fuse a product with
 about six digits, not to the bit; a sign that lies within that of its threshold may come out the other way, and what
 follows with it. Sums of pixels are floats too, exact up to 2^24. Softmax uses the runtime's exponential.
 
-The class names, and the packed model's metadata (mean, std, resize, recipe), are metadata properties, as JSON.
+The class names, and the packed model's metadata are metadata properties; the names as a JSON list.
 
 To add an op: a function (_Graph, op, its input) -> steps and a line of OPS.
 """
@@ -161,8 +161,7 @@ class _Graph:
             ir_version=IR_VERSION,
             producer_name=model.producer or "bnnfree",
         )
-        properties = {"classes": model.classes, **model.metadata}
-        helper.set_model_props(whole, {k: json.dumps(v, ensure_ascii=False) for k, v in properties.items()})
+        helper.set_model_props(whole, {"classes": json.dumps(model.classes, ensure_ascii=False), **model.metadata})
         return whole
 
 

@@ -19,7 +19,7 @@ from bnnfree.export.errors import ExportError
 from bnnfree.export.packed import Packed
 from bnnfree.format import PackedModel
 from bnnfree.format.schema import MAX_SIDE, MAX_VALUES
-from bnnfree.format.text import join_lines, metadata_bytes
+from bnnfree.format.text import join_lines, join_numbers, metadata_bytes
 
 PRECISIONS = ("int8", "float")  # of the ends: 8 bits with a scale per output channel, or 32 bits
 # The tables of bnnfree.preprocess, which needs Pillow; tests hold them together
@@ -86,8 +86,8 @@ class Options:
     head: str
     resize: str | None
     reading: dict[str, Any] | None
-    recipe: dict[str, Any] | None
-    metadata: dict[str, Any] = field(init=False)
+    about: dict[str, str] | None
+    metadata: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.channels = whole("channels", self.channels, MAX_SIDE)
@@ -100,17 +100,24 @@ class Options:
             raise refusal("std", self.std.tolist(), f"above 0 and at most 1: {_OF_PIXELS}")
         self.classes = _class_names(self.classes)
         ends = {name: named(name, getattr(self, name), PRECISIONS) for name in ("stem", "head")}
-        self.metadata = {"mean": self.mean.tolist(), "std": self.std.tolist(), **ends}
+        self.metadata = {"mean": join_numbers(self.mean), "std": join_numbers(self.std), **ends}
         if self.resize is not None:
             self.metadata["resize"] = named("resize", self.resize, RESIZES)
-        self.metadata |= {"orientation": "exif", **_reading(self.reading)}
-        if self.recipe is not None and not isinstance(self.recipe, dict):
-            raise refusal("recipe", self.recipe, "a dict of values that JSON has, or None")
-        self.metadata |= {"recipe": self.recipe} if self.recipe else {}
+        reading = _reading(self.reading)
+        self.metadata["orientation"] = reading.get("orientation", "exif")
+        if reading.get("range") is not None:
+            self.metadata["range"] = join_numbers(reading["range"])
+        allowed = "a dict of texts, each of one line without control characters and not empty, or None"
+        if self.about is not None and not isinstance(self.about, dict):
+            raise refusal("about", self.about, allowed)
         try:
+            taken = self.metadata.keys() & (self.about or {}).keys()
+            self.metadata |= self.about or {}
             metadata_bytes(self.metadata)
-        except BnnfreeError as error:
-            raise refusal("recipe", self.recipe, f"a dict of values that JSON has ({error})") from None
+        except (BnnfreeError, TypeError, AttributeError) as error:
+            raise refusal("about", self.about, f"{allowed} ({error})") from None
+        if taken:
+            raise refusal("about", self.about, f"other keys than {', '.join(sorted(taken))}")
 
 
 def _size(value: Any, channels: int) -> tuple[int, int]:

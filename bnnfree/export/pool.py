@@ -24,8 +24,7 @@ def lower_pool(
     x = build.as_tensor(x)
     if name == "max_pool2d" and (x.signed or not np.all(x.scale > 0)):
         x = build.settle(x)
-    names = ("kernel", "stride", "padding", "dilation")
-    names, pairs = (*names, "after"), [*pairs, pairs[2]]
+    names, pairs = ("kernel", "stride", "padding", "dilation", "after"), [*pairs, pairs[2]]
     fields = {f"{n}_{axis}": pair[i] for n, pair in zip(names, pairs, strict=True) for i, axis in enumerate("hw")}
     rows, columns = pool_output(window, *x.shape[:2], bool(ceil_mode))
     if (rows, columns) != low.shape(node)[:2]:

@@ -32,6 +32,7 @@ from bnnfree.export.options import check_verify
 from bnnfree.export.packed import Packed
 from bnnfree.export.twin import plain_mode
 from bnnfree.format import PackedModel
+from bnnfree.format.text import split_numbers
 from bnnfree.nn import RSign, Sign
 from bnnfree.ops import unpack_bits
 
@@ -208,7 +209,8 @@ def _batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def normalised(packed: Packed, images: np.ndarray) -> Tensor:
     """Input of the torch network: float32 [N, C, H, W], (pixel / 255 - mean) / std as in training."""
-    mean, std = (torch.tensor(packed.model.metadata[key], dtype=torch.float32) for key in ("mean", "std"))
+    about = packed.model.metadata
+    mean, std = (torch.tensor(split_numbers(about[key], key), dtype=torch.float32) for key in ("mean", "std"))
     return ((torch.from_numpy(images).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 

@@ -80,7 +80,7 @@ def make_op(name: str, **fields: Any) -> Op:
 
 @dataclass
 class PackedModel:
-    """Contents of a packed file. `metadata` is free JSON; the exporter puts mean, std, resize and the recipe there."""
+    """Contents of a packed file. `metadata`: FORMAT.md names the keys that the exporter writes."""
 
     tensors: list[Tensor]
     ops: list[Op]
@@ -88,7 +88,7 @@ class PackedModel:
     output: int
     arena_bytes: int = 0
     classes: list[str] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
     producer: str = ""
 
     @property

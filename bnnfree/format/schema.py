@@ -19,8 +19,7 @@ NONE = 0xFFFFFFFF  # "no tensor here" in a record
 MAX_RECORDS = 1 << 16
 MAX_TEXT = 1 << 22
 MAX_LINE = 1 << 10
-MAX_DEPTH = 64
-MAX_DIGITS = 64
+MAX_KEYS = 1 << 10
 MAX_SIDE = 1 << 20
 MAX_VALUES = 1 << 27
 MAX_BYTES = 1 << 30
@@ -33,9 +32,8 @@ LEAST_WORK = 1 << 10
 LIMITS = {
     "MAX_RECORDS": "tensors, and ops; there is one of each at least",
     "MAX_TEXT": "bytes of names, of class names, of metadata",
-    "MAX_LINE": "bytes of one name or class name, without its line feed",
-    "MAX_DEPTH": "JSON values inside each other, the whole and the innermost numbers and texts included",
-    "MAX_DIGITS": "characters of a whole number (one without fraction and exponent) in JSON, its sign included",
+    "MAX_LINE": "bytes of one name, class name or key of the metadata, without its line feed",
+    "MAX_KEYS": "keys of the metadata",
     "MAX_SIDE": "values along one dimension; each field of a window",
     "MAX_VALUES": "values of the image and of an activation, bits counted one by one",
     "MAX_BYTES": "of the arena, and of the input of an op with a window as stored in its dtype (bits in whole words), "
@@ -77,7 +75,7 @@ HEADER = (
     Field("op_count", "<u4", "records in the op table"),
     Field("name_bytes", "<u4", "size of the names: one UTF-8 line per tensor"),
     Field("class_bytes", "<u4", "size of the class names: one UTF-8 line per class"),
-    Field("metadata_bytes", "<u4", "size of the metadata: one JSON object in UTF-8"),
+    Field("metadata_bytes", "<u4", "size of the metadata: UTF-8 lines, a key and its value in turn"),
     Field("input", "<u4", "tensor that takes the image"),
     Field("output", "<u4", "tensor that holds the result"),
     Field("zero", "<u4", "0"),

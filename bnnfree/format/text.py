@@ -1,16 +1,15 @@
-"""The texts of a packed file: names, one a line, and the metadata. Standard library and bnnfree.format only."""
+"""The texts of a packed file: names, a line each, and metadata, two lines an entry. Imports its own room only."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from bnnfree.format import schema
 from bnnfree.format.errors import LimitError, TextError
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-_NESTING = re.compile(r'\\.|"|[\[{][ \t\n\r]*[\]}]|[\[{\]}]', re.DOTALL)  # an empty array or object is one token
 
 
 def has_control(text: str) -> bool:
@@ -20,19 +19,31 @@ def has_control(text: str) -> bool:
 
 def join_lines(texts: list[str], what: str) -> bytes:
     """One UTF-8 line per text."""
-    for text in texts:
-        if "\n" in text:
-            raise TextError(f"{what}: got {text!r}, expected a text without control characters.")
-    try:
-        lines = "".join(f"{text}\n" for text in texts).encode()
-    except UnicodeEncodeError as error:
-        raise TextError(f"{what}: not UTF-8 ({error}).") from None
+    lines = _joined(texts, what)
     split_lines(lines, what)
     return lines
 
 
 def split_lines(raw: bytes, what: str) -> list[str]:
     """The inverse of `join_lines`; no line is empty, very long, or holds a control character."""
+    lines = _lines(raw, what)
+    for line in lines:
+        _check_length(line, what)
+    return lines
+
+
+def _joined(texts: list[str], what: str) -> bytes:
+    for text in texts:
+        if "\n" in text:
+            raise TextError(f"{what}: got {text!r}, expected a text without control characters.")
+    try:
+        return "".join(f"{text}\n" for text in texts).encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"{what}: not UTF-8 ({error}).") from None
+
+
+def _lines(raw: bytes, what: str) -> list[str]:
+    """Lines of any length."""
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -43,68 +54,51 @@ def split_lines(raw: bytes, what: str) -> list[str]:
     for line in lines:
         if not line or has_control(line):
             raise TextError(f"{what}: got {line!r:.80}, expected a text without control characters, not empty.")
-        if len(line.encode()) > schema.MAX_LINE:
-            raise LimitError(f"{what}: got a line of {len(line.encode())} bytes, expected up to {schema.MAX_LINE}.")
     return lines
 
 
-def metadata_bytes(metadata: dict[str, Any]) -> bytes:
-    """A JSON object in UTF-8, without spaces."""
+def _check_length(line: str, what: str) -> None:
+    if len(line.encode()) > schema.MAX_LINE:
+        raise LimitError(f"{what}: got a line of {len(line.encode())} bytes, expected up to {schema.MAX_LINE}.")
+
+
+def metadata_bytes(metadata: Mapping[str, str]) -> bytes:
+    """Two UTF-8 lines for each entry: its key, its value."""
+    texts = [text for entry in metadata.items() for text in entry]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TextError(f"metadata: got a {type(text).__name__}, expected texts.")
+    lines = _joined(texts, "metadata")
+    read_metadata(lines)
+    return lines
+
+
+def read_metadata(raw: bytes) -> dict[str, str]:
+    """The inverse of `metadata_bytes`: every key once, no line empty or with a control character."""
+    lines = _lines(raw, "metadata")
+    keys = lines[::2]
+    if len(lines) % 2:
+        raise TextError(f"metadata: the key {lines[-1]!r:.80} has no value.")
+    if len(keys) > schema.MAX_KEYS:
+        raise LimitError(f"metadata: got {len(keys)} keys, expected up to {schema.MAX_KEYS}.")
+    for key in keys:
+        _check_length(key, "metadata")
+    if len(set(keys)) < len(keys):
+        raise TextError("metadata: a key stands twice.")
+    return dict(zip(keys, lines[1::2], strict=True))
+
+
+def join_numbers(values: Iterable[float]) -> str:
+    """Numbers as a value of the metadata: the shortest decimals that say them, with spaces between."""
+    return " ".join(repr(float(value)) for value in values)
+
+
+def split_numbers(text: str, where: str) -> list[float]:
+    """The inverse of `join_numbers`. Errors: TextError for what is no finite number."""
     try:
-        return json.dumps(metadata, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    except RecursionError:
-        raise _too_deep() from None
-    except (TypeError, ValueError) as error:
-        raise TextError(f"metadata: not JSON in UTF-8 ({error}).") from None
-
-
-def _too_deep() -> LimitError:
-    return LimitError(f"metadata: got values more than {schema.MAX_DEPTH} deep in each other.")
-
-
-def _check_depth(text: str) -> None:
-    """LimitError where more than MAX_DEPTH values of a JSON text stand in each other, before it is parsed.
-
-    Why not by the parser: how deep that goes depends on Python and on the caller's stack.
-    """
-    depth, quoted = 0, False  # depth: of what is open here; what is open and not empty holds one more
-    for match in _NESTING.finditer(text):
-        token = match[0]
-        if token == '"':
-            quoted = not quoted
-        elif quoted or token[0] == "\\":
-            continue
-        elif token in ("]", "}"):
-            depth -= 1
-        elif depth + (2 if len(token) == 1 else 1) > schema.MAX_DEPTH:
-            raise _too_deep()
-        elif len(token) == 1:
-            depth += 1
-
-
-def read_metadata(raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`: every key once in its object, every number finite, nothing very deep."""
-
-    def unique(pairs):
-        if len(pairs) != len(dict(pairs)):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    def refuse(name):
-        raise ValueError(f"{name} is no JSON number")
-
-    def whole(digits):
-        if len(digits) > schema.MAX_DIGITS:
-            raise LimitError(f"metadata: got {len(digits)} characters of a number, expected up to {schema.MAX_DIGITS}.")
-        return int(digits)
-
-    try:
-        text = raw.decode()
-        _check_depth(text)
-        metadata = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=whole)
-    except ValueError as error:
-        raise TextError(f"metadata: not JSON in UTF-8 ({error}).") from None
-    if not isinstance(metadata, dict):
-        raise TextError(f"metadata: got a {type(metadata).__name__}, expected a JSON object.")
-    metadata_bytes(metadata)  # refuses what could not be written again: 1e999, half a surrogate pair
-    return metadata
+        values = [float(part) for part in text.split(" ")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise TextError(f"{where}: got {text!r:.80}, expected numbers with spaces between.")
+    return values

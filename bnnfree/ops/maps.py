@@ -224,7 +224,7 @@ def conv_transpose2d(
         columns, p = _sources(size[1], width, j, 1, window)
         if not len(rows) or not len(columns):
             continue
-        values, at = x[:, q[:, None], p], np.ix_(range(n), rows, columns)
+        values, at = x[:, q[:, None], p], np.ix_(np.arange(n), rows, columns)
         for g in range(groups):
             out = slice(g * part, (g + 1) * part)
             for c in range(inner):

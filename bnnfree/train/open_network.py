@@ -60,6 +60,11 @@ class Network:
         data = self.recipe.data
         return {"orientation": data.orientation} | ({} if data.range is None else {"range": data.range})
 
+    @property
+    def about(self) -> dict[str, str]:
+        """Description for a packed file: architecture, normaliser, and the data set that it is for."""
+        return {"model": self.recipe.model.name, "norm": self.recipe.model.norm, "data": self.recipe.data.name}
+
 
 def source_kind(source: str | Path) -> Literal["checkpoint", "recipe"]:
     """Kind of `source`; a run folder counts as its checkpoint. Errors: CheckpointError for anything else."""

@@ -115,6 +115,9 @@ BNNF_API void bnnf_model_free(bnnf_model *model);
 BNNF_API bnnf_info bnnf_model_info(const bnnf_model *model);
 /* UTF-8, ended by 0; "" beyond the last class. */
 BNNF_API const char *bnnf_class_name(const bnnf_model *model, size_t index);
+/* Value of a key of the file's metadata, UTF-8, ended by 0, such as "mean"; NULL where there is none. FORMAT.md names
+   the keys that the exporter writes. */
+BNNF_API const char *bnnf_metadata(const bnnf_model *model, const char *key);
 /* Name of the kernel that runs op `index`: op, instruction set, tile. */
 BNNF_API const char *bnnf_kernel_name(const bnnf_model *model, uint32_t index);
 

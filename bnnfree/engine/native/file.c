@@ -240,15 +240,18 @@ static int read_classes(reader *r) {
     return BNNF_OK;
 }
 
-/* Of a copy, as the classes. */
-static int check_metadata(reader *r) {
+/* A copy, as of the classes: each line ended by 0, and an empty one at the end. */
+static int read_metadata(reader *r) {
     const size_t size = r->header.metadata_bytes;
-    uint8_t *text = malloc(size + 1);
+    char *text = r->model->metadata = malloc(size + 1);
     if (!text) return bnnf__fail(r->message, BNNF_ERROR_MEMORY, "not enough memory.");
     memcpy(text, r->model->bytes + r->metadata, size);
-    const int status = bnnf__check_metadata(text, size, r->message);
-    free(text);
-    return status;
+    const int status = bnnf__check_metadata((const uint8_t *)text, size, r->message);
+    if (status) return status;
+    for (size_t i = 0; i < size; i++)
+        if (text[i] == '\n') text[i] = 0;
+    text[size] = 0;
+    return BNNF_OK;
 }
 
 static int check_producer(reader *r) {
@@ -273,6 +276,6 @@ int bnnf__read_file(bnnf_model *model, const bnnf__message *message) {
     model->op_count = r.header.op_count;
     model->file_arena = r.header.arena_bytes > SIZE_MAX ? SIZE_MAX : (size_t)r.header.arena_bytes;
     if ((status = read_tensors(&r)) || (status = read_ops(&r)) || (status = read_classes(&r))) return status;
-    if ((status = check_metadata(&r)) || (status = check_producer(&r))) return status;
+    if ((status = read_metadata(&r)) || (status = check_producer(&r))) return status;
     return bnnf__check_model(model, message);
 }

@@ -24,6 +24,7 @@ struct bnnf_model {
     size_t file_arena;    /* arena_bytes of the file */
     char *classes;        /* class names, each ended by 0 */
     uint32_t *class_at;   /* where each begins */
+    char *metadata;       /* keys and values in turn, each ended by 0; then an empty one */
     void *padded;         /* constants of epilogues with their channels padded */
     void *borders;        /* bands and border classes of the ops */
     void *packed;         /* what the kernels packed */
@@ -46,7 +47,7 @@ void bnnf__free(void *memory);
 typedef int (*bnnf__compare)(const void *context, uint64_t a, uint64_t b);
 void bnnf__sort(uint64_t *items, size_t count, bnnf__compare compare, const void *context);
 
-/* text.c: the rules of FORMAT.md for lines and for metadata. */
+/* text.c: the rules of FORMAT.md for lines and for metadata; *count is set in any case. */
 int bnnf__check_lines(const uint8_t *text, size_t size, const char *what, uint32_t *count,
                       const bnnf__message *message);
 int bnnf__check_metadata(const uint8_t *text, size_t size, const bnnf__message *message);

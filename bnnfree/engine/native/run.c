@@ -158,6 +158,7 @@ void bnnf_model_free(bnnf_model *model) {
     bnnf__free(model->padded);
     bnnf__free(model->packed);
     free(model->classes);
+    free(model->metadata);
     free(model->class_at);
     free(model->tensors);
     free(model->ops);
@@ -188,6 +189,15 @@ bnnf_info bnnf_model_info(const bnnf_model *model) {
 
 const char *bnnf_class_name(const bnnf_model *model, size_t index) {
     return index < model->class_count ? model->classes + model->class_at[index] : "";
+}
+
+const char *bnnf_metadata(const bnnf_model *model, const char *key) {
+    for (const char *at = model->metadata; *at;) {
+        const char *value = at + strlen(at) + 1;
+        if (!strcmp(at, key)) return value;
+        at = value + strlen(value) + 1;
+    }
+    return NULL;
 }
 
 const char *bnnf_kernel_name(const bnnf_model *model, uint32_t index) {
