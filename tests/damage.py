@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import torch
-from packed import PARTS, Net, fields_of
+from packed import AFTER, PARTS, Net, fields_of
 from torch import nn
 
 from bnnfree.export import pack
@@ -18,7 +18,7 @@ SAME = fields_of((3, 3), padding=(1, 1))
 def with_text(model: PackedModel) -> PackedModel:
     """The model with class names, metadata and a producer, through its file."""
     model.classes = [f"class {i}, größer" for i in range(model.tensors[model.output].shape[2])]
-    model.metadata = {"mean": [0.5], "recipe": {"name": "größer", "none": None, "deep": [[1, 2.5e-3], {}]}}
+    model.metadata = {"mean": "0.5", "note": "größer, 日本", "a key": "x" * 2000}
     model.producer = "test 1.0"
     return from_bytes(to_bytes(model))
 
@@ -40,7 +40,27 @@ def every_op() -> PackedModel:
     net.add("softmax", net.add("concat", inner, other=stem))
     net.add("group_norm", inner, groups=2, parts=("scale", "bias"))
     net.add("rms_norm", inner, groups=8, parts=PARTS, other=stem, writes="both", threshold="f32", flip=True)
+    new_ops(net, inner, stem, signs)
     return with_text(net.model())
+
+
+def new_ops(net: Net, inner: int, stem: int, signs: int) -> None:
+    """Ops over channels and positions, of floats [5, 4, 8] and [5, 4, 4] and of bits [5, 4, 4]."""
+    gate = net.add("function", net.add("avg_pool2d", inner, **fields_of((5, 4))), parts=("bias",))
+    net.add("pointwise", inner, parts=(*PARTS, *AFTER), other=gate, factor=stem, other_last=1)
+    net.add("function", inner, mode=2, factor=gate, writes="both", threshold="f32")
+    net.add("channel_norm", inner, groups=1, mode=1, parts=("scale",))
+    net.add("conv_transpose2d", inner, outputs=2, groups=2, kernel_h=2, kernel_w=3, stride_h=2, stride_w=1, padding_w=1,
+            dilation_h=1, dilation_w=1, size_h=11, size_w=4)  # fmt: skip
+    for source in (inner, signs):
+        net.add("take", source, outputs=5)
+        net.add("crop", source, padding_h=1, stride_h=2, stride_w=1, size_h=2, size_w=3)
+    net.add("pad", inner, mode=1, padding_h=2, after_w=1)
+    net.add("pad", signs, pad_value=-1, padding_w=1, after_h=1)
+    net.add("resize", inner, mode=1, size_h=3, size_w=7)
+    net.add("pixel_shuffle", inner, stride_h=2, stride_w=2)
+    net.add("reduce_channels", inner, mode=2)
+    net.add("max_pool2d", net.add("concat", signs, other=net.add("xor", signs, other=signs)), **fields_of((2, 2)))
 
 
 def residual() -> PackedModel:

@@ -1,6 +1,5 @@
 """The packed file: its two generated companions, round trips, the plan of its memory, and writing it."""
 
-import json
 import shutil
 import subprocess
 
@@ -37,7 +36,7 @@ from bnnfree.format.file import read_with_bytes
 from bnnfree.format.packed import storage_shape
 from bnnfree.format.plan import check_plan
 from bnnfree.format.schema import ALIGN, DTYPES, HEADER_TYPE, OP_TYPE, OPS, TENSOR_TYPE
-from bnnfree.format.text import read_metadata
+from bnnfree.format.text import join_numbers, metadata_bytes, read_metadata, split_numbers
 
 NATIVE = ROOT / "bnnfree" / "engine" / "native"
 TYPES = {"header": HEADER_TYPE, "tensor": TENSOR_TYPE, "op": OP_TYPE}
@@ -186,8 +185,8 @@ def test_a_name_that_could_not_be_read_is_not_written(text, where):
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}}, {"a": "\ud800"}, {"a": np.float32(1)},
-     {1: 2, "1": 3}, [1]],
+    [{"a": 1}, {1: "a"}, {"a": None}, {"a": ""}, {"": "a"}, {"a": "b\nc"}, {"a\n": "b"}, {"a": "\ud800"}, {"a": "\x9b"},
+     ["a"]],
 )  # fmt: skip
 def test_metadata_that_could_not_be_read_is_not_written(metadata):
     model = every_op()
@@ -196,35 +195,22 @@ def test_metadata_that_could_not_be_read_is_not_written(metadata):
         to_bytes(model)
 
 
-@pytest.mark.parametrize("depth", [64, 65, 100, 900, 1_000, 100_000])
-@pytest.mark.parametrize("opening", ["[", '{"a":'])
-def test_metadata_may_be_64_values_deep_and_no_more(depth, opening):
-    """The same error at every depth, whatever the limit of Python's own parser."""
-    closing = b"]" if opening == "[" else b"}"
-    raw = b'{"a":' + opening.encode() * (depth - 2) + b'"[[\\"["' + closing * (depth - 2) + b"}"
-    model = every_op()
-    value = "x"
-    for _ in range(depth - 2):
-        value = [value] if opening == "[" else {"a": value}
-    model.metadata = {"a": value}
-    if depth <= schema.MAX_DEPTH:
-        assert json.dumps(read_metadata(raw), separators=(",", ":")).encode() == raw
-        to_bytes(model)
-        return
-    with pytest.raises(LimitError, match="64 deep"):
-        read_metadata(raw)
-    with pytest.raises(LimitError, match="64 deep"):
-        to_bytes(model)
+def test_metadata_comes_back_as_it_was_written():
+    about = {"größe": '日本 = \\ "x" ', " ": "=" * 100_000, **{f"k{i}": str(i) for i in range(1022)}}
+    assert read_metadata(metadata_bytes(about)) == about
+    assert read_metadata(b"") == {} and metadata_bytes({}) == b""
+    with pytest.raises(LimitError, match="1025 keys"):
+        metadata_bytes({**about, "more": "x"})
+    with pytest.raises(LimitError, match="1025 bytes"):
+        metadata_bytes({"k" * 1025: "v"})
 
 
-def test_metadata_may_hold_whole_numbers_of_64_characters_and_stand_between_white_space():
-    for number in (10**63, 1 - 10**63):
-        raw = b'\n\t {"a":%d, "b":1e70,\r\n"c":[ ]} ' % number
-        assert read_metadata(raw) == {"a": number, "b": 1e70, "c": []}
-    model = every_op()
-    model.metadata = {"a": 10**64}
-    with pytest.raises(LimitError, match="65 characters"):
-        to_bytes(model)
+def test_numbers_in_metadata_keep_every_digit():
+    numbers = [0.1, 1 / 3, -2.5e-300, 255.0, 0.49139968]
+    assert split_numbers(join_numbers(numbers), "x") == numbers
+    for text in ("", "a", "1  2", "nan", "1e999", "1,2"):
+        with pytest.raises(TextError, match="mean: got"):
+            split_numbers(text, "mean")
 
 
 @pytest.mark.parametrize("path", ["missing.bnnf", "", "a\0b"])

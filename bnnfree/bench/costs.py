@@ -7,6 +7,7 @@ from collections import Counter
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.format import Op, PackedModel, window_of
+from bnnfree.format.schema import OPS
 
 # Per value that the op writes, where FORMAT.md has that line: factors and terms one each; slope a comparison and a
 # product, which a negative value takes; low, high, a float threshold a comparison each
@@ -14,7 +15,14 @@ EPILOGUE = {"slope": 2} | dict.fromkeys(
     ("scale", "bias", "factor", "other", "low", "high", "scale_after", "bias_after"), 1
 )
 # A value of group_norm: sum, difference, square, sum, product; of rms_norm square, sum, product
-NORMS = {"group_norm": (5, 5), "rms_norm": (3, 4)}  # and per group: quotients, sum with eps, root, reciprocal
+NORMS = {
+    "group_norm": (5, 5),
+    "rms_norm": (3, 4),
+    "channel_norm": (5, 5),
+}  # and per group: quotients, sum with eps, root, reciprocal
+MOVED = ("concat", "take", "crop", "pad", "pixel_shuffle", "xor")
+FUNCTIONS = {"sigmoid": 23, "tanh": 25, "gelu": 40, "gelu_tanh": 31, "silu": 24, "elu": 23, "exp": 20, "sqrt": 1,
+             "reciprocal": 1}  # fmt: skip
 SOFTMAX = 25  # a value: largest, difference, clamp, exponent, reduction, polynomial, power of two, sum, quotient
 
 
@@ -33,8 +41,12 @@ def float_ops(model: PackedModel) -> int:
 def _float_ops(model: PackedModel, op: Op) -> int:
     tensors = model.tensors
     values = math.prod(tensors[op.writes()[0]].shape)
-    if op.name == "concat":
+    if op.name in MOVED or (op.name == "max_pool2d" and op.bits is not None):
         return 0
+    if op.name == "resize":
+        return 0 if op.mode == 0 else 9 * values
+    if op.name == "reduce_channels":
+        return math.prod(tensors[op.input].shape)
     if op.name == "softmax":
         return SOFTMAX * values
     if op.name in ("max_pool2d", "avg_pool2d"):
@@ -45,7 +57,15 @@ def _float_ops(model: PackedModel, op: Op) -> int:
         total += 2 * values * math.prod(tensors[op.weights].shape[1:])
     elif op.name in NORMS:
         each, group = NORMS[op.name]
-        total += each * values + group * math.prod(tensors[op.weights].shape)
+        groups = (
+            values // tensors[op.input].shape[2] if op.name == "channel_norm" else math.prod(tensors[op.weights].shape)
+        )
+        total += each * values + group * groups
+    elif op.name == "conv_transpose2d":
+        taps = math.prod(tensors[op.weights].shape[1:]) / (op.stride_h * op.stride_w)  # that one output meets
+        total += round(2 * values * taps)
+    elif op.name == "function":
+        total += FUNCTIONS[OPS["function"].modes[op.mode]] * values
     elif op.name not in ("pointwise", "binary_conv2d", "pixel_conv2d"):
         raise BnnfreeError(f"float_ops: got the op {op.name!r}, whose operations nobody has counted yet.")
     return total

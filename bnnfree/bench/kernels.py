@@ -144,7 +144,7 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
     if shape.op == "concat":
         fields["other"] = make.source("f32", square)
     if OPS[shape.op].window:
-        numbers = {"kernel": shape.kernel, "stride": shape.stride, "padding": shape.padding}
+        numbers = {"kernel": shape.kernel, "stride": shape.stride, "padding": shape.padding, "after": shape.padding}
         fields |= {f"{name}_{axis}": value for name, value in numbers.items() for axis in "hw"}
     pooling = shape.op.endswith("pool2d")
     rows, columns = pool_output(window, *square[:2], False) if pooling else window.output(*square[:2])

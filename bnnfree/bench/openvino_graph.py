@@ -104,7 +104,7 @@ class _Graph:
         make = self.opset
         if op.scale is not None:
             v = make.multiply(v, self.per_channel(self.data(op, "scale")))
-        if op.bias is not None and op.name == "pixel_conv2d":
+        if op.bias is not None and self.data(op, "bias").ndim == 3:
             bias = ops.border_bias(self.data(op, "bias"), window_of(op), *self.model.tensors[op.input].shape[:2])
             v = make.add(v, make.constant(np.ascontiguousarray(bias.transpose(2, 0, 1)[None])))
         elif op.bias is not None:

@@ -33,6 +33,7 @@ import numpy as np
 
 from bnnfree import ops
 from bnnfree.errors import BnnfreeError, missing
+from bnnfree.export import onnx_maps
 from bnnfree.files import replacing
 from bnnfree.format import Op, PackedModel, window_of
 from bnnfree.format.schema import OPS as RULES
@@ -177,7 +178,7 @@ def _add_op(graph: _Graph, op: Op) -> None:
         graph.chain(graph.values[op.real], source, steps)
         source, steps = graph.values[op.real], []
     if op.bits is not None:
-        graph.chain(graph.values[op.bits], source, steps + _sign(graph, op))
+        graph.chain(graph.values[op.bits], source, steps if RULES[op.name].moves else steps + _sign(graph, op))
 
 
 def _epilogue(graph: _Graph, op: Op) -> list[Step]:
@@ -191,7 +192,7 @@ def _epilogue(graph: _Graph, op: Op) -> list[Step]:
             continue
         if field in ("other", "factor"):
             constant = _repeated(graph, op, field)
-        elif field == "bias" and op.name == "pixel_conv2d":
+        elif field == "bias" and graph.data(op, "bias").ndim == 3:
             bias = ops.border_bias(graph.data(op, "bias"), window_of(op), *graph.model.tensors[op.input].shape[:2])
             constant = graph.constant(f"{name}/bias", bias.transpose(2, 0, 1)[None])
         else:
@@ -331,4 +332,5 @@ OPS: dict[str, Callable[[_Graph, Op], list[Step]]] = {
     "softmax": lambda graph, op: [("Softmax", [], {"axis": 1})],
     "group_norm": _norm,
     "rms_norm": _norm,
+    **onnx_maps.OPS,
 }

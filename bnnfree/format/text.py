@@ -64,6 +64,8 @@ def _check_length(line: str, what: str) -> None:
 
 def metadata_bytes(metadata: Mapping[str, str]) -> bytes:
     """Two UTF-8 lines for each entry: its key, its value."""
+    if not isinstance(metadata, Mapping):
+        raise TextError(f"metadata: got a {type(metadata).__name__}, expected texts by key.")
     texts = [text for entry in metadata.items() for text in entry]
     for text in texts:
         if not isinstance(text, str):

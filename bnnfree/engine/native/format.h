@@ -16,12 +16,10 @@
 #define BNNF_MAX_RECORDS UINT64_C(65536)
 /* bytes of names, of class names, of metadata */
 #define BNNF_MAX_TEXT UINT64_C(4194304)
-/* bytes of one name or class name, without its line feed */
+/* bytes of one name, class name or key of the metadata, without its line feed */
 #define BNNF_MAX_LINE UINT64_C(1024)
-/* JSON values inside each other, the whole and the innermost numbers and texts included */
-#define BNNF_MAX_DEPTH UINT64_C(64)
-/* characters of a whole number (one without fraction and exponent) in JSON, its sign included */
-#define BNNF_MAX_DIGITS UINT64_C(64)
+/* keys of the metadata */
+#define BNNF_MAX_KEYS UINT64_C(1024)
 /* values along one dimension; each field of a window */
 #define BNNF_MAX_SIDE UINT64_C(1048576)
 /* values of the image and of an activation, bits counted one by one */
@@ -154,7 +152,7 @@ struct bnnf_header_record {
     uint32_t op_count;       /*  36: records in the op table */
     uint32_t name_bytes;     /*  40: size of the names: one UTF-8 line per tensor */
     uint32_t class_bytes;    /*  44: size of the class names: one UTF-8 line per class */
-    uint32_t metadata_bytes; /*  48: size of the metadata: one JSON object in UTF-8 */
+    uint32_t metadata_bytes; /*  48: size of the metadata: UTF-8 lines, a key and its value in turn */
     uint32_t input;          /*  52: tensor that takes the image */
     uint32_t output;         /*  56: tensor that holds the result */
     uint32_t zero;           /*  60: 0 */
