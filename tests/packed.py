@@ -210,6 +210,55 @@ def images(model, count, seed=0) -> np.ndarray:
     return pixels
 
 
+def options_of(net, name, source, random) -> dict:
+    """Random fields that the op `name` takes on `source`: of one that is neither a convolution nor a pooling."""
+    dtype, (height, width, channels) = net.tensors[source].dtype, net.shape(source)
+    if name in ("concat", "xor"):
+        return {"other": source}
+    if name in NORMS or name == "channel_norm":
+        divisors = [g for g in range(1, channels + 1) if channels % g == 0 and (g == 1 or name in NORMS)]
+        return {"groups": int(random.choice(divisors))}
+    if name == "take":
+        return {"outputs": int(random.integers(1, 70))}
+    if name == "crop":
+        start, stride = ([int(random.integers(n)) for n in (height, width)] for _ in range(2))
+        most = [(n - 1 - a) // (s + 1) + 1 for n, a, s in zip((height, width), start, stride, strict=True)]
+        size = [int(random.integers(1, n + 1)) for n in most]
+        return {f"{field}_{axis}": values[i] for i, axis in enumerate("hw")
+                for field, values in (("padding", start), ("size", size), ("stride", [s + 1 for s in stride]))}  # fmt: skip
+    if name == "pad":
+        mode = int(random.integers(len(OPS[name].modes)))
+        most = {"reflect": -1, "circular": 0}.get(OPS[name].modes[mode], 3)
+        around = {f"{side}_{axis}": int(random.integers(0, min(2, n + most) + 1)) for side in ("padding", "after")
+                  for axis, n in zip("hw", (height, width), strict=True)}  # fmt: skip
+        values = (-1, 1) if dtype == "bits" else (-1, 0, 1)
+        return {"mode": mode, **around, "pad_value": 0 if mode else int(random.choice(values))}
+    if name == "resize":
+        return {"size_h": int(random.integers(1, 9)), "size_w": int(random.integers(1, 9))}
+    if name == "pixel_shuffle":
+        blocks = [(0, r, c) for r in (1, 2, 3) for c in (1, 2) if channels % (r * c) == 0]
+        blocks += [(1, r, c) for r in (1, 2, 3) for c in (1, 2) if height % r == 0 and width % c == 0]
+        mode, rows, columns = blocks[random.integers(len(blocks))]
+        return {"mode": mode, "stride_h": rows, "stride_w": columns}
+    if name == "conv_transpose2d":
+        return _transposed_options(height, width, channels, random)
+    return {}
+
+
+def _transposed_options(height, width, channels, random) -> dict:
+    groups = int(random.choice([g for g in (1, 2, 3) if channels % g == 0]))
+    fields = {"groups": groups, "outputs": groups * 2}
+    for axis, n in zip("hw", (height, width), strict=True):
+        kernel, stride, dilation = (int(random.integers(1, 4)) for _ in range(3))
+        whole = (n - 1) * stride + dilation * (kernel - 1) + 1
+        padding = int(random.integers(0, min(kernel, (whole + 1) // 2)))
+        more = int(random.integers(max(stride, dilation)))
+        values = {"kernel": kernel, "stride": stride, "dilation": dilation, "padding": padding}
+        fields |= {f"{field}_{axis}": value for field, value in values.items()}
+        fields[f"size_{axis}"] = whole - 2 * padding + more
+    return fields
+
+
 def random_net(seed, numbers="tame") -> PackedModel:
     """A small net of random ops and geometries, every value of the schema's tables within reach."""
     random = np.random.default_rng(seed)
@@ -224,16 +273,15 @@ def random_net(seed, numbers="tame") -> PackedModel:
         if random.random() < 0.3:
             dilation = [2 if 2 * (k - 1) < n else 1 for k, n in zip(kernel, (height, width), strict=True)]
         most = [k if name in CONVOLUTIONS else k // 2 for k in kernel]
-        window = fields_of(kernel, stride, [int(random.integers(0, p + 1)) for p in most], dilation)
-        options = {}
+        padding, after = ([int(random.integers(0, p + 1)) for p in most] for _ in range(2))
+        window = fields_of(kernel, stride, padding, dilation, after)
+        options = options_of(net, name, source, random)
+        if len(OPS[name].modes) > 1 and "mode" not in options:
+            options["mode"] = int(random.integers(len(OPS[name].modes)))
         if name in POOLINGS:
             options = {**window, "ceil": int(random.integers(2))}
-        elif name == "concat":
-            options["other"] = source
-        elif name in NORMS:
-            options["groups"] = int(random.choice([g for g in range(1, channels + 1) if channels % g == 0]))
         if "slope" in OPS[name].may:
-            parts = {p for p in PARTS if p != "other" and random.random() < 0.4}
+            parts = {p for p in (*PARTS, *AFTER) if p != "other" and random.random() < 0.3}
             options |= {"parts": parts, "writes": str(random.choice(["real", "bits", "both"]))}
             options |= {"threshold": random.choice([None, "f32"]), "flip": bool(random.integers(2))}
             if name == "pixel_conv2d":
@@ -246,8 +294,10 @@ def random_net(seed, numbers="tame") -> PackedModel:
                     options["weights"] = str(random.choice(OPS[name].weights))
                 elif options["writes"] == "bits" and random.random() < 0.5:
                     options |= {"threshold": "i32", "parts": ()}
-            elif dtype == "f32":
-                options |= {"parts": {*parts, "other"}, "other": source}
+            elif dtype == "f32" and name != "conv_transpose2d":
+                factor = source if random.random() < 0.3 else None
+                last = int(random.integers(2))
+                options |= {"parts": {*parts, "other"}, "other": source, "factor": factor, "other_last": last}
         before = len(net.tensors)
         net.add(name, source, **options)
         live += [i for i in range(before, len(net.tensors)) if net.tensors[i].place == "activation"]

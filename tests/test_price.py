@@ -4,10 +4,11 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from packed import Net, fields_of
+from packed import Net, fields_of, options_of
 from test_tools import tool  # noqa: F401
 from torch import nn
 
@@ -16,7 +17,7 @@ from bnnfree.bench.costs import float_ops, op_counts
 from bnnfree.errors import BnnfreeError
 from bnnfree.export import pack_network
 from bnnfree.format import PackedModel
-from bnnfree.format.schema import OPS
+from bnnfree.format.schema import CONVOLUTIONS, OPS, POOLINGS
 from bnnfree.train import open_source
 from models import MODELS
 
@@ -65,14 +66,10 @@ def test_every_op_of_the_format_is_counted():
     for name, op in OPS.items():
         net = Net(4, 4, 3)
         x = net.real(8)
-        fields = fields_of((2, 2)) if op.window else {}
-        fields |= {"outputs": 8} if "weights" in op.needs and op.window else {"groups": 2} if op.needs else {}
-        if name == "concat":
-            fields = {"other": x}
-        if not op.needs or op.needs == ("real",):
-            fields.pop("groups", None)
         source = {"u8": 0, "bits": None, "f32": x}[op.inputs[0]]
         source = net.add("pointwise", x, writes="bits", threshold="f32") if source is None else source
+        fields = fields_of((2, 2)) if name in CONVOLUTIONS + POOLINGS else {}
+        fields |= {"outputs": 8} if name in CONVOLUTIONS else options_of(net, name, source, np.random.default_rng(0))
         net.add(name, source, **fields)
         assert float_ops(model_of(net)) >= 0 and op_counts(model_of(net))[name] >= 1
     net.ops[-1].name = "invented"
