@@ -84,7 +84,7 @@ def window_where_none_belongs(f, op, field):
 
 
 @edit("OpError", *[(op, field, 0) for op in ("conv2d", "avg_pool2d", "pixel_conv2d", "binary_conv2d")
-                   for field in schema.WINDOW_FIELDS if not field.startswith("pad") and field != "ceil"],
+                   for field in schema.WINDOW_FIELDS if not field.startswith(("pad", "after")) and field != "ceil"],
       *[("conv2d", "pad_value", v) for v in (2, -2, -(1 << 31), (1 << 31) - 1)],
       *[("max_pool2d", "ceil", v) for v in (2, BIG)], ("conv2d", "ceil", 1), ("binary_conv2d", "ceil", 1),
       ("avg_pool2d", "groups", 2), ("max_pool2d", "pad_value", -1), ("pixel_conv2d", "groups", 3),

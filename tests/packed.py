@@ -112,6 +112,8 @@ class Net:
         if name in MOVES and self.tensors[source].dtype == "bits":
             writes = "bits"
         groups = window.pop("groups", 1) if name in NORMS or name == "channel_norm" else None
+        for axis in "hw" if "padding_h" in window and name in (*CONVOLUTIONS, *POOLINGS) else "":
+            window.setdefault(f"after_{axis}", window[f"padding_{axis}"])
         spatial = name in (*CONVOLUTIONS, *POOLINGS) and ops.Window(*[(window[f"{n}_h"], window[f"{n}_w"])
                                           for n in ("kernel", "stride", "padding", "dilation", "after")])  # fmt: skip
         fields = {"input": source, "factor": factor, "other_last": other_last, **window}
@@ -224,8 +226,8 @@ def options_of(net, name, source, random) -> dict:
         start, stride = ([int(random.integers(n)) for n in (height, width)] for _ in range(2))
         most = [(n - 1 - a) // (s + 1) + 1 for n, a, s in zip((height, width), start, stride, strict=True)]
         size = [int(random.integers(1, n + 1)) for n in most]
-        return {f"{field}_{axis}": values[i] for i, axis in enumerate("hw")
-                for field, values in (("padding", start), ("size", size), ("stride", [s + 1 for s in stride]))}  # fmt: skip
+        fields = {"padding": start, "size": size, "stride": [s + 1 for s in stride]}
+        return {f"{field}_{axis}": values[i] for i, axis in enumerate("hw") for field, values in fields.items()}
     if name == "pad":
         mode = int(random.integers(len(OPS[name].modes)))
         most = {"reflect": -1, "circular": 0}.get(OPS[name].modes[mode], 3)

@@ -156,7 +156,7 @@ def test_large_padding_of_a_small_image_takes_memory_of_a_few_images_only():
     (2, 2, 5, 9, 11),
 ])  # fmt: skip
 def test_border_classes_are_counted_and_numbered_as_the_reference_does(side):
-    side = Side(*side, after=side[3] // 2)
+    side = Side(*side, after=side[3] + side[0] % 2)
     index, patterns = border_classes(side)
     assert count_classes(side) == len(patterns)
     numbers, first, behind = border_index(side)

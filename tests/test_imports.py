@@ -34,9 +34,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format", "bnnfree.nn"}
         | {"bnnfree.engine"},
     ),
+    "bnnfree.export.onnx_maps": ({"numpy"}, {"bnnfree.format", "bnnfree.ops"}),
     "bnnfree.export.onnx": (
         {"numpy", "onnx"},
-        {"bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format"},
+        {"bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format", "bnnfree.export.onnx_maps"},
     ),
     "bnnfree.optim": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),

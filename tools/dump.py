@@ -144,7 +144,7 @@ def print_description(about: dict) -> None:
     print(f"image     {by_x(about['image'])} (height x width x channels)")
     _cli.say(f"output    {about['output'][0]}, {by_x(about['output'][1:])}, {about['classes']} class names")
     for key, value in about["metadata"].items():
-        _cli.say(f"metadata  {key}: {as_json(value)}")
+        _cli.say(f"metadata  {key}: {value}")
     print()
     rows = [("#", "op", "writes", "shape", "window", "weights", "epilogue", "as", "bytes")]
     for row in about["table"]:

@@ -11,8 +11,9 @@ from bnnfree.bench.peak import BASE
 from bnnfree.engine import Engine
 from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
 from bnnfree.format.schema import NORMS, OPS
-from bnnfree.format.shapes import count_classes
-from bnnfree.ops import Window, pack_bits, pool_output
+from bnnfree.format.shapes import Shape as Sizes
+from bnnfree.format.shapes import check_shapes, count_classes
+from bnnfree.ops import Window, pack_bits
 
 
 @dataclass
@@ -31,12 +32,15 @@ class Shape:
     weights: str = "bits"
     epilogue: str = ""
     groups: int = 1
+    fields: dict[str, int] = field(default_factory=dict)  # more of the op's record
 
     @property
     def text(self) -> str:
         window = f"{self.kernel}x{self.kernel}" + (f"/{self.stride}" if self.stride > 1 else "")
         groups = f" in {self.groups} groups" if self.groups > 1 else ""
-        return f"{window} {self.channels}->{self.outputs}@{self.side}{groups} {self.epilogue}".rstrip()
+        modes = OPS[self.op].modes
+        ending = self.epilogue or (modes[self.fields.get("mode", 0)] if modes else "")
+        return f"{window} {self.channels}->{self.outputs}@{self.side}{groups} {ending}".rstrip()
 
 
 STAGES = ((56, 64), (28, 128), (14, 256), (7, 512))  # side and channels of a ResNet-18
@@ -65,6 +69,16 @@ SHAPES = [
     Shape("softmax", 1, 1000, 1000),
     Shape("group_norm", 28, 128, 128, epilogue="block"),
     Shape("rms_norm", 28, 128, 128, epilogue="block"),
+    Shape("channel_norm", 28, 128, 128),
+    *(Shape("function", 28, 128, 128, fields={"mode": mode}) for mode in (0, 2)),
+    Shape("conv_transpose2d", 14, 64, 32, 2, 2, fields={"size_h": 28, "size_w": 28}, weights="f32"),
+    Shape("take", 28, 128, 64),
+    Shape("crop", 28, 64, 64, stride=2, fields={"size_h": 14, "size_w": 14}),
+    Shape("pad", 28, 64, 64, padding=1, fields={"mode": 1}),
+    *(Shape("resize", 28, 64, 64, fields={"mode": mode, "size_h": 56, "size_w": 56}) for mode in (0, 1)),
+    Shape("pixel_shuffle", 28, 128, 32, stride=2),
+    Shape("reduce_channels", 28, 128, 1),
+    Shape("xor", 28, 128, 128),
 ]
 
 
@@ -137,27 +151,22 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
     """The packed model, and the number of the op that is meant: its input and output need ops of their own."""
     square = (shape.side, shape.side, shape.channels)
     make = _Maker(np.random.default_rng(seed), [Tensor("image", "u8", "image", square)])
-    bits, pixels = shape.op == "binary_conv2d", shape.op == "pixel_conv2d"
-    source = 0 if pixels else make.source("bits" if bits else "f32", square)
+    dtype = OPS[shape.op].inputs[0]
+    fields = {"input": 0 if dtype == "u8" else make.source(dtype, square), **shape.fields}
+    if shape.op in ("concat", "xor"):
+        fields["other"] = make.source(dtype, square)
+    numbers = {"kernel": shape.kernel, "stride": shape.stride, "padding": shape.padding, "after": shape.padding}
+    named = {f"{name}_{axis}": value for name, value in numbers.items() for axis in "hw"}
+    fields |= {name: value for name, value in named.items() if name in OPS[shape.op].window}
+    if OPS[shape.op].weights:
+        fields |= _weights(make, shape)
+    written = check_shapes(PackedModel(make.tensors, [], 0, 0), make_op(shape.op, **fields), shape.op)
     window = Window(*[(n, n) for n in (shape.kernel, shape.stride, shape.padding)])
-    fields = {"input": source}
-    if shape.op == "concat":
-        fields["other"] = make.source("f32", square)
-    if OPS[shape.op].window:
-        numbers = {"kernel": shape.kernel, "stride": shape.stride, "padding": shape.padding, "after": shape.padding}
-        fields |= {f"{name}_{axis}": value for name, value in numbers.items() for axis in "hw"}
-    pooling = shape.op.endswith("pool2d")
-    rows, columns = pool_output(window, *square[:2], False) if pooling else window.output(*square[:2])
-    written = (rows, columns, shape.outputs)
-    if shape.op.endswith("conv2d"):
-        fields |= {"weights": _weights(make, shape), "groups": shape.groups}
-    if shape.op in NORMS:  # 16 channels a group; each of its own
-        groups = shape.channels // (16 if shape.op == "group_norm" else 1)
-        fields["weights"] = make.constant(np.full(groups, 1e-5, np.float32))
     fields |= _epilogue(make, shape, written, window)
-    if shape.epilogue != "sign":
+    writes_bits = shape.epilogue in ("sign", "block") or shape.op == "xor"
+    if shape.epilogue != "sign" and shape.op != "xor":
         fields["real"] = make.activation("f32", written)
-    if shape.epilogue in ("sign", "block"):
+    if writes_bits:
         fields["bits"] = make.activation("bits", written)
     make.ops.append(make_op(shape.op, **fields))
     number = len(make.ops) - 1
@@ -171,16 +180,26 @@ def model_of(shape: Shape, seed: int = 0) -> tuple[PackedModel, int]:
     return model, number
 
 
-def _weights(make: _Maker, shape: Shape) -> int:
+def _weights(make: _Maker, shape: Shape) -> dict[str, int]:
+    """Constant of the weights, and the groups of a convolution."""
+    if shape.op in NORMS:  # 16 channels a group; each of its own
+        groups = shape.channels // (16 if shape.op == "group_norm" else 1)
+        return {"weights": make.constant(np.full(groups, 1e-5, np.float32))}
+    if shape.op == "channel_norm":
+        return {"weights": make.constant(np.full(1, 1e-5, np.float32))}
+    if shape.op == "take":
+        return {"weights": make.constant(make.random.permutation(shape.channels)[: shape.outputs].astype(np.int32))}
     sizes = (shape.outputs, shape.kernel, shape.kernel, shape.channels // shape.groups)
     if shape.weights == "f32":
-        return make.floats(*sizes)
-    if shape.weights == "bits":
-        return make.constant(make.random.random(sizes) < 0.5)
-    return make.constant(make.random.integers(-127, 128, sizes).astype(np.int8))
+        weights = make.floats(*sizes)
+    elif shape.weights == "bits":
+        weights = make.constant(make.random.random(sizes) < 0.5)
+    else:
+        weights = make.constant(make.random.integers(-127, 128, sizes).astype(np.int8))
+    return {"weights": weights, "groups": shape.groups}
 
 
-def _epilogue(make: _Maker, shape: Shape, written: tuple[int, int, int], window: Window) -> dict[str, int]:
+def _epilogue(make: _Maker, shape: Shape, written: Sizes, window: Window) -> dict[str, int]:
     outputs = shape.outputs
     if shape.op == "pixel_conv2d":
         classes = [count_classes(side) for side in window.sides(shape.side, shape.side)]
@@ -199,7 +218,7 @@ def _epilogue(make: _Maker, shape: Shape, written: tuple[int, int, int], window:
     return {}
 
 
-def _shortcut(make: _Maker, shape: Shape, shortcut: int, written: tuple[int, int, int]) -> None:
+def _shortcut(make: _Maker, shape: Shape, shortcut: int, written: Sizes) -> None:
     """Floats of the output's shape: the image, through a 1x1 convolution where its shape is another."""
     if written == (shape.side, shape.side, shape.channels):
         make.ops.append(make_op("pointwise", input=0, real=shortcut))

@@ -48,6 +48,8 @@ def to_openvino(model: PackedModel) -> tuple[Any, list[np.ndarray]]:
     channels_first = opset8.constant(np.array([0, 3, 1, 2], np.int64))
     graph.reals[model.input] = opset8.transpose(opset8.convert(image, "f32"), channels_first)
     for op in model.ops:
+        if op.name not in OPS or (RULES[op.name].moves and op.bits is not None):
+            raise BnnfreeError(f"openvino: got {op.name}{' of bits' * (op.bits is not None)}, which it has not.")
         v = OPS[op.name](graph, op)
         if "scale" in RULES[op.name].may + RULES[op.name].needs and not graph.whole(op):
             v = graph.epilogue(op, v)
@@ -221,6 +223,31 @@ def _norm(graph: _Graph, op: Op) -> Any:
     return make.reshape(make.divide(x, make.sqrt(power)), shape, False)
 
 
+def _function(graph: _Graph, op: Op) -> Any:
+    make, x, name = graph.opset, graph.real(op.input), RULES["function"].modes[op.mode]
+    if name in ("gelu", "gelu_tanh"):
+        return make.gelu(x, "tanh" if name == "gelu_tanh" else "erf")
+    if name == "reciprocal":
+        return make.divide(make.constant(F32(1)), x)
+    made = {"sigmoid": make.sigmoid, "tanh": make.tanh, "silu": make.swish, "exp": make.exp, "sqrt": make.sqrt}
+    return make.elu(x, 1.0) if name == "elu" else made[name](x)
+
+
+def _reduced(graph: _Graph, op: Op) -> Any:
+    make, axis = graph.opset, graph.opset.constant(np.array([1], np.int64))
+    reduce = {"mean": make.reduce_mean, "sum": make.reduce_sum, "max": make.reduce_max}
+    return reduce[RULES["reduce_channels"].modes[op.mode]](graph.real(op.input), axis, True)
+
+
+def _taken(graph: _Graph, op: Op) -> Any:
+    """Channels by index, zeros for -1."""
+    make, index, x = graph.opset, graph.data(op, "weights"), graph.real(op.input)
+    around = [make.constant(np.array(pads, np.int64)) for pads in ([0, 0, 0, 0], [0, 1, 0, 0])]
+    x = make.pad(x, *around, "constant", make.constant(F32(0)))
+    last = graph.model.tensors[op.input].shape[2]
+    return make.gather(x, make.constant(np.where(index < 0, last, index).astype(np.int64)), make.constant(np.int64(1)))
+
+
 OPS: dict[str, Callable[[_Graph, Op], Any]] = {
     "pointwise": lambda graph, op: graph.real(op.input),
     "binary_conv2d": _binary_conv2d,
@@ -232,4 +259,7 @@ OPS: dict[str, Callable[[_Graph, Op], Any]] = {
     "softmax": lambda graph, op: graph.opset.softmax(graph.real(op.input), 1),
     "group_norm": _norm,
     "rms_norm": _norm,
+    "function": _function,
+    "reduce_channels": _reduced,
+    "take": _taken,
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from bnnfree.format import Op
 from bnnfree.format.schema import OPS as RULES
+from bnnfree.ops.maps import resize_positions
 
 F32 = np.float32
 Step = tuple[str, list[str], dict[str, Any]]
@@ -100,7 +101,7 @@ def _gathered(graph: Graph, op: Op, axis: int, index: np.ndarray) -> Step:
 
 
 def take(graph: Graph, op: Op) -> list[Step]:
-    """Why one channel more: index -1 is then the zeros behind the last."""
+    """Channels by index. Where one is -1 a channel of zeros comes behind the last, which -1 then means."""
     index = graph.data(op, "weights")
     zeros: list[Step] = []
     if (index < 0).any():
@@ -133,14 +134,30 @@ def pad(graph: Graph, op: Op) -> list[Step]:
 
 
 def resize(graph: Graph, op: Op) -> list[Step]:
-    height, width, channels = _shape(graph, op)
+    """Gathered rows and columns. Why not Resize: it computes positions in floats, and wants the number of images."""
+    height, width, _ = _shape(graph, op)
+    return _between(graph, op, [], [(2, height, op.size_h), (3, width, op.size_w)])
+
+
+def _between(graph: Graph, op: Op, steps: list[Step], sides: list[tuple[int, int, int]]) -> list[Step]:
+    """`steps`, then each of `sides` (axis, size, new size): two neighbours, each times its share."""
+    if not sides:
+        return steps
+    (axis, size, out), *rest = sides
+    first, second, weight = resize_positions(size, out, mode_of(op))
+    near = _between(graph, op, [*steps, _gathered(graph, op, axis, first)], rest)
     if mode_of(op) == "nearest":
-        sides = ((2, height, op.size_h), (3, width, op.size_w))
-        return [_gathered(graph, op, axis, np.arange(out) * size // out) for axis, size, out in sides]
-    place = "align_corners" if mode_of(op) == "bilinear_corners" else "half_pixel"
-    scales = np.array([1, 1, op.size_h / height, op.size_w / width], F32)
-    inputs = ["", graph.constant(graph.unique(f"{graph.name_of(op)}/scales"), scales)]
-    return [("Resize", inputs, {"mode": "linear", "coordinate_transformation_mode": place})]
+        return near
+    shape = [1, 1, 1, 1]
+    shape[axis] = out
+    shares = [
+        graph.constant(graph.unique(f"{graph.name_of(op)}/share"), share.reshape(shape))
+        for share in (F32(1) - weight, weight)
+    ]
+    far = graph.unique(f"{graph.name_of(op)}/far")
+    other = _between(graph, op, [*steps, _gathered(graph, op, axis, second)], rest)
+    graph.chain(far, graph.values[op.input], [*other, ("Mul", [shares[1]], {})])
+    return [*near, ("Mul", [shares[0]], {}), ("Add", [far], {})]
 
 
 def pixel_shuffle(graph: Graph, op: Op) -> list[Step]:

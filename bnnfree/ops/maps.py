@@ -149,7 +149,7 @@ def pad(x: np.ndarray, window: Window, name: str, value: float = 0.0) -> np.ndar
     return np.pad(x, around, PADS[name], **more)  # type: ignore[call-overload]
 
 
-def _near(size: int, out: int, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def resize_positions(size: int, out: int, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each position of a resized axis: two rows of the input, and the float32 weight of the second."""
     r = np.arange(out, dtype=np.int64)
     if name == "nearest":
@@ -178,7 +178,7 @@ def resize(x: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     """
     x = _float(x)
     (top, bottom, down), (left, right, across) = (
-        _near(n, out, name) for n, out in zip(x.shape[1:3], size, strict=True)
+        resize_positions(n, out, name) for n, out in zip(x.shape[1:3], size, strict=True)
     )
     if name == "nearest":
         return x[:, top[:, None], left]
