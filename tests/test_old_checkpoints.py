@@ -130,7 +130,7 @@ def test_a_normaliser_that_changes_leaves_checkpoints_as_they_are(tmp_path, monk
 
     fit(parse_recipe(RECIPE, "x", MODELS), MODELS, tmp_path / "run", quiet=True, curves=False)
     before, _ = load_model(tmp_path / "run", MODELS)
-    changed = replace(NORMS["free"], centre_head=False, alpha=0.5, window="fixed")
+    changed = replace(NORMS["free"], centre_head=False, alpha=0.5, ste_window="fixed")
     monkeypatch.setitem(NORMS, "free", changed)
     after, _ = load_model(tmp_path / "run", MODELS)
     assert torch.equal(before(images()), after(images()))

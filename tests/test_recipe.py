@@ -114,7 +114,7 @@ def test_norm_options_reach_the_recipe_from_the_command_line_one_by_one():
         (("model.norm=gn", "model.norm_options.grups=4"), ": got 'grups', expected one of groups, eps. Did you mean"),
         (("model.norm=bn", "model.norm_options.groups=4"), ": got 'groups', expected one of eps, momentum, ghost."),
         (("model.norm_options.eps=1",), ": got 'eps', expected none: this norm has no options."),
-        (("model.norm=gn", "model.norm_options.groups=-1"), ".groups: got -1 for 16 channels"),
+        (("model.norm=gn", "model.norm_options.groups=-1"), ".groups: got -1, expected a number from 1 on"),
         (("model.norm=gn", "model.norm_options.groups=99999999999999999999999"), ".groups: got 9999999999"),
         (("model.norm=gn", "model.norm_options.groups=3"), ".groups: got 3 for 64 channels"),
         (("model.norm=gn", "model.norm_options.groups=7", "model.width=0.125"), ".groups: got 7 for 8 channels"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bnnfree.names import AUGMENTS
 from bnnfree.errors import DataError, pick
 from bnnfree.preprocess import DECODED_SIZE
 from bnnfree.data.addresses import is_url
@@ -25,7 +26,7 @@ from bnnfree.data.arrays import arrays, describe_arrays
 from bnnfree.data.augment import MIXTURES, POLICIES, Mixing
 from bnnfree.data.folder import cache_folder, check_root
 from bnnfree.data.image_folder import check_folder, describe_folder, image_folder, imagenet
-from bnnfree.data.pixel_split import AUGMENTS, NAMES, PixelSplit, Split
+from bnnfree.data.pixel_split import GEOMETRIES, PixelSplit, Split
 from bnnfree.data.parts import (
     CIFAR10,
     CIFAR100,
@@ -112,7 +113,7 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     if not 0 <= options.val_fraction < 1:
         raise DataError(f"{where}: val_fraction: got {options.val_fraction}, expected 0 <= val_fraction < 1.")
     for name in options.augment:  # Why: before minutes of decoding; which table applies is known after
-        pick(dict.fromkeys(NAMES), name, f"{where}: augment")
+        pick(dict.fromkeys(AUGMENTS), name, f"{where}: augment")
     source = pick(DATASETS, options.name, f"{where}: name")(options, where)
     check_names(source.classes, where)
     for part, limit in (("train", options.train_limit), ("test", options.test_limit)):
@@ -150,7 +151,7 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     images, labels = source.parts[part]
     augment = options.augment if part == "train" else []
     decoded = images.dtype == np.uint8
-    table = dict.fromkeys((*(AUGMENTS if decoded else FILE_AUGMENTS), *POLICIES, *MIXTURES))
+    table = dict.fromkeys((*(GEOMETRIES if decoded else FILE_AUGMENTS), *POLICIES, *MIXTURES))
     for name in augment:
         kind = "in memory" if decoded else f"over {DECODED_SIZE} pixels"
         pick(table, name, f"{where}: augment of images {kind}")

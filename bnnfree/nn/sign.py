@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
+from bnnfree.names import STE_WINDOWS
 
 
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:
@@ -132,8 +133,6 @@ STES: dict[str, STE] = {
     "ede": STE(ede_slope, ede_smooth, ede_steepness(0.0), ede_steepness, free=False),
     "identity": STE(identity_slope, identity_smooth, free=False),
 }
-
-STE_WINDOWS = ("fixed", "sample")
 
 
 def check_ste(ste: str, parameter: float | None, last: float | None) -> None:

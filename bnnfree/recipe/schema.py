@@ -12,24 +12,23 @@ from pydantic import Field, model_validator
 
 from bnnfree import errors
 from bnnfree.data.parts import size_of
-from bnnfree.names import LOSSES, SCHEDULES
-from bnnfree.nn import (
+from bnnfree.names import (
     ACTIVATIONS,
     BETA_MODES,
     BINARIZE,
     GROUP,
-    NORMS,
+    LOSSES,
+    OPTIMIZERS,
+    PRECISIONS,
     SCALES,
+    SCHEDULES,
     SHORTCUTS,
+    SPEEDS,
     STE_WINDOWS,
     STES,
-    check_activation,
-    check_norm,
 )
-from bnnfree.nn.fused import PRECISIONS, SPEEDS
-from bnnfree.nn.norms import options_of
 from bnnfree.nn.sign import check_ste
-from bnnfree.optim import OPTIMIZERS
+from bnnfree.normalisers import NORMS, check_design, complete
 from bnnfree.recipe.data_section import MOST, MOST_PIXELS, DataRecipe, ImageSize, Part, contradiction, one_of
 
 
@@ -37,7 +36,7 @@ def _options_of_norms() -> str:
     """The options of every norm and their defaults, as its builder has them."""
     norms: dict[str, list[str]] = {}
     for name, rule in NORMS.items():
-        options = (f"{option} {parameter.default}" for option, parameter in options_of(rule.layer).items())
+        options = (f"{key} {option.default}" for key, option in rule.options.items())
         norms.setdefault(", ".join(options), []).append(name)
     return "of that norm: " + "; ".join(f"{' '.join(names)}: {text or '-'}" for text, names in norms.items())
 
@@ -65,8 +64,8 @@ class ModelRecipe(Part):
     """scaled weight standardisation; null: the normaliser's own"""
     centre: bool | None = None
     """takes the expected mean out of each convolution's output; null: the normaliser's own"""
-    centre_gradient: bool | None = None
-    """takes what groups of images share out of the gradient of centred layers' inputs; null: the normaliser's own"""
+    centre_gradient: bool | Literal["head"] | None = None
+    """takes what groups share out of the gradient of centred layers' inputs (head: classifier's); null: norm's own"""
     centre_head: bool | None = None
     """takes the mean out of the classifier's inputs and of their gradient; null: the normaliser's own"""
     scale: one_of(SCALES) | None = None  # type: ignore[valid-type]
@@ -93,8 +92,7 @@ class ModelRecipe(Part):
     @model_validator(mode="after")
     def _names_take_their_options(self) -> ModelRecipe:
         try:
-            check_norm(self.norm, self.norm_options)
-            check_activation(self.activation, self.norm)
+            check_design({**self.model_dump(), **complete(self.norm, self.model_dump())})
             check_ste(self.ste or NORMS[self.norm].ste, self.ste_parameter, self.ste_last)
         except errors.BnnfreeError as error:
             raise contradiction(f"model.{error}") from None
@@ -293,7 +291,7 @@ class Recipe(Part):
         rule = NORMS[self.model.norm]
         standardized = self.model.standardize
         if standardized is None:
-            standardized = rule.binary.get("standardize", False)
+            standardized = rule.standardize
         if self.optimizer.name == "bop" and standardized:
             raise contradiction(
                 "optimizer.name is 'bop', whose weights are signs already, but the weights are standardised; "

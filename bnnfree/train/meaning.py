@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Stric
 from torch import Tensor
 
 from bnnfree.errors import CheckpointError
-from bnnfree.nn import BINARIZE, GROUP, NORMS
+from bnnfree.names import BINARIZE, GROUP
+from bnnfree.normalisers import complete
 from bnnfree.recipe.schema import ModelRecipe
 
 VERSION = 2
@@ -92,28 +93,15 @@ def check_state(state: Mapping[str, Any], where: str, resume: bool = False) -> N
 
 def design_of(model: ModelRecipe, data: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the keys of `model` that may be left to the normaliser, and of `stem`: what null means today."""
-    rule = NORMS[model.norm]
-    own = {
-        "standardize": rule.binary.get("standardize", False),
-        "centre": bool(rule.binary.get("centre")),
-        "centre_gradient": rule.binary.get("centre_gradient", False),
-        "centre_head": rule.centre_head,
-        "scale": rule.binary["scale"],
-        "alpha": rule.alpha,
-        "beta": rule.beta,
-        "ste": rule.ste,
-        "ste_window": rule.window,
-        "activation": "branch" if rule.proxy else "trunk",
-    }
-    return _completed(model.model_dump(), own, data)
+    stem = ("imagenet" if min(data["image_size"]) > 64 else "cifar") if model.stem == "auto" else model.stem
+    return {**complete(model.norm, model.model_dump()), "stem": stem}
 
 
 def _completed(model: Mapping[str, Any], own: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `own` with the values that `model` gives, and those of `own` where it gives none; and the stem."""
     design = {key: value if model.get(key) is None else model[key] for key, value in own.items()}
     if model.get("centre_gradient") is None and not own["centre_gradient"] and design["centre_head"]:
-        # a centred head centres its gradient too; with centred convolutions that do not, no value says so
-        design["centre_gradient"] = None if design["centre"] else True
+        design["centre_gradient"] = "head" if design["centre"] else True
     stem = model.get("stem", "auto")
     design["stem"] = ("imagenet" if min(data["image_size"]) > 64 else "cifar") if stem == "auto" else stem
     return design
