@@ -9,11 +9,12 @@ import torch
 from bnnfree.data.datasets import describe, load_data
 from bnnfree.data.pixel_split import PixelSplit
 from bnnfree.nn import NORMS
-from bnnfree.recipe.read import parse_recipe
+from bnnfree.recipe import resolve
 from bnnfree.train import fit
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
+from bnnfree.train.networks import parse_recipe
 from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,7 @@ def double_stage(monkeypatch, recipe, dist: Dist | None = None) -> Stage:
     monkeypatch.setattr(PixelSplit, "_normaliser", normaliser)
     torch.manual_seed(recipe.seed)
     data = load_data(recipe.data)
+    recipe = resolve(recipe, describe(recipe.data))
     model = build_model(recipe, MODELS, describe(recipe.data), recipe.stages[0].binarize).double()
     stage = Stage(recipe, 0, model, data, dist or Dist(0, 1, torch.device("cpu")))
     stage.calibrate()

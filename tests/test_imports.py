@@ -43,12 +43,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.data": (
         TRAIN,
-        {"bnnfree.errors", "bnnfree.names", "bnnfree.files", "bnnfree.preprocess"},
+        {"bnnfree.errors", "bnnfree.names", "bnnfree.files", "bnnfree.preprocess", "bnnfree.data.sizes"},
     ),
+    "bnnfree.data.sizes": (set(), set()),
     "bnnfree.recipe": (
-        {"yaml", "pydantic", "pydantic_core", "torch"},
-        {"bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.preprocess"}
-        | {"bnnfree.data", "bnnfree.nn"},
+        {"yaml", "pydantic", "pydantic_core"},
+        {"bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.data.sizes"},
     ),
     "bnnfree.train": (
         TRAIN,
@@ -175,6 +175,7 @@ LIGHT = (
     "bnnfree.preprocess",
     "bnnfree.ops",
     "bnnfree.format",
+    "bnnfree.recipe",
 )
 
 

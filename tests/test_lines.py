@@ -22,7 +22,8 @@ from bnnfree.export import pack
 from bnnfree.files import OutputError, replacing
 from bnnfree.format import write
 from bnnfree.recipe.data_section import DataRecipe
-from bnnfree.recipe.read import UnreadError, by_key, load_fitting
+from bnnfree.recipe.read import UnreadError, by_key
+from bnnfree.train.networks import load_fitting
 from bnnfree.train.open_network import DESCRIBING, MACHINE, PLACES, without_places
 from models import MODELS
 

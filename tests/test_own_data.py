@@ -20,8 +20,8 @@ from bnnfree.errors import BnnfreeError, BnnfreeWarning, DataError
 from bnnfree.export import pack_network
 from bnnfree.format import read, write
 from bnnfree.preprocess import TURNS, Reading, load_image, read_image, reading_of
-from bnnfree.recipe.read import parse_recipe
 from bnnfree.train import load_data, open_source
+from bnnfree.train.networks import parse_recipe
 from models import MODELS
 
 BACK = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the others undo themselves

@@ -14,6 +14,7 @@ from helpers import KINDS_OF_MODELS, ROOT, TINY, assert_same, tiny, train
 from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, load_data
 from bnnfree.errors import CheckpointError, DataError
 from bnnfree.nn import NORMS
+from bnnfree.recipe import resolve
 from bnnfree.train import RecipeError, load_model, open_network, open_source, source_kind
 from bnnfree.train.open_network import STAND_IN, without_places
 from models import MODELS
@@ -55,7 +56,9 @@ def test_a_recipe_is_the_same_bits_each_time_and_leaves_no_trace(recipe):
 def test_a_recipes_network_is_its_last_stages_and_says_what_it_is(recipe):
     network = open_source(recipe, MODELS)
     assert (network.trained, network.state, network.binarize, network.source) == (False, None, "both", str(recipe))
-    assert network.recipe == tiny() and not any(module.training for module in network.model.modules())
+    assert network.recipe == resolve(tiny(), {"image_size": [9, 9]}) and not any(
+        module.training for module in network.model.modules()
+    )
     assert list(network.data) == ["classes", "channels", "image_size", "mean", "std"]
     assert len(network.data["classes"]) == 4 and network.data["image_size"] == [9, 9]
     assert network.model(torch.zeros(2, 3, 9, 9)).shape == (2, 4)

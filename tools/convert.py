@@ -59,7 +59,7 @@ def main() -> None:
         "norm": model["norm"],
         "binarize": state["binarize"],
         "width": f"{model['width']:g}",
-        "stem": state["design"]["stem"],
+        "stem": model["stem"],
         "classes": len(data["classes"]),
         "image size": data["image_size"][0],
     }

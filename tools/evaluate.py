@@ -86,7 +86,7 @@ def open_packed(path: str, overrides: list[str]):
 
     from bnnfree.engine import load
     from bnnfree.errors import BnnfreeError
-    from bnnfree.recipe.read import parse_recipe
+    from bnnfree.train.networks import parse_recipe
     from bnnfree.train.open_network import without_places
     from models import MODELS
 

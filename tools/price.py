@@ -77,7 +77,8 @@ def main() -> None:
 
 def overrides_of(name: str, args) -> list[str]:
     """Overrides that give the recipe this normaliser, without the user's that only another one reads."""
-    from bnnfree.recipe.read import by_key, load_fitting
+    from bnnfree.recipe.read import by_key
+    from bnnfree.train.networks import load_fitting
     from models import MODELS
 
     own = [f"model.norm={NO_NORM}", "optimizer.precondition=bnp"] if name == BNP else [f"model.norm={name}"]
@@ -171,10 +172,11 @@ def open_step(name: str, args):
 
     from bnnfree.analysis.memory import saved_per_image
     from bnnfree.data.datasets import describe, load_data
-    from bnnfree.recipe.read import load_recipe
+    from bnnfree.recipe import resolve
     from bnnfree.train.checkpoint import build_model
     from bnnfree.train.dist import Dist
     from bnnfree.train.loop import Stage
+    from bnnfree.train.networks import load_recipe
     from models import MODELS
 
     recipe = load_recipe(args.recipe, overrides_of(name, args), MODELS)
@@ -194,6 +196,7 @@ def open_step(name: str, args):
     device = torch.device("cpu")
     loss = recipe.loss.model_copy(update={"name": "cross_entropy", "teacher": None})
     recipe = recipe.model_copy(update={"data": data_recipe, "stages": stages, "accumulate": 1, "loss": loss})
+    recipe = resolve(recipe, shape)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, MODELS, shape, recipe.stages[-1].binarize)
     stage = Stage(recipe, len(stages) - 1, model, load_data(data_recipe), Dist(0, 1, device))

@@ -27,6 +27,7 @@ from bnnfree.data.augment import MIXTURES, POLICIES, Mixing
 from bnnfree.data.folder import cache_folder, check_root
 from bnnfree.data.image_folder import check_folder, describe_folder, image_folder, imagenet
 from bnnfree.data.pixel_split import GEOMETRIES, PixelSplit, Split
+from bnnfree.data.sizes import size_of
 from bnnfree.data.parts import (
     CIFAR10,
     CIFAR100,
@@ -43,7 +44,6 @@ from bnnfree.data.parts import (
     measure,
     reading_of,
     resized,
-    size_of,
     spread,
 )
 from bnnfree.data.tar_index import Found, find_shards

@@ -13,6 +13,7 @@ from PIL import Image
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import DECODED_SIZE, Reading, Size, read_image
 from bnnfree.data.folder import Tree, decode_cached, list_tree
+from bnnfree.data.sizes import size_of
 from bnnfree.data.parts import (
     IMAGENET,
     STREAMED_SIZE,
@@ -24,7 +25,6 @@ from bnnfree.data.parts import (
     is_decoded,
     known_of_files,
     reading_of,
-    size_of,
     spread,
 )
 

@@ -78,14 +78,6 @@ class Source:
         return files
 
 
-def size_of(image_size: int | Sequence[int] | None) -> Size | None:
-    """(height, width) of a recipe's `image_size`, where an int is a square's side."""
-    if image_size is None:
-        return None
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return height, width
-
-
 def is_decoded(size: Size) -> bool:
     """True where image files become this size once, to be held in memory; larger ones are read for each batch."""
     return max(size) <= DECODED_SIZE

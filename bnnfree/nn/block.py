@@ -14,8 +14,8 @@ from bnnfree.errors import BnnfreeError
 from bnnfree.names import BINARIZE
 from bnnfree.nn.binary import BinaryConv2d
 from bnnfree.nn.norms import RELUS, Belief, make_dropout, make_norm, run_believing
-from bnnfree.nn.react import PowerRPReLU, RPReLU, RSign, channel_medians
-from bnnfree.nn.sign import Sign, check_ste, per_channel
+from bnnfree.nn.react import PowerRPReLU, RPReLU, RSign
+from bnnfree.nn.sign import Sign, per_channel
 from bnnfree.nn.standard import CentredLinear, ConvLayer, ScaledStdConv2d
 from bnnfree.normalisers import NORMS, Norm, check_design, complete
 
@@ -40,8 +40,6 @@ class Design:
                 of the classifier's alone
     centre_head  taking the running mean out of the classifier's inputs
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
-    ste_parameter, ste_last  width or steepness of the estimator (None: its default), and what it is at the end of
-                training (None: the same), log-linear in between
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
 
@@ -61,8 +59,6 @@ class Design:
     beta: str = OWN
     ste: str = OWN
     ste_window: str = OWN
-    ste_parameter: float | None = None
-    ste_last: float | None = None
     pad_value: int = 0
     latent_std: float | None = None
 
@@ -70,7 +66,6 @@ class Design:
         for key, value in complete(self.norm, vars(self)).items():
             object.__setattr__(self, key, value)
         check_design(vars(self))
-        check_ste(self.ste, self.ste_parameter, self.ste_last)
 
     @property
     def rule(self) -> Norm:
@@ -155,8 +150,7 @@ class Design:
         """
         if not BINARIZE[self.binarize][0]:
             return Clip(channels if self.react else None)
-        how = self.ste, self.ste_window, self.ste_parameter, self.ste_last
-        return RSign(channels, *how) if self.react else Sign(*how)
+        return RSign(channels, self.ste, self.ste_window) if self.react else Sign(self.ste, self.ste_window)
 
     def make_conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> ConvLayer:
         """A binary convolution of signs, or a real one of real values, padded to keep the size at stride 1."""
@@ -198,12 +192,6 @@ class Clip(nn.Module):
     def __init__(self, channels: int | None = None):
         super().__init__()
         self.bias = None if channels is None else nn.Parameter(torch.zeros(channels))
-
-    @torch.no_grad()
-    def balance(self, x: Tensor) -> None:
-        """b as RSign would have it, for a stage with signs that follows."""
-        if self.bias is not None:
-            self.bias.copy_(-channel_medians(x))
 
     def compared(self, x: Tensor) -> Tensor:
         """t: what RSign would compare with 0."""

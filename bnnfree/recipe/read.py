@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from bnnfree import errors
 from bnnfree.files import replacing
-from bnnfree.recipe.reads import leaves, networks, unread
+from bnnfree.recipe.reads import Look, Traits, leaves, traits_of, unread
+from bnnfree.recipe.retired import translated, without_retired
 from bnnfree.recipe.schema import Recipe
 from bnnfree.recipe.sections import section_of
 from bnnfree.recipe.tree import Dumper, RecipeError, parse_yaml, read_tree
@@ -31,12 +32,14 @@ class UnreadError(RecipeError):
         self.unread = unread
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), models: Iterable[str] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), models: Iterable[str] | None = None, look: Look = traits_of
+) -> Recipe:
     """The recipe in `path`, with `key=value` overrides, every default filled in.
 
     `extends: other.yaml` (one level, beside the file) supplies what the file does not say; lists are
-    replaced as a whole. `models`: the known architectures, to check model.name against; builders of networks show
-    what such a network reads, too.
+    replaced as a whole. `models`: the known architectures, to check model.name against. `look`: the traits of a
+    recipe's networks, by which keys are judged; bnnfree.train.load_recipe builds the networks.
 
     Options of a norm go with it: they count as long as `model.norm` stays what it was where they are written.
 
@@ -48,11 +51,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), models: Iterabl
     """
     path = Path(path)
     layers, where = _read_layers(path)
-    return _parse(layers, overrides, where, models)
+    return _parse(layers, overrides, where, models, look)
 
 
 def load_fitting(
-    path: str | Path, overrides: Mapping[str, str], common: Iterable[str], models
+    path: str | Path, overrides: Mapping[str, str], common: Iterable[str], models, look: Look = traits_of
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe without those overrides (key -> key=value) of `common` that nothing reads beside the others.
 
@@ -61,7 +64,7 @@ def load_fitting(
     left: dict[str, str] = {}
     while True:
         try:
-            return load_recipe(path, [text for key, text in overrides.items() if key not in left], models), left
+            return load_recipe(path, [text for key, text in overrides.items() if key not in left], models, look), left
         except UnreadError as error:
             if not error.unread.keys() <= set(common) - left.keys():
                 raise
@@ -73,33 +76,43 @@ def by_key(overrides: Iterable[str]) -> dict[str, str]:
     return {text.partition("=")[0].strip(): text for text in overrides}
 
 
-def parse_recipe(tree: dict, where: str, models: Iterable[str] | None = None, overrides: Iterable[str] = ()) -> Recipe:
+def parse_recipe(
+    tree: dict,
+    where: str,
+    models: Iterable[str] | None = None,
+    overrides: Iterable[str] = (),
+    look: Look = traits_of,
+) -> Recipe:
     """A Recipe from plain dictionaries (a checkpoint holds one); `where` is named in errors.
 
     Of keys that nothing reads only those of `overrides` are errors.
     """
-    return _parse([tree], overrides, where, models, judged=1)
+    return _parse([tree], overrides, where, models, look, judged=1)
 
 
-def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, judged: int = 0) -> Recipe:
+def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, look: Look, judged: int = 0) -> Recipe:
     """The recipe of `layers`, each over the one before, and overrides; keys of the first `judged` ones are not judged.
 
     A layer that is no whole recipe yet is judged together with the next.
     """
-    models = None if models is None else models if isinstance(models, Mapping) else list(models)
+    models = None if models is None else list(models)
     tree: dict[str, Any] = {}
     pending: dict[str, Any] = {}
     for number, layer in enumerate(layers):
+        layer = translated(layer)
+        stored = number < judged or _is_resolved(layer)
+        layer = without_retired(layer, where, stored)
         written = leaves(layer)
         tree = merge(_without_options(tree, written), layer) if tree else copy.deepcopy(layer)
-        if number < judged or _is_resolved(layer):
+        if stored:
             continue
         pending |= written
         try:
             recipe = _validated(tree, where, models)
+            traits = _seen(recipe, look, where)
         except RecipeError:
             continue
-        _judge(recipe, models, pending, where)
+        _judge(recipe, traits, pending, where)
         pending = {}
     before = leaves(tree)
     keys = []
@@ -112,8 +125,8 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, jud
         for name, value in leaves(tree).items()
         if any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in keys)
     }
-    recipe = _validated(tree, where, models)
-    _judge(recipe, models, pending | written, where)
+    recipe = _validated(without_retired(tree, where, False) if keys else tree, where, models)
+    _judge(recipe, _seen(recipe, look, where), pending | written, where)
     return recipe
 
 
@@ -130,24 +143,28 @@ def _without_options(tree: dict, now: Mapping[str, Any], before: Mapping[str, An
     return {**tree, "model": {key: value for key, value in tree["model"].items() if key != "norm_options"}}
 
 
-def _validated(tree: Any, where: str, models: list[str] | Mapping[str, Any] | None) -> Recipe:
+def _validated(tree: Any, where: str, models: list[str] | None) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(*(f"{where}: {line}" for line in _explain(error))) from None
     if models is not None and recipe.model.name not in models:
         raise RecipeError(str(errors.unknown_name(f"{where}: model.name", recipe.model.name, models)))
-    try:
-        networks(recipe, models)
-    except errors.BnnfreeError as error:
-        raise RecipeError(f"{where}: model.{error}") from None
     return recipe
 
 
-def _judge(recipe: Recipe, models, written: Mapping[str, Any], where: str) -> None:
+def _seen(recipe: Recipe, look: Look, where: str) -> Traits:
+    """The traits of the recipe's networks. Errors: RecipeError where there can be none such."""
+    try:
+        return look(recipe)
+    except errors.BnnfreeError as error:
+        raise RecipeError(f"{where}: model.{error}") from None
+
+
+def _judge(recipe: Recipe, traits: Traits, written: Mapping[str, Any], where: str) -> None:
     lines = {
         key: f"{key}: got {_shown(written[key])}, which nothing reads here: it is for {needs}. Leave it out."
-        for key, needs in unread(recipe, written, networks(recipe, models)).items()
+        for key, needs in unread(recipe, written, traits).items()
     }
     if lines:
         raise UnreadError(lines, where)

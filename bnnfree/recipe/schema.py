@@ -1,17 +1,17 @@
-"""The schema of a recipe: every key, its type, its default and what it means. Reading files is `read.py`.
+"""The schema of a recipe as written: every key, its type, its default and what it means. Reading files is `read.py`.
 
-Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never models, export, engine.
+Imports pydantic and what has no torch: names, normalisers and sizes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from bnnfree import errors
-from bnnfree.data.parts import size_of
+from bnnfree.data.sizes import size_of
 from bnnfree.names import (
     ACTIVATIONS,
     BETA_MODES,
@@ -27,7 +27,6 @@ from bnnfree.names import (
     STE_WINDOWS,
     STES,
 )
-from bnnfree.nn.sign import check_ste
 from bnnfree.normalisers import NORMS, check_design, complete
 from bnnfree.recipe.data_section import MOST, MOST_PIXELS, DataRecipe, ImageSize, Part, contradiction, one_of
 
@@ -78,22 +77,15 @@ class ModelRecipe(Part):
     """straight-through estimator: approx | clip | swish | sigmoid | ede | identity; null: the normaliser's own"""
     ste_window: one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
     """window of that estimator: fixed | sample; null: the normaliser's own"""
-    ste_parameter: float | None = Field(default=None, gt=0)
-    """its width (approx, clip) or steepness (swish, sigmoid) at a stage's start; null: the estimator's default"""
-    ste_last: float | None = Field(default=None, gt=0)
-    """the same at a stage's end, log-linear in between; null: it does not move"""
     pad_value: one_of((0, 1, -1), int) = 0  # type: ignore[valid-type]
     """what the padding of binary convolutions carries"""
     latent_std: float | None = Field(default=0.04, gt=0)
     """deviation of the initial latent weights, where standardised; about 10 times the learning rate"""
-    start: Literal["plain", "balanced"] = "plain"
-    """thresholds and shifts at the start: plain (0) | balanced (half of a channel's bits +1, no mean on the trunk)"""
 
     @model_validator(mode="after")
     def _names_take_their_options(self) -> ModelRecipe:
         try:
             check_design({**self.model_dump(), **complete(self.norm, self.model_dump())})
-            check_ste(self.ste or NORMS[self.norm].ste, self.ste_parameter, self.ste_last)
         except errors.BnnfreeError as error:
             raise contradiction(f"model.{error}") from None
         return self
@@ -129,8 +121,6 @@ class OptimizerRecipe(Part):
     """more factors on lr by pattern of parameter names, of several the last: {"stem.*": 0.1, "blocks.1?.*": 0.5}"""
     weight_decay: float = Field(default=0.0, ge=0)
     """of convolution weights, and of nothing else"""
-    gain_decay: float = Field(default=0.0, ge=0)
-    """weight decay of the gains of convolutions (norms that have them)"""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """adam, adamw"""
     eps: float = Field(default=1e-8, gt=0)
@@ -202,8 +192,6 @@ class FreeRecipe(Part):
     """training images of the pass that sets the constants at the start of a stage"""
     track: bool = True
     """false: input means stay at their calibration"""
-    freeze: float = Field(default=1.0, gt=0, le=1)
-    """share of a stage's steps after which input means stay as they are"""
     recalibrate: int = Field(default=9000, ge=0, le=MOST)
     """training samples after which constant deviations are measured anew, and gains make up for it; 0: never"""
     group: int = Field(default=GROUP, ge=0, le=MOST)
@@ -211,23 +199,12 @@ class FreeRecipe(Part):
     reference: int = Field(default=32, ge=0, le=MOST)
     """steps of fewer than 8 images centre gradients by the last so many, of steps before too (one process); 0: never"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_before_groups(cls, values: Any) -> Any:
-        """Recipes of before have the key `gather`: without it a whole pass was centred together."""
-        if isinstance(values, dict) and isinstance(values.get("gather"), bool) and "group" not in values:
-            rest = {key: value for key, value in values.items() if key != "gather"}
-            return {**rest, "group": GROUP if values["gather"] else 0}
-        return values
-
 
 class ProbeRecipe(Part):
     """Measurements of binary layers while they train: key `probe` of metrics.jsonl, probe.png."""
 
     every: int | None = Field(default=None, ge=1, le=MOST)
     """optimiser steps between two probes; the first comes before a stage's first step; null: none"""
-    images: int = Field(default=64, ge=2, le=MOST)
-    """how many: the first of the run's first epoch, augmented as there, the same in every probe"""
 
 
 class Recipe(Part):
@@ -288,11 +265,8 @@ class Recipe(Part):
             raise contradiction("schedule.milestones are shares of a stage, each between 0 and 1")
         if isinstance(self.agc.clip, float) and self.agc.clip <= 0:
             raise contradiction(f"agc.clip: got {self.agc.clip}, expected a number above 0, null or auto")
-        rule = NORMS[self.model.norm]
-        standardized = self.model.standardize
-        if standardized is None:
-            standardized = rule.standardize
-        if self.optimizer.name == "bop" and standardized:
+        own = NORMS[self.model.norm].standardize
+        if self.optimizer.name == "bop" and (own if self.model.standardize is None else self.model.standardize):
             raise contradiction(
                 "optimizer.name is 'bop', whose weights are signs already, but the weights are standardised; "
                 "set model.standardize=false"
@@ -309,6 +283,4 @@ class Recipe(Part):
                     f"optimizer.name is 'bop', which holds weights of +-1 only, but stages.{i} "
                     f"has real weights (binarize: {signs})"
                 )
-        if self.agc.clip == "auto":
-            self.agc.clip = rule.agc
         return self

@@ -22,6 +22,7 @@ from bnnfree.errors import CheckpointError, one_line
 from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
 from bnnfree.recipe.read import save_recipe
+from bnnfree.recipe.resolve import left_open, resolve
 from bnnfree.recipe.schema import Recipe
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import (
@@ -36,10 +37,9 @@ from bnnfree.train.dist import Dist
 from bnnfree.train.doubts import doubts
 from bnnfree.train.evaluation import evaluate
 from bnnfree.train.loop import Stage
-from bnnfree.train.meaning import design_of
 from bnnfree.train.process_settings import settings
 from bnnfree.train.report import Report, machine, write_json
-from bnnfree.train.resume import MAY_CHANGE, check_images, check_resumable, other_bits
+from bnnfree.train.resume import MAY_CHANGE, check_images, other_bits, resume_recipe
 from bnnfree.train.run_folder import open_folder, taken, writing
 from bnnfree.train.start import find_weights, freeze, open_weights, take_weights
 from bnnfree.train.teacher import load_teacher
@@ -60,7 +60,7 @@ class Run:
         resumed: dict[str, Any] | None = None,
     ):
         """`resumed`: what last.pt of the run holds, None at its start."""
-        self.recipe, self.builders, self.folder, self.data, self.dist = recipe, builders, folder, data, dist
+        self.builders, self.folder, self.data, self.dist = builders, folder, data, dist
         self.data_info: dict[str, Any] = {
             "classes": list(data.classes),
             "channels": data.channels,
@@ -73,13 +73,15 @@ class Run:
         self.best: dict[str, Any] = {"top1": None, "epoch": 0}  # top1: of validation; None without
         self.seconds = 0.0
         self.resumed = resumed
-        self.design, self.init = design_of(recipe.model, self.data_info), None
+        self.init = None
         self.grown = False  # the last stage has more epochs than the run that is resumed
         self.lines = [data.describe()]  # to be printed before training
-        if resumed is not None:
-            self.grown = check_resumable(resumed, recipe, builders, self.data_info, folder)
+        if resumed is None:
+            self.recipe, self.open = resolve(recipe, self.data_info), left_open(recipe)
+        else:
+            self.recipe, self.grown = resume_recipe(resumed, recipe, builders, self.data_info, folder)
             check_images(resumed.get("listing", self.listing), self.listing, folder)
-            self.design, self.init = resumed["design"], resumed.get("init")
+            self.open, self.init = resumed["open"], resumed.get("init")
             self.lines += other_bits(resumed)
         self.stage = self._start_stage(0, None)
 
@@ -89,7 +91,7 @@ class Run:
 
     def _start_stage(self, index: int, weights) -> Stage:
         torch.manual_seed(self.recipe.seed + index)
-        model = build_model(self.recipe, self.builders, self.data_info, self._binarize(index), self.design)
+        model = build_model(self.recipe, self.builders, self.data_info, self._binarize(index))
         kept: frozenset[str] = frozenset()
         if weights is not None:
             load_weights(model, weights, f"stage {index} taking over from stage {index - 1}")
@@ -119,7 +121,7 @@ class Run:
         return {
             **self.stage.state(),
             "recipe": recipe.model_dump(),
-            "design": self.design,
+            "open": self.open,
             "init": self.init,
             "threads": torch.get_num_threads(),
             "binarize": self._binarize(self.stage.index),
@@ -322,7 +324,7 @@ class Run:
             "skipped_images": self.data.skipped,
             "seconds": self.seconds + time.monotonic() - self.started,
             "seed": self.recipe.seed,
-            "model": self.recipe.model.model_dump() | self.design,
+            "model": self.recipe.model.model_dump(),
             "init": self.init,
             "processes": self.dist.world,
             "threads": torch.get_num_threads(),

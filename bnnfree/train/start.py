@@ -18,13 +18,13 @@ from bnnfree.convert import published
 from bnnfree.errors import CheckpointError, nearest
 from bnnfree.nn import BinaryBlock
 from bnnfree.optim import matching
+from bnnfree.recipe.resolve import resolve
 from bnnfree.train.checkpoint import Builders, build_model, load_weights, open_checkpoint, origin
-from bnnfree.train.meaning import design_of
 from bnnfree.train.sealed import ForeignCheckpoint
 
 PRETRAINED = Path(bnnfree.__file__).parent.parent / "models" / "pretrained"
 SHOWN = 4  # names of layers in a message
-WEIGHTS_ONLY = ("kind", "recipe", "design", "binarize", "data", "origin", "best", "published")
+WEIGHTS_ONLY = ("kind", "recipe", "open", "binarize", "data", "origin", "best", "published")
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,14 @@ def convert_published(
     theirs, decay = published.read_published(path)
     found = published.inspect(theirs, where)
     name = published.choose(found, variant, where, decay)
-    recipe = published.recipe_of(found, name, image_size)
+    written = published.recipe_of(found, name, image_size)
     names = [f"class{i}" for i in range(found.classes)] if classes is None else list(classes)
     if len(names) != found.classes:
         raise CheckpointError(f"{where}: got {len(names)} names of classes, expected {found.classes}.")
     mean, std = published.DATA[found.classes][1] if found.classes in published.DATA else published.IMAGENET
-    size = [recipe.data.image_size] * 2
+    size = [written.data.image_size] * 2
     data = {"classes": names, "channels": 3, "image_size": size, "mean": list(mean), "std": list(std)}
+    recipe = resolve(written, data)
     model = build_model(recipe, builders, data)
     load_weights(model, published.translate(theirs, model, found.model, found.stored, where), where)
     return {
@@ -122,7 +123,7 @@ def convert_published(
         "optimizers": [],
         "signs": {},
         "recipe": recipe.model_dump(),
-        "design": design_of(recipe.model, data),
+        "open": [],
         "binarize": recipe.model.binarize,
         "data": data,
         "origin": origin(),
