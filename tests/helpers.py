@@ -29,9 +29,8 @@ TINY = {
     "free": {"calibration": 32},
 }  # fmt: skip
 
-BATCH_FREE = ("none", "free", "free_paper", "ab", "gn", "ln", "in", "frn", "ic_gn", "ic_frn")
-BATCH_FREE += ("ln_pn", "gn_pn", "in_pn")
-BATCH = ("bn", "brn", "ic", "kn")
+BATCH = tuple(name for name, rule in NORMS.items() if rule.batch_dependent)
+BATCH_FREE = tuple(name for name in NORMS if name not in BATCH)
 NARROW = {name: 0.5 for name in MODELS if name.endswith(("15", "20"))}  # else 1/8: 8 channels at first
 
 

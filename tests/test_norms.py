@@ -37,10 +37,6 @@ def make_layer(name, channels=6, **options):
     return layer
 
 
-def test_every_normaliser_is_known_as_batch_free_or_not():
-    assert sorted(BATCH_FREE + BATCH) == sorted(NORMS)
-
-
 # -- batch independence: exact, because each sample's statistics are reduced by themselves, in one and the same order
 
 

@@ -27,7 +27,6 @@ IDLE = [
     (["optimizer.precondition=bnp"], "free.reference", 8),
     (["model.norm=bn"], "free.calibration", 9),
     (["model.norm=bn"], "model.centre_gradient", True),
-    (["model.norm=bn"], "agc.eps", 0.5),
     (["free.track=false"], "free.window", 99.0),
     (["model.norm=none"], "model.latent_std", 0.5),
     (["model.norm=none"], "settle", 8),
@@ -40,7 +39,6 @@ IDLE = [
     ([], "optimizer.bop_gamma", 0.5),
     ([], "optimizer.bop_threshold", 0.5),
     ([], "optimizer.bnp_rho", 0.5),
-    ([], "optimizer.bnp_floor", 0.5),
     (["stages.0.lr=0.001"], "optimizer.lr", 0.5),
     (["stages.0.weight_decay=0.001"], "optimizer.weight_decay", 0.5),
     ([], "schedule.gamma", 0.5),
@@ -145,7 +143,6 @@ def test_a_key_that_nothing_reads_changes_nothing(trained, others, key, value):
         ["model.norm=none", "model.centre=true", "free.window=99"],
         ["model.norm=bn", "settle=8", "model.latent_std=0.5"],
         ["model.norm=bn", "model.norm_options.ghost=2", "settle=8"],
-        ["model.norm=free_paper", "agc.eps=0.5"],
         ["model.norm=none", "model.beta=measured", "free.calibration=9"],
         ["optimizer.name=sgd", "optimizer.momentum=0.5", "optimizer.nesterov=true"],
         [

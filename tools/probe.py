@@ -132,6 +132,7 @@ def look(source: Path, overrides: list[str], count: int) -> Look:
     from bnnfree.analysis.probe import probe, weight_signs
     from bnnfree.analysis.signals import SIGNS, by_depth, trace_signals
     from bnnfree.nn import anneal, calibrate
+    from bnnfree.optim import AGC_EPS
     from bnnfree.train import open_source
     from bnnfree.train.checkpoint import build_model
     from bnnfree.train.networks import parse_recipe
@@ -144,7 +145,7 @@ def look(source: Path, overrides: list[str], count: int) -> Look:
     recipe = network.recipe
     if network.trained:  # Why anew: overrides are about the data, and not about what was trained
         recipe = parse_recipe(network.state["recipe"], network.source, MODELS)
-    agc = None if recipe.agc.clip is None else (recipe.agc.clip, recipe.agc.eps)
+    agc = None if recipe.agc.clip is None else (recipe.agc.clip, AGC_EPS)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         initial = build_model(recipe, MODELS, network.data, network.binarize)

@@ -93,7 +93,7 @@ def reopened(recipe: Recipe) -> Recipe:
     clip = "auto" if chosen.agc.clip == own.agc.clip else chosen.agc.clip
     sections = {
         "model": ModelRecipe.model_construct(**{**chosen.model.model_dump(), **dict.fromkeys(same)}),
-        "agc": AgcRecipe(clip=clip, eps=chosen.agc.eps),
+        "agc": AgcRecipe(clip=clip),
     }
     return Recipe.model_construct(**{**dict(recipe), **sections})
 

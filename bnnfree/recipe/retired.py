@@ -31,6 +31,8 @@ RETIRED = {
     "free.gather": Retired(
         (), "groups have its place (recipes/NOTES.md, section 19); free.group says of how many images"
     ),
+    "optimizer.bnp_floor": Retired((0.01,), "nobody set it; the preconditioner has a constant, 0.01"),
+    "agc.eps": Retired((0.001,), "nobody set it; the clipping has a constant, 0.001"),
     "probe.images": Retired((64,), "nothing was learned from another number; a probe sees 64 images"),
 }
 OF_FREE = {"window", "calibration", "track", "recalibrate", "reference"}  # which stored files with free.gather have

@@ -137,8 +137,6 @@ class OptimizerRecipe(Part):
     """bnp: gradients as if the inputs of every layer were normalised; null: as they are"""
     bnp_rho: float = Field(default=0.99, ge=0, lt=1)
     """bnp: share of the inputs' running mean and variance kept per step"""
-    bnp_floor: float = Field(default=1e-2, ge=0)
-    """bnp: what is added to each channel's variance, as a share of its layer's largest"""
 
 
 class ScheduleRecipe(Part):
@@ -161,8 +159,6 @@ class AgcRecipe(Part):
 
     clip: float | Literal["auto"] | None = "auto"
     """largest gradient norm / weight norm of an output channel; null: off; auto: the normaliser's own"""
-    eps: float = Field(default=1e-3, gt=0)
-    """smallest weight norm assumed"""
 
 
 class LossRecipe(Part):

@@ -32,6 +32,7 @@ from bnnfree.nn import (
 )
 from bnnfree.nn.fused import Shared, choose_speed
 from bnnfree.optim import (
+    AGC_EPS,
     ClipRate,
     Precondition,
     adaptive_grad_clip,
@@ -84,7 +85,7 @@ class Stage:
             self.net = data_parallel(self.model, dist, (data.channels, *data.image_size))
         self.precondition: Precondition | None = None
         if recipe.optimizer.precondition == "bnp":
-            self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
+            self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho)
         self.passes = Passes(recipe, self.model, dist)
         self.shared = Shared() if recipe.accumulate > 1 else None
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
@@ -232,7 +233,7 @@ class Stage:
         if self.precondition is not None:
             self.precondition.step(self.dist.sum_)
         if recipe.agc.clip is not None:
-            rates = adaptive_grad_clip(self.groups, recipe.agc.clip, recipe.agc.eps)
+            rates = adaptive_grad_clip(self.groups, recipe.agc.clip)
             self.clip_rate.update(self.groups, rates)
         self.part_done("agc")
         for optimizer in self.optimizers:
@@ -309,7 +310,7 @@ class Stage:
         def loss(logits: Tensor, labels: Tensor) -> Tensor:
             return LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing) / len(labels)
 
-        agc = None if recipe.agc.clip is None else (recipe.agc.clip, recipe.agc.eps)
+        agc = None if recipe.agc.clip is None else (recipe.agc.clip, AGC_EPS)
         step = (self.first_epoch + self.epoch) * self.steps + self.step
         self.prober.measure(self.model, step, images, labels, loss=loss, agc=agc)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import (
@@ -87,9 +88,8 @@ def _traits(builder: Builder, options: str) -> Traits:
     if weights > MOST_WEIGHTS:
         width = values["width"]
         raise BnnfreeError(f"width: got {width}, which makes {weights:,} weights, expected up to {MOST_WEIGHTS:,}.")
-    rule = NORMS[values["norm"]]
     found = {name for name, holds in LAYERS.items() if any(map(holds, net.modules()))}
-    return frozenset(found | ({"statistics"} if rule.batch_dependent else set()))
+    return frozenset(found | ({"statistics"} if NORMS[values["norm"]].batch_dependent else set()))
 
 
 def _is_binary(layer: nn.Module) -> bool:
@@ -117,6 +117,7 @@ LAYERS: dict[str, Callable[[Any], bool]] = {
     "constants": _is_calibrated,
     "rescaled": lambda layer: isinstance(layer, WeightLayer) and layer.unit_output and layer.gain is not None,
     "gradients": lambda layer: isinstance(layer, WeightLayer) and layer.gradient_centre is not None,
+    "statistics": lambda layer: isinstance(layer, _BatchNorm),  # a network's own, beside those of its normaliser
     "settled": lambda layer: type(layer) in (nn.BatchNorm2d, GhostBatchNorm2d),
 }
 """Trait of bnnfree.recipe.reads.TRAITS -> a layer that gives it to its network."""
