@@ -1,16 +1,19 @@
 """Resolved recipes, keys that are no more, and the traits by which keys are judged without torch."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import yaml
-from helpers import TINY, tiny, train
+from helpers import ROOT, TINY, tiny, train
 
 from bnnfree import recipe as room
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BINARIZE, NORMS, Design
 from bnnfree.normalisers import OWN
 from bnnfree.recipe import RecipeError, Resolved, resolve
+from bnnfree.recipe.read import save_recipe
 from bnnfree.recipe.reads import TRAITS, traits_of
 from bnnfree.recipe.resolve import OPEN, completed, left_open, reopened, values_of
 from bnnfree.recipe.retired import RETIRED
@@ -102,6 +105,31 @@ def test_a_run_holds_the_resolved_recipe(tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml", models=MODELS).model_dump() == wanted
     with pytest.raises(BnnfreeError, match=r"model\.alpha \(1\.0 -> 0\.5\)"):
         train(tmp_path, "stages=[{epochs: 1}]", "model.alpha=0.5", resume=True)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_stored_recipe_takes_another_norm_with_that_ones_values(tmp_path, norm):
+    """As the recipe does that it came from; what was chosen stays."""
+    for changes in (["model.alpha=0.3"], ["model.norm=bn", "model.centre_head=true"], ["model.norm=free_paper"]):
+        save_recipe(resolve(tiny(*changes), SMALL), tmp_path / "run.yaml")
+        (tmp_path / "own.yaml").write_text(f"extends: run.yaml\nmodel: {{norm: {norm}, ste: clip}}\n")
+        wanted = resolve(tiny(*changes, f"model.norm={norm}", "model.ste=clip"), SMALL)
+        for path, overrides in (("run", [f"model.norm={norm}", "model.ste=clip"]), ("own", [])):
+            found = load_recipe(tmp_path / f"{path}.yaml", overrides, MODELS)
+            assert resolve(found, SMALL).model_dump() == wanted.model_dump(), (path, changes)
+
+
+def test_every_recipe_is_read_and_resolved_without_torch():
+    code = """
+import sys
+from pathlib import Path
+from bnnfree.recipe import load_recipe, resolve
+for path in Path("recipes").glob("*.yaml"):
+    resolve(load_recipe(path, ["model.norm=gn", "model.norm_options.groups=4"]), {"image_size": [32, 32]})
+print(sorted({"torch", "numpy", "PIL", "torchvision", "tqdm"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_what_was_written_and_is_left_out_on_resume_is_told(tmp_path):

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from bnnfree import errors
 from bnnfree.files import replacing
 from bnnfree.recipe.reads import Look, Traits, leaves, traits_of, unread
+from bnnfree.recipe.resolve import reopened
 from bnnfree.recipe.retired import translated, without_retired
 from bnnfree.recipe.schema import Recipe
 from bnnfree.recipe.sections import section_of
@@ -95,7 +96,7 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, loo
 
     A layer that is no whole recipe yet is judged together with the next.
     """
-    models = None if models is None else list(models)
+    models, overrides = None if models is None else list(models), list(overrides)
     tree: dict[str, Any] = {}
     pending: dict[str, Any] = {}
     for number, layer in enumerate(layers):
@@ -103,7 +104,7 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, loo
         stored = number < judged or _is_resolved(layer)
         layer = without_retired(layer, where, stored)
         written = leaves(layer)
-        tree = merge(_without_options(tree, written), layer) if tree else copy.deepcopy(layer)
+        tree = merge(_for_norm(tree, written), layer) if tree else copy.deepcopy(layer)
         if stored:
             continue
         pending |= written
@@ -115,6 +116,7 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, loo
         _judge(recipe, traits, pending, where)
         pending = {}
     before = leaves(tree)
+    tree = _for_norm(tree, _norm_of(overrides))
     keys = []
     for override in sorted(overrides, key=_is_option):
         keys.append(_apply(tree, override, where))
@@ -128,6 +130,26 @@ def _parse(layers: list[dict], overrides: Iterable[str], where: str, models, loo
     recipe = _validated(without_retired(tree, where, False) if keys else tree, where, models)
     _judge(recipe, _seen(recipe, look, where), pending | written, where)
     return recipe
+
+
+def _norm_of(overrides: Iterable[str]) -> dict[str, Any]:
+    """The norm that overrides choose, as `leaves` gives it."""
+    text = by_key(overrides).get("model.norm")
+    return {} if text is None else {"model.norm": text.partition("=")[2].strip()}
+
+
+def _for_norm(tree: dict, now: Mapping[str, Any]) -> dict:
+    """The tree for the norm of `now` (leaves): without what belongs to another that it had.
+
+    That is the options of the norm; in a resolved tree its own values too, which are open again.
+    """
+    was = leaves(tree).get("model.norm", "free")
+    if now.get("model.norm", was) != was and _is_resolved(tree):
+        try:
+            tree = reopened(Recipe.model_validate(tree)).model_dump()
+        except ValidationError:
+            pass  # said when all is together
+    return _without_options(tree, now)
 
 
 def _is_option(override: str) -> bool:

@@ -86,13 +86,12 @@ def resolve(recipe: Recipe, data: Mapping[str, Any], kept: Mapping[str, Any] | N
 
 def reopened(recipe: Recipe) -> Recipe:
     """The recipe with null and auto wherever a value is the normaliser's own: recipes differ in what was chosen."""
-    chosen, written = completed(recipe), ModelRecipe.model_construct(**recipe.model.model_dump())
-    bare = {"model": written.model_copy(update=dict.fromkeys(OWN)), "agc": AgcRecipe()}
-    own = completed(recipe.model_copy(update=bare))
-    same = [key for key in OWN if getattr(chosen.model, key) == getattr(own.model, key)]
-    clip = "auto" if chosen.agc.clip == own.agc.clip else chosen.agc.clip
+    whole = completed(recipe)
+    norm, values = whole.model.norm, whole.model.model_dump()
+    same = [key for key in OWN if complete(norm, {**values, key: None})[key] == values[key]]
+    clip = "auto" if whole.agc.clip == NORMS[norm].agc else whole.agc.clip
     sections = {
-        "model": ModelRecipe.model_construct(**{**chosen.model.model_dump(), **dict.fromkeys(same)}),
+        "model": ModelRecipe.model_construct(**{**values, **dict.fromkeys(same)}),
         "agc": AgcRecipe(clip=clip),
     }
     return Recipe.model_construct(**{**dict(recipe), **sections})
