@@ -24,6 +24,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.names": (set(), set()),
     "bnnfree.files": (set(), {"bnnfree.errors"}),
     "bnnfree.library": (set(), set()),
+    "bnnfree.progress": ({"tqdm"}, set()),
     "bnnfree.preprocess": ({"numpy", "PIL"}, {"bnnfree.errors"}),
     "bnnfree.ops": ({"numpy"}, {"bnnfree.errors"}),
     "bnnfree.format": ({"numpy"}, {"bnnfree.errors", "bnnfree.files", "bnnfree.ops"}),
@@ -42,7 +43,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.data": (
         TRAIN,
-        {"bnnfree.errors", "bnnfree.files", "bnnfree.preprocess"},
+        {"bnnfree.errors", "bnnfree.files", "bnnfree.preprocess", "bnnfree.progress"},
     ),
     "bnnfree.recipe": (
         {"yaml", "pydantic", "pydantic_core", "torch"},
@@ -52,7 +53,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.train": (
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
-        | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.convert"},
+        | {"bnnfree.preprocess", "bnnfree.progress", "bnnfree.recipe", "bnnfree.data", "bnnfree.convert"},
     ),
     "bnnfree.convert": (
         TORCH,
@@ -72,7 +73,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
         | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.convert", "bnnfree.sweep"}
-        | {"models", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
+        | {"models", "bnnfree.progress", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
         | {"bnnfree.export", "bnnfree.export.onnx", "bnnfree.bench"},
     ),
 }
