@@ -101,7 +101,9 @@ def test_every_text_with_a_tool_has_its_commands_found():
     """As many as `tools/NAME.py` with an argument behind it occurs after python; a form that is not seen would pass."""
     for name in TEXTS[:4]:
         text = (ROOT / name).read_text(encoding="utf-8")
-        spelt = {(m[1], m[2]) for m in re.finditer(r"python\s+(tools/\w+\.py)\s+([\w/.:-]+)", text.replace("\n#", "\n"))}
+        spelt = {
+            (m[1], m[2]) for m in re.finditer(r"python\s+(tools/\w+\.py)\s+([\w/.:-]+)", text.replace("\n#", "\n"))
+        }
         found = {tuple(shlex.split(command)[:2]) for command in commands_of(text) if " " in command}
         assert spelt <= found, spelt - found
 
