@@ -312,7 +312,7 @@ def test_a_log_of_a_training_has_its_lines_before_the_bar(tmp_path):
     assert lines[0].startswith("images 9x9x3") and any(line.startswith("warning: ") for line in before)
     assert [line.split(" (")[0] for line in before if line.startswith("stage ")] == ["stage 0", "stage 1", "stage 1"]
     assert "stage 0 (" not in "\n".join(after) and "\r" not in done.stdout
-    assert re.fullmatch(r"training: 100% 10/10 steps, \d+ s, 0 s left, stage both, epoch 1, loss .*", lines[counts[-1]])
+    assert re.fullmatch(r"training: 100% 10/10 steps, \d+ s, 0 s left, stage both, epoch 2, loss .*", lines[counts[-1]])
     assert lines[-1] == str(tmp_path / "run")
 
 

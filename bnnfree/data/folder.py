@@ -64,7 +64,7 @@ def list_tree(root: str | None, where: str, test_fraction: float | None = None) 
         if not there:
             raise DataError(
                 f"{where}: no folder {name!r} in {folder}: got {_shown(found)}, {EXPECTED}."
-                f"{nearest(name, set(found) - {'train'})} data.test_fraction=0.2 would hold out a fifth of each class."
+                f"{nearest(name, set(found) - {'train'}, f'{folder}/')} data.test_fraction=0.2 would hold out a fifth of each class."
             )
     classes = list(_classes(folder / "train"))
     if not classes:
