@@ -335,7 +335,7 @@ def test_torchrun_trains_to_a_result_and_refuses_its_folder_in_one_line(tmp_path
 @pytest.mark.slow  # python -m pytest -m slow tests/test_dist.py
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("data.batch_size=1", "batch_size 1 of 72 images for 2 ranks"), ("model.nrom=free", "Did you mean 'norm'?")],
+    [("data.batch_size=1", "batch_size 1 of 72 images for 2 ranks"), ("model.nrom=free", "Did you mean 'model.norm'?")],
 )
 def test_what_is_wrong_in_all_processes_is_said_by_one(tmp_path, option, message):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))

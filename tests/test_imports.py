@@ -25,6 +25,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.normalisers": (set(), {"bnnfree.errors", "bnnfree.names"}),
     "bnnfree.files": (set(), {"bnnfree.errors"}),
     "bnnfree.library": (set(), set()),
+    "bnnfree.progress": ({"tqdm"}, set()),
     "bnnfree.preprocess": ({"numpy", "PIL"}, {"bnnfree.errors"}),
     "bnnfree.ops": ({"numpy"}, {"bnnfree.errors"}),
     "bnnfree.format": ({"numpy"}, {"bnnfree.errors", "bnnfree.files", "bnnfree.ops"}),
@@ -43,7 +44,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.data": (
         TRAIN,
-        {"bnnfree.errors", "bnnfree.names", "bnnfree.files", "bnnfree.preprocess", "bnnfree.data.sizes"},
+        {"bnnfree.errors", "bnnfree.names", "bnnfree.files", "bnnfree.preprocess", "bnnfree.data.sizes"}
+        | {"bnnfree.progress"},
     ),
     "bnnfree.data.sizes": (set(), set()),
     "bnnfree.recipe": (
@@ -54,7 +56,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.nn"}
         | {"bnnfree.optim", "bnnfree.analysis", "bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data"}
-        | {"bnnfree.convert"},
+        | {"bnnfree.convert", "bnnfree.progress"},
     ),
     "bnnfree.convert": (
         TORCH,
@@ -75,7 +77,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
         | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.convert", "bnnfree.sweep"}
-        | {"models", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
+        | {"models", "bnnfree.progress", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
         | {"bnnfree.export", "bnnfree.export.onnx", "bnnfree.bench"},
     ),
 }

@@ -97,7 +97,10 @@ def test_a_key_that_nothing_reads_is_one_line(tmp_path, others, key, value):
     with pytest.raises(RecipeError) as caught:
         parse_recipe(TINY, "tiny.yaml", MODELS, [*others, f"{key}={text}"])
     line = str(caught.value)
-    assert line.startswith(f"tiny.yaml: {key}: got ") and ", which nothing reads here: it is for " in line
+    assert (
+        line.startswith(f"override {f'{key}={text}'!r}: {key}: got ")
+        and ", which nothing reads here: it is for " in line
+    )
     assert len(line.splitlines()) == 1
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(with_key(others, key, value) | {"seed": 3}))
     assert load_recipe(tmp_path / "file.yaml", models=MODELS).seed == 3  # whole: what a run has written

@@ -158,7 +158,7 @@ def test_overrides_move_a_checkpoints_data_and_not_its_network(run_folder):
 
 
 def test_what_is_neither_is_named_with_what_is_allowed(tmp_path, recipe):
-    with pytest.raises(CheckpointError, match=rf"tiny\.yml: no such file or folder, {EVERY_KIND}\. .*'tiny\.yaml'\?"):
+    with pytest.raises(CheckpointError, match=rf"tiny\.yml: no such file or folder, {EVERY_KIND}\. .*tiny\.yaml'\?"):
         open_source(tmp_path / "tiny.yml", MODELS)
     with pytest.raises(CheckpointError, match=rf"no such file or folder, {EVERY_KIND}\.$"):
         open_source(tmp_path / "nowhere" / "best.pt", MODELS)
@@ -170,8 +170,8 @@ def test_what_is_neither_is_named_with_what_is_allowed(tmp_path, recipe):
         open_source(tmp_path / "empty", MODELS)
 
 
-def test_errors_of_a_recipe_name_its_file(recipe):
-    with pytest.raises(RecipeError, match=r"tiny\.yaml: model\.nrom: unknown key"):
+def test_errors_of_a_recipe_name_its_file_and_those_of_an_override_that(recipe):
+    with pytest.raises(RecipeError, match=r"^override 'model\.nrom=free': model\.nrom: unknown key"):
         open_source(recipe, MODELS, ["model.nrom=free"])
     with pytest.raises(DataError, match=r"tiny\.yaml: data: root: got None"):
         open_source(recipe, MODELS, ["data.name=image_folder"])

@@ -14,9 +14,9 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from bnnfree.data.file_split import Files
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import DECODED_SIZE, MODES, NARROW, Reading, Size, check_limits, square
-from bnnfree.data.file_split import Files
 
 LONGEST_NAME = 1024  # bytes of a class name; the packed format's MAX_LINE
 TRIED = 16  # image files that are decoded to see what range their values have

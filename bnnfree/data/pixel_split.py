@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnnfree.data.augment import POLICIES, Mixing, neighbours, policy, seeded
 from bnnfree.errors import DataError
-from bnnfree.data.augment import MIXTURES, POLICIES, Mixing, neighbours, policy, seeded
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Numbered = tuple[Tensor, Tensor, Tensor]  # images, labels, and the images' numbers
@@ -59,7 +59,6 @@ def _crop(images: Tensor, draws: Tensor, pad: int) -> Tensor:
 
 
 GEOMETRIES = {"flip": flip, "crop": crop, "shift": shift}
-
 
 
 def in_bursts(order: Tensor, labels: Tensor, length: int, generator: torch.Generator) -> Tensor:

@@ -33,6 +33,7 @@ def parameter_groups(
     affine_lr_mult: float = 1.0,
     agc: bool = True,
     lr_mult: Mapping[str, float] = MappingProxyType({}),
+    lr_mult_name: str = "lr_mult",
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters of `model`, each parameter in exactly one of them.
 
@@ -43,7 +44,7 @@ def parameter_groups(
     head    every parameter of `find_head(model)`                    lr                   no     no
 
     lr_mult: factors on lr by pattern of parameter names (see `matching`), of several that match the last; parameters of
-    one kind and several factors are several groups.
+    one kind and several factors are several groups. lr_mult_name: what errors call it.
     Types include subclasses; names and numbers of dims decide nothing, so a rename changes nothing.
     A parameter shared by several modules appears once: head before latent before real before affine.
     Returns: non-empty groups in this order, dicts of params, names (full dotted ones), kind, lr, weight_decay
@@ -62,7 +63,7 @@ def parameter_groups(
     kinds = _kinds(model)
     decays = {"latent": weight_decay, "real": weight_decay}
     names = [name for name, _ in model.named_parameters()]
-    factors = {name: mult for pattern, mult in lr_mult.items() for name in matching(names, pattern, "lr_mult")}
+    factors = {name: mult for pattern, mult in lr_mult.items() for name in matching(names, pattern, lr_mult_name)}
     members: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {(kind, 1.0): [] for kind in KINDS}
     for name, param in model.named_parameters():
         if isinstance(param, UninitializedParameter):
@@ -97,7 +98,9 @@ def matching(names: Iterable[str], pattern: str, where: str) -> list[str]:
     names = list(names)
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        hint = nearest(pattern, names) or f" Names are {', '.join(names[:3])}, ..."
+        inside = any(name.startswith(f"{pattern}.") for name in names)
+        hint = f" For all of that layer: '{pattern}.*'." if inside else nearest(pattern, names)
+        hint = hint or f" Names are {', '.join(names[:3])}, ..., {names[-1]}."
         raise BnnfreeError(f"{where}: got {pattern!r}, which matches no parameter.{hint}")
     return found
 
@@ -124,12 +127,12 @@ def find_head(model: nn.Module) -> nn.Module | None:
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """A table with one line per group. Units: tensors counts parameters, values their elements."""
+    """A table with one line per group. Units: tensors counts parameters, values their elements; lr is the peak's."""
     lines = [f"{'kind':<8}{'tensors':>8}{'values':>12}{'lr':>12}{'weight decay':>14}  AGC"]
     for group in groups:
         values = sum(param.numel() for param in group["params"])
         lines.append(
-            f"{group['kind']:<8}{len(group['params']):>8}{values:>12,}{group['lr']:>12.3g}"
+            f"{group['kind']:<8}{len(group['params']):>8}{values:>12,}{group.get('initial_lr', group['lr']):>12.3g}"
             f"{group['weight_decay']:>14.3g}  {'yes' if group['agc'] else 'no'}"
         )
     return "\n".join(lines)

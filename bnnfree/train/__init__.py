@@ -1,4 +1,4 @@
-"""One training: from a recipe to a result by `fit`, and its checkpoints. Imports torch, torchvision, pydantic, tqdm.
+"""One training: from a recipe to a result by `fit`, and its checkpoints. Imports torch, torchvision, pydantic.
 
 run (all stages), loop (a stage), losses, schedule, passes, evaluation, teacher, start (init, freeze), doubts (what a
 recipe cannot do on the data at hand), dry (before a training), report (metrics and curves), resume, run_folder (lock).

@@ -42,7 +42,7 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
 def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     dist = processes.start(recipe.device)
     shape = describe(recipe.data, where)
-    check_files(recipe.data, where)
+    looked_at = check_files(recipe.data, where)
     batch = min(recipe.data.batch_size, shape["samples"])
     train_images = shape["samples"] * (1 - recipe.data.val_fraction)
     asked, passes = recipe, min(recipe.accumulate, math.ceil(train_images / batch))  # an epoch's are a step's at most
@@ -80,6 +80,7 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     lines.append(
         f"images {h}x{w}x{shape['channels']}, {len(shape['classes'])} classes, {train_images:,.0f} to train on"
     )
+    lines += [looked_at] if looked_at else []
     lines.append(f"estimate: {hours:.2f} h on {dist.device} with {torch.get_num_threads()} threads, {_memory(dist)}")
     lines += [f"warning: {doubt}." for doubt in doubts(asked, epoch, round(shape["samples"] - train_images))]
     return "\n".join(map(one_line, lines))

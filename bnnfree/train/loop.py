@@ -105,6 +105,7 @@ class Stage:
             affine_lr_mult=options.affine_lr_mult,
             agc=self.recipe.agc.clip is not None,
             lr_mult=options.lr_mult,
+            lr_mult_name="optimizer.lr_mult",
         )
         return make_optimizer(groups, options.name, **options.model_dump(include=set(OPTIMIZER_OPTIONS)))
 
@@ -250,8 +251,14 @@ class Stage:
 
     def next_lr(self) -> float:
         """The learning rate of the step to come, of parameters without a factor on it."""
-        peak = self.recipe.stages[self.index].lr or self.recipe.optimizer.lr
-        return peak * lr_factor(step=self.epoch * self.steps + self.step, **self._course())
+        return self._lr_at(self.epoch * self.steps + self.step)
+
+    def last_lr(self) -> float:
+        """That of the stage's last step."""
+        return self._lr_at(self.epochs * self.steps - 1)
+
+    def _lr_at(self, step: int) -> float:
+        return (self.recipe.stages[self.index].lr or self.recipe.optimizer.lr) * lr_factor(step=step, **self._course())
 
     def _course(self) -> dict[str, Any]:
         """Arguments of `lr_factor` beside the step: the schedule, and the steps that it spans."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, Stats, describe
-from bnnfree.errors import CheckpointError, nearest
+from bnnfree.errors import CheckpointError, nearest_path
 from bnnfree.nn import calibrate
 from bnnfree.preprocess import DECODED_SIZE, resize_rule
 from bnnfree.recipe.resolve import resolve
@@ -68,8 +68,7 @@ def source_kind(source: str | Path) -> Literal["checkpoint", "recipe"]:
     if path.is_dir():
         return "checkpoint"
     if not path.is_file():
-        siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError(f"network {path}: no such file or folder, {EXPECTED}.{nearest(path.name, siblings)}")
+        raise CheckpointError(f"network {path}: no such file or folder, {EXPECTED}.{nearest_path(path)}")
     if path.suffix in SUFFIXES:
         return "recipe"
     if path.suffix in CHECKPOINTS:

@@ -1,7 +1,7 @@
 """A whole run: the stages of a recipe, one after the other, in one folder that can be resumed.
 
 With several processes, process 0 alone reads and writes the folder, and tells the others what they need of it.
-Imports torch, numpy, tqdm, bnnfree.nn and its own room; the model builders are passed in.
+Imports torch, numpy, bnnfree.nn and its own room; the model builders are passed in.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bnnfree.data.datasets import Data, load_data
 from bnnfree.errors import CheckpointError, one_line
 from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
+from bnnfree.progress import Progress, say
 from bnnfree.recipe.read import save_recipe
 from bnnfree.recipe.resolve import left_open, resolve
 from bnnfree.recipe.schema import Recipe
@@ -163,7 +163,8 @@ class Run:
                 (self.folder / "result.json").unlink(missing_ok=True)  # it is not over
             self.lines.append(
                 f"stage {self.stage.index} goes on to {self.stage.epochs} epochs: the learning rate is what it would "
-                f"be there in a stage of as many: {state['history'][-1]['lr']:.3g} -> {self.stage.next_lr():.3g}"
+                f"be there in a stage of as many ({self.recipe.schedule.name}): {state['history'][-1]['lr']:.3g} -> "
+                f"{self.stage.next_lr():.3g}, and {self.stage.last_lr():.3g} in the last step"
                 if state["history"]
                 else f"stage {self.stage.index} goes on to {self.stage.epochs} epochs"
             )
@@ -194,7 +195,7 @@ class Run:
         try:
             self._say(*self.lines)
             self._warn()
-            self._describe()
+            self._describe(plan=True)
             with self._bar() as self.bar:
                 if self.resumed is None:
                     self.stage.calibrate()
@@ -211,28 +212,31 @@ class Run:
             self.report.close()
         return self._finish()
 
-    def _bar(self) -> tqdm:
+    def _bar(self) -> Progress:
         steps = sum(stage.epochs for stage in self.recipe.stages) * self.stage.steps
         done = (self.stage.first_epoch + self.stage.epoch) * self.stage.steps + self.stage.step
-        pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
-        return tqdm(total=steps, initial=done, unit="step", disable=self.hidden, smoothing=0.02, mininterval=pause)
+        return Progress(steps, "training", "steps", done=done, hidden=self.hidden)
 
     def _warn(self) -> None:
         """Say what the recipe will not do on these data; in a log too, where all else is quiet."""
         validation = 0 if self.data.val is None else len(self.data.val)
         for doubt in doubts(self.recipe, self.stage.steps, validation) if self.dist.main else ():
-            tqdm.write(one_line(f"warning: {doubt}."), file=sys.stderr)
+            say(one_line(f"warning: {doubt}."), file=sys.stderr)
 
     def _say(self, *lines: str) -> None:
         """Print each as one line, above the progress bar."""
         if not self.hidden:
-            tqdm.write("\n".join(map(one_line, lines)))
+            say("\n".join(map(one_line, lines)))
 
-    def _describe(self) -> None:
-        stage = self.recipe.stages[self.stage.index]
-        signs = self._binarize(self.stage.index)
-        head = f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}"
-        self._say(head, f"speed: {self.stage.speed}", *describe_groups(self.stage.groups).splitlines())
+    def _describe(self, plan: bool = False) -> None:
+        """Say what the stage is; with `plan` those that follow first."""
+        first = self.stage.index
+        heads = [
+            f"stage {index} ({stage.name}): {stage.epochs} epochs, 1-bit: {self._binarize(index)}"
+            for index, stage in enumerate(self.recipe.stages)
+            if index == first or plan and index > first
+        ]
+        self._say(*heads, f"speed: {self.stage.speed}", *describe_groups(self.stage.groups).splitlines())
 
     def _train_stage(self) -> None:
         stage, last_stage = self.stage, self.stage.index + 1 == len(self.recipe.stages)
@@ -260,7 +264,7 @@ class Run:
                 self.report.add(metrics)
                 shown = {key: metrics[key] for key in ("stage", "epoch")}
                 shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
-                self.bar.set_postfix(shown, refresh=False)
+                self.bar.note(shown)
                 top1, best = metrics.get("val_top1"), self.best["top1"]
                 # without validation images the last epoch is the best
                 if last_stage and (top1 is None or best is None or top1 > best):
