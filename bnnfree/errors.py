@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 EXTRAS = {
     "numpy": "",
@@ -85,10 +86,22 @@ def one_line(text: object) -> str:
     return printable(str(text), keep="")
 
 
-def nearest(got: str, allowed: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the allowed name closest to `got`, or an empty string."""
+def nearest(got: str, allowed: Iterable[str], before: str = "") -> str:
+    """` Did you mean 'x'?` for the allowed name closest to `got`, or an empty string.
+
+    before: what stands before the name where it is typed, such as its folder.
+    """
     close = difflib.get_close_matches(str(got), [str(name) for name in allowed], n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    return f" Did you mean '{before}{close[0]}'?" if close else ""
+
+
+def nearest_path(path: Path) -> str:
+    """` Did you mean 'folder/x'?` for what is beside `path` and has the closest name, as it would be typed."""
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return ""
+    return nearest(path.name, names, "" if path.parent == Path(".") else f"{path.parent}/".replace("//", "/"))
 
 
 def unknown_name(what: str, got: object, allowed: Iterable[str]) -> UnknownNameError:

@@ -24,7 +24,7 @@ def reactnet_a(classes: int, channels: int = 3, *, width: float = 1.0, stem: str
     # the first doubling, right after the stem, keeps the resolution
     strides = [2 if i > 0 and a != b else 1 for i, (a, b) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False))]
     shapes = [BlockShape(2, transition=s == 2, ref_resets=s == 2) for s in strides]
-    betas = expected_betas(shapes, design.branch_factor, design.beta_mode)
+    betas = expected_betas(shapes, design.alpha, design.beta)
     layers: list[nn.Module] = []
     for cin, cout, stride, (beta3, beta1) in zip(outs, outs[1:], strides, betas, strict=False):
         layers.append(BinaryBlock(cin, cin, design, stride=stride, beta=beta3))

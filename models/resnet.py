@@ -47,7 +47,7 @@ def _resnet(
         for s, count in enumerate(counts)
         for b in range(count)
     ]
-    betas = iter(expected_betas(shapes, design.branch_factor, design.beta_mode))
+    betas = iter(expected_betas(shapes, design.alpha, design.beta))
     layers: list[nn.Module] = []
     cin = outs[0]
     for s, (cout, count) in enumerate(zip(outs, counts, strict=True)):

@@ -9,11 +9,12 @@ import torch
 from bnnfree.data.datasets import describe, load_data
 from bnnfree.data.pixel_split import PixelSplit
 from bnnfree.nn import NORMS
-from bnnfree.recipe.read import parse_recipe
+from bnnfree.recipe import resolve
 from bnnfree.train import fit
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
+from bnnfree.train.networks import parse_recipe
 from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +29,8 @@ TINY = {
     "free": {"calibration": 32},
 }  # fmt: skip
 
-BATCH_FREE = ("none", "free", "free_paper", "ab", "gn", "ln", "in", "frn", "ic_gn", "ic_frn")
-BATCH_FREE += ("ln_pn", "gn_pn", "in_pn")
-BATCH = ("bn", "brn", "ic", "kn")
+BATCH = tuple(name for name, rule in NORMS.items() if rule.batch_dependent)
+BATCH_FREE = tuple(name for name in NORMS if name not in BATCH)
 NARROW = {name: 0.5 for name in MODELS if name.endswith(("15", "20"))}  # else 1/8: 8 channels at first
 
 
@@ -97,6 +97,7 @@ def double_stage(monkeypatch, recipe, dist: Dist | None = None) -> Stage:
     monkeypatch.setattr(PixelSplit, "_normaliser", normaliser)
     torch.manual_seed(recipe.seed)
     data = load_data(recipe.data)
+    recipe = resolve(recipe, describe(recipe.data))
     model = build_model(recipe, MODELS, describe(recipe.data), recipe.stages[0].binarize).double()
     stage = Stage(recipe, 0, model, data, dist or Dist(0, 1, torch.device("cpu")))
     stage.calibrate()

@@ -174,7 +174,7 @@ def test_flip_crop_and_shift_have_the_bits_they_always_had():
     pixels, labels = joined(split.train_batches(8, seed=3, epoch=2))
     digest = hashlib.sha256(pixels.contiguous().numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     assert digest == "ff56eb3ba04584adb7ceb1a6c683054bdf38ff593eb35922a0ec8ae34d1495be"
-    assert split.mixing is None and pixel_split.NAMES[:3] == ("flip", "crop", "shift")
+    assert split.mixing is None and tuple(pixel_split.GEOMETRIES) == ("flip", "crop", "shift")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

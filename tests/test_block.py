@@ -166,7 +166,8 @@ def explicit_block(norm, kind, block, x, alpha, beta):
     real, pad_value = design.get("real", False), design.get("pad_value", 0)
     react = design.get("react", True) and not real
     before, proxy = NORMS[norm].before, NORMS[norm].proxy
-    options, row = NORMS[norm].real if real else NORMS[norm].binary, (1, -1, 1, 1)
+    own = Design(norm=norm)
+    options, row = own.real_options if real else own.binary_options, (1, -1, 1, 1)
     convs, place = arguments.get("convs", 1), iter(range(99))
 
     def relu(y, where):
@@ -438,7 +439,7 @@ def test_a_proxied_block_has_nothing_after_its_sum_and_a_bare_one_no_proxy():
 def test_the_activation_of_a_proxy_is_not_for_the_trunk():
     with pytest.raises(BnnfreeError, match="got 'trunk' for norm 'ln_pn'.*expected 'branch'"):
         Design(norm="ln_pn", activation="trunk")
-    assert Design(norm="ln_pn", activation="branch").acts_in_branch
+    assert Design(norm="ln_pn", activation="branch").activation == "branch"
 
 
 def test_slopes_of_ab_are_powers_of_two_whose_gradient_passes_the_rounding():
@@ -453,7 +454,7 @@ def test_slopes_of_ab_are_powers_of_two_whose_gradient_passes_the_rounding():
     torch.testing.assert_close(act.exponent.grad, expected)
     signs = [m for m in BinaryBlock(6, 6, Design(norm="ab")).branch if isinstance(m, Sign)]
     assert [m.ste for m in signs] == ["sigmoid"]
-    assert Design(norm="ab", ste="clip").estimator == "clip" and Design().estimator == "approx"
+    assert Design(norm="ab", ste="clip").ste == "clip" and Design().ste == "approx"
 
 
 def test_a_threshold_stands_where_no_sign_follows():

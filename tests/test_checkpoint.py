@@ -102,7 +102,10 @@ ODD = {  # dotted key -> values that no training writes there (DELETED: the key 
     "data.image_size": [None, [], [9], ["a", "b"], [-1, 9]],
     "model": [None, [], {}, {1: torch.zeros(1)}, {"w": 3}, {"w": torch.zeros(1)}, looped()],
     "ema": [3, {"w": 1}, {"w": torch.zeros(2)}],
-    "design": [None, [], {"norm": []}, {"colour": 3}, {"alpha": "x"}, {"stem": "no"}],
+    "open": [None, {}, [3], "x"],
+    "recipe.model.centre_head": [None, 3, "x"],
+    "recipe.model.stem": ["auto", "no", 3],
+    "recipe.agc.clip": ["auto", "x", [1]],
 }
 PROGRESS = {  # those that matter only where a training goes on
     "stage": [None, -1, 99, "0"],
@@ -145,7 +148,7 @@ def test_a_checkpoint_with_an_odd_value_is_one_line(tmp_path, run, key):
         assert len(str(caught.value)) < 600 and str(caught.value).count("\n") <= 4, (key, value)
 
 
-@pytest.mark.parametrize("key", [*PROGRESS, "model", "design"])
+@pytest.mark.parametrize("key", [*PROGRESS, "model", "open", "recipe.model.stem"])
 def test_so_it_is_where_a_training_goes_on_and_nothing_is_lost(tmp_path, run, key):
     state = load_checkpoint(run / "last.pt")
     values = {**ODD, **PROGRESS}[key] + ([DELETED] if key not in ("process_sums",) else [])
@@ -163,7 +166,7 @@ def save_odd(path, state):
     """`save_checkpoint` of a state with its own version, whatever that is."""
     version = state.get("version", DELETED)
     save_checkpoint(path, state)
-    if version == 2:
+    if version == 3:
         return
     state = {**load_checkpoint(path), "version": version}
     if version is DELETED:

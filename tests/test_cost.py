@@ -12,10 +12,11 @@ import torch
 from helpers import ROOT
 
 from bnnfree.data.datasets import describe, load_data
-from bnnfree.recipe.read import load_recipe
+from bnnfree.recipe import resolve
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
+from bnnfree.train.networks import load_recipe
 from bnnfree.train.process_settings import settings
 from models import MODELS
 
@@ -30,6 +31,7 @@ def stage_of(*options):
     recipe = load_recipe(ROOT / "recipes" / "cifar10_reactnet20.yaml", [*SOURCE, *options], MODELS)
     data = load_data(recipe.data)
     torch.manual_seed(0)
+    recipe = resolve(recipe, describe(recipe.data))
     model = build_model(recipe, MODELS, describe(recipe.data), None)
     stage = Stage(recipe, 0, model, data, Dist(0, 1, torch.device("cpu")))
     stage.calibrate()

@@ -362,9 +362,9 @@ def only_loose_images(root):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (rename("", "../rot"), r"root: got '.*root', which does not exist.*Did you mean 'rot'\?"),
-        (rename("train", "trian"), r"no folder 'train' in .*got 'test', 'trian'.*Did you mean 'trian'\?"),
-        (rename("test", "tset"), r"no folder 'test' .*expected train/ and test/ \(or val/\).*mean 'tset'\?"),
+        (rename("", "../rot"), r"root: got '.*root', which does not exist.*Did you mean '.*/rot'\?"),
+        (rename("train", "trian"), r"no folder 'train' in .*got 'test', 'trian'.*Did you mean '.*/trian'\?"),
+        (rename("test", "tset"), r"no folder 'test' .*expected train/ and test/ \(or val/\).*mean '.*/tset'\?"),
         (rename("test/bee", "test/bees"), r"'bee' missing, 'bees' only here.*Did you mean 'bee'\?"),
         (empty_class, r"class folder .*cow has no images: got 0 other files"),
         (only_loose_images, r"train has no class folders"),

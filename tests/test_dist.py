@@ -18,6 +18,7 @@ from torch import nn
 from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError, CheckpointError, DataError
 from bnnfree.nn import BinaryConv2d, CentredLinear, centred_layers, update_input_means
+from bnnfree.recipe import resolve
 from bnnfree.train import dist as processes
 from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import build_model
@@ -133,6 +134,7 @@ def float_stage(dist, *options):
     # Why SGD: the first step of Adam divides each gradient by itself, which makes much of the rounding of the smallest
     recipe = tiny(*FREE, "data.batch_size=14", "optimizer.name=sgd", *options)
     torch.manual_seed(0)
+    recipe = resolve(recipe, describe(recipe.data))
     model = build_model(recipe, MODELS, describe(recipe.data), "both")
     stage = Stage(recipe, 1, model, load_data(recipe.data), dist)
     stage.calibrate()
@@ -333,7 +335,7 @@ def test_torchrun_trains_to_a_result_and_refuses_its_folder_in_one_line(tmp_path
 @pytest.mark.slow  # python -m pytest -m slow tests/test_dist.py
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("data.batch_size=1", "batch_size 1 of 72 images for 2 ranks"), ("model.nrom=free", "Did you mean 'norm'?")],
+    [("data.batch_size=1", "batch_size 1 of 72 images for 2 ranks"), ("model.nrom=free", "Did you mean 'model.norm'?")],
 )
 def test_what_is_wrong_in_all_processes_is_said_by_one(tmp_path, option, message):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))

@@ -298,7 +298,7 @@ def test_usual_jpegs_take_the_short_way_and_other_files_give_what_preprocess_giv
 def test_crop_moves_pixels_as_a_slow_loop_does(name, pad):
     random = torch.Generator().manual_seed(SEED)
     batch, draws = torch.rand(40, 11, 17, 3, generator=random), torch.rand(40, 2, generator=random)
-    result = pixel_split.AUGMENTS[name](batch, draws)
+    result = pixel_split.GEOMETRIES[name](batch, draws)
     offsets = set()
     for image, (first, second), moved in zip(batch, draws.tolist(), result, strict=True):
         down, right = int(first * (2 * pad + 1)) - pad, int(second * (2 * pad + 1)) - pad

@@ -22,13 +22,15 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree": (set(), set()),
     "bnnfree.errors": (set(), set()),
     "bnnfree.names": (set(), set()),
+    "bnnfree.normalisers": (set(), {"bnnfree.errors", "bnnfree.names"}),
     "bnnfree.files": (set(), {"bnnfree.errors"}),
     "bnnfree.library": (set(), set()),
+    "bnnfree.progress": ({"tqdm"}, set()),
     "bnnfree.preprocess": ({"numpy", "PIL"}, {"bnnfree.errors"}),
     "bnnfree.ops": ({"numpy"}, {"bnnfree.errors"}),
     "bnnfree.format": ({"numpy"}, {"bnnfree.errors", "bnnfree.files", "bnnfree.ops"}),
     "bnnfree.engine": ({"numpy"}, {"bnnfree.errors", "bnnfree.library", "bnnfree.ops", "bnnfree.format"}),
-    "bnnfree.nn": (TORCH, {"bnnfree.errors", "bnnfree.library"}),
+    "bnnfree.nn": (TORCH, {"bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.library"}),
     "bnnfree.export": (
         {"torch", "numpy"},
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.ops", "bnnfree.format", "bnnfree.nn"}
@@ -43,17 +45,19 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.analysis": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.data": (
         TRAIN,
-        {"bnnfree.errors", "bnnfree.files", "bnnfree.preprocess"},
+        {"bnnfree.errors", "bnnfree.names", "bnnfree.files", "bnnfree.preprocess", "bnnfree.data.sizes"}
+        | {"bnnfree.progress"},
     ),
+    "bnnfree.data.sizes": (set(), set()),
     "bnnfree.recipe": (
-        {"yaml", "pydantic", "pydantic_core", "torch"},
-        {"bnnfree.errors", "bnnfree.names", "bnnfree.files", "bnnfree.preprocess", "bnnfree.data", "bnnfree.nn"}
-        | {"bnnfree.optim"},
+        {"yaml", "pydantic", "pydantic_core"},
+        {"bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.data.sizes"},
     ),
     "bnnfree.train": (
         TRAIN,
-        {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
-        | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.convert"},
+        {"bnnfree", "bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.nn"}
+        | {"bnnfree.optim", "bnnfree.analysis", "bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data"}
+        | {"bnnfree.convert", "bnnfree.progress"},
     ),
     "bnnfree.convert": (
         TORCH,
@@ -61,7 +65,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "bnnfree.sweep": (
         TRAIN,
-        {"bnnfree.errors", "bnnfree.files", "bnnfree.recipe", "bnnfree.train", "bnnfree.nn", "bnnfree.optim"},
+        {"bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.recipe"}
+        | {"bnnfree.train"},
     ),
     "bnnfree.bench": (
         {"numpy", "openvino", "onnxruntime", "torch", "torchvision", "PIL"},
@@ -73,7 +78,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
         | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.convert", "bnnfree.sweep"}
-        | {"models", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
+        | {"models", "bnnfree.progress", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
         | {"bnnfree.export", "bnnfree.export.onnx", "bnnfree.bench"},
     ),
 }
@@ -166,11 +171,14 @@ def test_a_forbidden_edge_is_found(module, name):
 LIGHT = (
     "bnnfree",
     "bnnfree.errors",
+    "bnnfree.names",
+    "bnnfree.normalisers",
     "bnnfree.files",
     "bnnfree.library",
     "bnnfree.preprocess",
     "bnnfree.ops",
     "bnnfree.format",
+    "bnnfree.recipe",
 )
 
 

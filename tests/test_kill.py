@@ -9,8 +9,8 @@ import pytest
 import yaml
 from helpers import ROOT, TINY, assert_same, metrics_of
 
-from bnnfree.recipe.read import load_recipe
 from bnnfree.train import fit, load_checkpoint
+from bnnfree.train.networks import load_recipe
 from models import MODELS
 
 STAGES = [{"name": "activations", "binarize": "activations", "epochs": 2}, {"name": "both", "epochs": 2}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -22,7 +23,8 @@ from bnnfree.export import pack
 from bnnfree.files import OutputError, replacing
 from bnnfree.format import write
 from bnnfree.recipe.data_section import DataRecipe
-from bnnfree.recipe.read import UnreadError, by_key, load_fitting
+from bnnfree.recipe.read import UnreadError, by_key
+from bnnfree.train.networks import load_fitting
 from bnnfree.train.open_network import DESCRIBING, MACHINE, PLACES, without_places
 from models import MODELS
 
@@ -71,7 +73,8 @@ def hostile(tmp_path_factory):
                 Image.fromarray(pixels).save(folder / "images" / part / name / f"{number}{HOSTILE}.png")
     (folder / "images" / "train" / "cat" / f"bad{HOSTILE}.png").write_text("no picture")
     data = {"name": "image_folder", "root": str(folder / "images"), "bad_images": "skip", "image_size": 9}
-    recipe = {**TINY, "data": {**data, "batch_size": 4}, "stages": [{"name": "s", "epochs": 1}]}
+    small = {**TINY["model"], "width": 0.25}
+    recipe = {**TINY, "model": small, "data": {**data, "batch_size": 4}, "stages": [{"name": "s", "epochs": 1}]}
     (folder / f"r{HOSTILE}.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "net.py").write_text(NET.format(name=f"l{HOSTILE}".replace(".", "")))
     net = Net(9, 9, 3)
@@ -154,7 +157,7 @@ def run_with(stream: str, *command) -> subprocess.CompletedProcess:
 def test_output_that_goes_nowhere_is_one_line(stream, tmp_path):
     if "full" in stream and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    for command in (("dump", MODEL), ("train", "--keys"), ("summary", "recipes/cifar10_reactnet20.yaml")):
+    for command in (("dump", MODEL), ("train", "--keys")):
         done = run_with(stream, *command)
         said = done.stderr.decode().splitlines()
         assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: standard output: "), said
@@ -169,7 +172,7 @@ def test_a_closed_error_stream_leaves_output_and_exit_code(tmp_path):
     assert done.returncode == 2 and not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("bits", [50, 62])
+@pytest.mark.parametrize("bits", [50, pytest.param(62, marks=pytest.mark.thorough)])
 def test_memory_that_torch_does_not_get_is_one_line(bits):
     code = f"import sys; sys.path.insert(0, 'tools'); import _cli, torch; _cli.run(lambda: torch.empty(1 << {bits}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -188,6 +191,7 @@ def test_a_current_folder_that_is_gone_is_one_line():
         )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_without_numpy_says_how_to_get_it(name):
     source = MODEL if name in ("dump", "predict", "bench") else "recipes/cifar10_reactnet20.yaml"
@@ -299,14 +303,18 @@ def test_the_last_line_is_the_path_of_what_was_written(tool, tmp_path, monkeypat
 
 def test_a_log_of_a_training_has_its_lines_before_the_bar(tmp_path):
     """With both streams in one file, as a scheduler writes it."""
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**TINY, "stages": [{"epochs": 1}]}))
+    stages = [{"name": "first", "epochs": 1, "binarize": "activations"}, {"name": "both", "epochs": 1}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
     command = [sys.executable, "tools/train.py", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    before, after = done.stdout.split("step/s]", 1)
-    lines = before.splitlines()
-    assert lines[0].startswith("images 9x9x3") and any(line.startswith("stage 0") for line in lines)
-    assert any(line.startswith("warning: ") for line in lines) and "stage 0 (" not in after
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "run")
+    lines = done.stdout.splitlines()
+    counts = [number for number, line in enumerate(lines) if line.startswith("training: ")]
+    before, after = lines[: counts[0]], lines[counts[0] :]
+    assert lines[0].startswith("images 9x9x3") and any(line.startswith("warning: ") for line in before)
+    assert [line.split(" (")[0] for line in before if line.startswith("stage ")] == ["stage 0", "stage 1", "stage 1"]
+    assert "stage 0 (" not in "\n".join(after) and "\r" not in done.stdout
+    assert re.fullmatch(r"training: 100% 10/10 steps, \d+ s, 0 s left, stage both, epoch 2, loss .*", lines[counts[-1]])
+    assert lines[-1] == str(tmp_path / "run")
 
 
 # -- recipes of others, recipes that are changed
@@ -332,6 +340,7 @@ def test_an_override_that_only_the_own_normaliser_reads_is_left_out_beside_anoth
         load_fitting(recipe, by_key(["model.wdth=1", *changes]), ["model.wdth"], MODELS)
 
 
+@pytest.mark.thorough
 def test_training_is_measured_beside_bn_whatever_is_said_of_free(tool, tmp_path):  # noqa: F811
     options = ("model.width=0.25", "data.name=fake", "data.samples=64", "data.image_size=8", "free.group=4")
     measured = (

@@ -15,11 +15,12 @@ from bnnfree import engine
 from bnnfree.errors import CheckpointError
 from bnnfree.export import export
 from bnnfree.nn import NORMS
-from bnnfree.recipe.read import parse_recipe
+from bnnfree.recipe import resolve
 from bnnfree.train import evaluate, fit, load_checkpoint, load_data, load_model, open_source
 from bnnfree.train.checkpoint import build_model, check_fit, save_checkpoint
 from bnnfree.train.dist import Dist
-from bnnfree.train.meaning import V1, design_of
+from bnnfree.train.meaning import V1
+from bnnfree.train.networks import parse_recipe
 from models import MODELS
 
 FOLDER = ROOT / "tests" / "checkpoints"
@@ -65,7 +66,7 @@ def test_it_gives_the_figures_of_its_time(old):
     found = evaluate(model, load_data(open_source(folder, MODELS).recipe.data).test, Dist(0, 1, torch.device("cpu")))
     assert found["top1"] == pytest.approx(figures["test_top1"], abs=0.6)  # two of 359 images, by another machine's sums
     assert found["loss"] == pytest.approx(figures["test_loss"], abs=1e-2)
-    assert (state["design"]["centre_gradient"], state["design"]["centre_head"]) == DESIGNS[commit]
+    assert (state["recipe"]["model"]["centre_gradient"], state["recipe"]["model"]["centre_head"]) == DESIGNS[commit]
 
 
 def test_it_exports_to_the_same_logits(old, tmp_path):
@@ -94,7 +95,7 @@ def test_it_goes_on_as_what_it_was(old):
         overrides += ["free.recalibrate=0", "free.reference=0"]
     assert resume(folder, *overrides)["epochs"] == 2
     state = load_checkpoint(folder / "last.pt")
-    assert (state["design"]["centre_gradient"], state["design"]["centre_head"]) == DESIGNS[commit]
+    assert (state["recipe"]["model"]["centre_gradient"], state["recipe"]["model"]["centre_head"]) == DESIGNS[commit]
     assert ("head.input_mean" in state["model"]) == DESIGNS[commit][1]
 
 
@@ -102,24 +103,21 @@ def test_a_key_that_contradicts_an_old_checkpoint_is_one_line(old):
     commit, folder = old
     state = load_checkpoint(folder / "last.pt")
     given = not DESIGNS[commit][1]
-    with pytest.raises(CheckpointError, match=rf"model\.centre_head \((None|False) -> {given}\)") as caught:
+    with pytest.raises(CheckpointError, match=rf"model\.centre_head \({not given} -> {given}\)") as caught:
         resume(folder, f"model.centre_head={str(given).lower()}")
     assert "\n" not in str(caught.value)
-    assert "design" not in state
+    assert state["version"] == 1
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_stored_design_builds_what_the_recipe_builds(norm):
+def test_a_resolved_recipe_builds_what_the_written_one_builds(norm):
     recipe = parse_recipe({**RECIPE, "model": {"name": "reactnet20", "norm": norm, "width": 0.1}}, "x", MODELS)
     data = {"classes": ["a", "b", "c"], "channels": 2, "image_size": [9, 9]}
-    models = []
-    for how in (None, design_of(recipe.model, data)):
-        torch.manual_seed(3)
-        options = recipe.model.model_dump(exclude={"name", "start"}) | {"stem": "cifar"}
-        if how is None:
-            models.append(MODELS["reactnet20"](3, 2, **options))
-        else:
-            models.append(build_model(recipe, MODELS, data, design=how))
+    torch.manual_seed(3)
+    options = recipe.model.model_dump(exclude={"name"}) | {"stem": "cifar"}
+    models = [MODELS["reactnet20"](3, 2, **options)]
+    torch.manual_seed(3)
+    models.append(build_model(resolve(recipe, data), MODELS, data))
     x = torch.randn(2, 2, 9, 9)
     assert torch.equal(models[0].eval()(x), models[1].eval()(x))
     assert repr(models[0]) == repr(models[1])
@@ -130,7 +128,7 @@ def test_a_normaliser_that_changes_leaves_checkpoints_as_they_are(tmp_path, monk
 
     fit(parse_recipe(RECIPE, "x", MODELS), MODELS, tmp_path / "run", quiet=True, curves=False)
     before, _ = load_model(tmp_path / "run", MODELS)
-    changed = replace(NORMS["free"], centre_head=False, alpha=0.5, window="fixed")
+    changed = replace(NORMS["free"], centre_head=False, alpha=0.5, ste_window="fixed")
     monkeypatch.setitem(NORMS, "free", changed)
     after, _ = load_model(tmp_path / "run", MODELS)
     assert torch.equal(before(images()), after(images()))
@@ -141,8 +139,8 @@ def test_a_normaliser_that_changes_leaves_checkpoints_as_they_are(tmp_path, monk
 
 
 def test_a_checkpoint_of_a_version_to_come_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnnfree.train.checkpoint.VERSION", 3)
+    monkeypatch.setattr("bnnfree.train.checkpoint.VERSION", 4)
     save_checkpoint(tmp_path / "x.pt", {"model": {}})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="version 3, this bnnfree reads up to 2"):
+    with pytest.raises(CheckpointError, match="version 4, this bnnfree reads up to 3"):
         load_checkpoint(tmp_path / "x.pt")

@@ -13,15 +13,15 @@ from helpers import ROOT, train
 from PIL import Image
 from test_data import options, spoil, write_tree
 
-from bnnfree.data.datasets import describe
+from bnnfree.data.datasets import check_files, describe
 from bnnfree.data.tar_index import write as write_shards
 from bnnfree.engine import load
 from bnnfree.errors import BnnfreeError, BnnfreeWarning, DataError
 from bnnfree.export import pack_network
 from bnnfree.format import read, write
 from bnnfree.preprocess import TURNS, Reading, load_image, read_image, reading_of
-from bnnfree.recipe.read import parse_recipe
 from bnnfree.train import load_data, open_source
+from bnnfree.train.networks import parse_recipe
 from models import MODELS
 
 BACK = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the others undo themselves
@@ -487,3 +487,13 @@ def test_a_training_says_what_it_trains_on_before_it_starts(tmp_path):
 def test_packed_files_without_the_key_are_read_as_stored(tmp_path):
     model = read(ROOT / "models" / "pretrained" / "cifar10_reactnet18_half.bnnf")
     assert reading_of({k: v for k, v in model.metadata.items() if k != "orientation"}, 3, "x").orientation == "stored"
+
+
+def test_a_dry_run_says_which_files_it_looked_at(tmp_path):
+    root = write_tree(tmp_path / "x")
+    given = options(name="image_folder", root=str(root), cache=str(tmp_path / "c"))
+    count = sum(1 for _ in root.rglob("*.png"))
+    said = check_files(given)
+    assert said == f"files: the names of {count} and the heads of {count} were looked at; a training decodes all"
+    assert check_files(options(name="imagenet", root="none")) == "files: not looked at"
+    assert check_files(options()) == ""

@@ -543,7 +543,7 @@ def test_layers_it_cannot_treat_are_named_and_may_be_left_out():
     "choice",
     [
         ("optimizer={name: sgd, lr: 0.05}", "model.norm=none"),
-        ("agc.clip=0.02", "precision=bf16", "optimizer.bnp_rho=0.9", "optimizer.bnp_floor=0.1"),
+        ("agc.clip=0.02", "precision=bf16", "optimizer.bnp_rho=0.9"),
     ],
     ids=["sgd", "adam"],
 )

@@ -145,7 +145,7 @@ def test_the_table_has_every_normaliser_asked_for_and_the_reason_where_there_is_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--norms", "bm"], "--norms: got 'bm'"), (["--seconds", "0"], "--seconds: got 0"), (["--batch", "0"], "--batch"),
-     (["model.nrom=bn"], "Did you mean 'norm'?")],
+     (["model.nrom=bn"], "Did you mean 'model.norm'?")],
 )  # fmt: skip
 def test_a_wrong_word_is_one_error_or_stands_in_every_row(tool, tmp_path, arguments, said):  # noqa: F811
     code, _, errors = tool("price", ROOT / "recipes" / "cifar10_reactnet20.yaml", *arguments, "--out", tmp_path / "out")

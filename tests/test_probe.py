@@ -338,7 +338,7 @@ def test_what_cannot_be_probed_is_an_error_with_the_reason(model, images, labels
 
 # in a training
 
-EVERY = ("probe.every=3", "probe.images=20")
+EVERY = ("probe.every=3",)
 
 
 @pytest.fixture(scope="module")
@@ -393,21 +393,20 @@ def test_a_run_that_goes_on_has_the_same_records(tmp_path, monkeypatch, probed, 
 def test_the_images_are_the_first_of_the_runs_first_epoch(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Prober, "measure", lambda self, model, step, images, labels, **_: seen.append((images, labels)))
-    train(tmp_path / "run", "probe.every=7", "probe.images=20")
+    train(tmp_path / "run", "probe.every=7")
     from bnnfree.data.datasets import load_data
 
     batches = load_data(tiny().data).train.train_batches(16, seed=0, epoch=0)
-    parts = [next(batches), next(batches)]
+    parts = [next(batches) for _ in range(4)]
     assert len(seen) == 4  # steps 0 and 7 of both stages
     for images, labels in seen:
-        assert torch.equal(images, torch.cat([part[0] for part in parts])[:20])
-        assert torch.equal(labels, torch.cat([part[1] for part in parts])[:20])
+        assert torch.equal(images, torch.cat([part[0] for part in parts]))
+        assert torch.equal(labels, torch.cat([part[1] for part in parts]))
 
 
-@pytest.mark.parametrize("override, message", [("probe.every=0", "probe.every"), ("probe.images=1", "probe.images")])
-def test_a_recipe_that_cannot_be_probed_says_why(override, message):
-    with pytest.raises(RecipeError, match=message):
-        tiny(override)
+def test_a_recipe_that_cannot_be_probed_says_why():
+    with pytest.raises(RecipeError, match="probe.every"):
+        tiny("probe.every=0")
 
 
 def test_a_network_without_signs_is_refused_before_its_first_step(tmp_path):
@@ -425,7 +424,7 @@ def test_two_processes_probe_once_and_end_together(tmp_path):
 
 def train_together(rank, folder):
     short = ("stages.0.epochs=1", "stages.1.epochs=1", "device=cpu")
-    train(folder / "run", "probe.every=4", "probe.images=20", *short)
+    train(folder / "run", "probe.every=4", *short)
     try:
         train(folder / "real", "model.name=resnet20", "probe.every=2", "device=cpu")
     except BnnfreeError as error:  # in both, although one measures

@@ -427,7 +427,7 @@ def test_scale_sets_the_size_of_binary_weights_and_nothing_else(norm, scale):
     own, design = Design(norm=norm), Design(norm=norm, scale=scale)
     for block in (design.make_conv(8, 16, 3), design.make_shortcut(8, 16)[0]):
         assert isinstance(block, BinaryConv2d) and block.scale_rule == scale
-    assert own.make_conv(8, 16, 3).scale_rule == NORMS[norm].binary["scale"]
+    assert own.make_conv(8, 16, 3).scale_rule == NORMS[norm].scale
     assert {**design.binary_options, "scale": ""} == {**own.binary_options, "scale": ""}
     assert isinstance(design.make_stem(3, 8, 3, 1)[0], ScaledStdConv2d)
     with pytest.raises(BnnfreeError, match="scale: got 'mean'"):

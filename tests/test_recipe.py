@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.nn import NORMS
-from bnnfree.recipe.read import RecipeError, load_recipe, parse_recipe, save_recipe
+from bnnfree.recipe.read import RecipeError, save_recipe
 from bnnfree.recipe.schema import Recipe
 from bnnfree.recipe.sections import section_of
 from bnnfree.recipe.tree import parse_yaml
+from bnnfree.train.networks import load_recipe, parse_recipe
 from models import MODELS
 
 SEED = 5
@@ -51,6 +51,11 @@ def message(*overrides, tree=SMALL, lines=1) -> str:
     assert isinstance(caught.value, BnnfreeError)
     assert len(text.splitlines()) == lines, text
     return text
+
+
+def typed(override: str) -> str:
+    """What an error of an override begins with."""
+    return f"override {override!r}: "
 
 
 def written(tmp_path, text, name="x.yaml"):
@@ -87,18 +92,6 @@ def test_every_key_has_a_sentence():
     assert len(sections) == 11
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_agc_auto_becomes_the_normalisers_own(norm):
-    assert parse("agc.clip=0.5", f"model.norm={norm}").agc.clip == 0.5
-    assert parse("agc.clip=null", f"model.norm={norm}").agc.clip is None
-    assert parse("agc.clip=auto", f"model.norm={norm}").agc.clip == NORMS[norm].agc
-    assert parse(f"model.norm={norm}").agc.clip == NORMS[norm].agc
-
-
-def test_agc_resolved_in_one_recipe_is_still_auto_in_the_next():
-    assert [parse(f"model.norm={n}").agc.clip for n in ("free", "free_paper", "free")] == [None, 0.02, None]
-
-
 # options of the normaliser
 
 
@@ -114,7 +107,7 @@ def test_norm_options_reach_the_recipe_from_the_command_line_one_by_one():
         (("model.norm=gn", "model.norm_options.grups=4"), ": got 'grups', expected one of groups, eps. Did you mean"),
         (("model.norm=bn", "model.norm_options.groups=4"), ": got 'groups', expected one of eps, momentum, ghost."),
         (("model.norm_options.eps=1",), ": got 'eps', expected none: this norm has no options."),
-        (("model.norm=gn", "model.norm_options.groups=-1"), ".groups: got -1 for 16 channels"),
+        (("model.norm=gn", "model.norm_options.groups=-1"), ".groups: got -1, expected a number from 1 on"),
         (("model.norm=gn", "model.norm_options.groups=99999999999999999999999"), ".groups: got 9999999999"),
         (("model.norm=gn", "model.norm_options.groups=3"), ".groups: got 3 for 64 channels"),
         (("model.norm=gn", "model.norm_options.groups=7", "model.width=0.125"), ".groups: got 7 for 8 channels"),
@@ -128,13 +121,12 @@ def test_norm_options_reach_the_recipe_from_the_command_line_one_by_one():
     ],
 )
 def test_a_wrong_norm_option_is_one_line_that_says_what_is_right(overrides, expected):
-    assert f"recipes/x.yaml: model.norm_options{expected}" in message(*overrides)
+    assert f": model.norm_options{expected}" in message(*overrides)
 
 
 def test_a_wrong_centre_is_one_line_that_says_what_is_right():
-    assert message("model.norm=kn", "model.centre=true").startswith(
-        "recipes/x.yaml: model.centre: got true with norm 'kn'"
-    )
+    said = message("model.norm=kn", "model.centre=true")
+    assert "with 'model.centre=true': model.centre: got true with norm 'kn'" in said
 
 
 @pytest.mark.parametrize("value", ["3", "[1]", "{groups: four}", "{1: 2}"])
@@ -148,26 +140,26 @@ def test_norm_options_are_a_table_of_names_and_numbers(value):
 @pytest.mark.parametrize(
     ("override", "key", "hint"),
     [
-        ("model.nrom=free", "model.nrom", "'norm'"),
-        ("stages.1.epoch=2", "stages.1.epoch", "'epochs'"),
+        ("model.nrom=free", "model.nrom", "'model.norm'"),
+        ("stages.1.epoch=2", "stages.1.epoch", "'stages.1.epochs'"),
         ("stage=2", "stage", "'stages'"),
         ("optimizer.beta=[0, 0]", "optimizer.beta", "model.beta"),
-        ("optimizer.momentun=0.5", "optimizer.momentun", "'momentum'"),
-        ("data.batchsize=2", "data.batchsize", "'batch_size'"),
-        ("schedule.warmup=2", "schedule.warmup", "'warmup_steps'"),
-        ("agc.clips=2", "agc.clips", "'clip'"),
-        ("loss.teachers=x", "loss.teachers", "'teacher'"),
-        ("ema.decoy=0.5", "ema.decoy", "'decay'"),
-        ("free.windows=2", "free.windows", "'window'"),
+        ("optimizer.momentun=0.5", "optimizer.momentun", "'optimizer.momentum'"),
+        ("data.batchsize=2", "data.batchsize", "'data.batch_size'"),
+        ("schedule.warmup=2", "schedule.warmup", "'schedule.warmup_steps'"),
+        ("agc.clips=2", "agc.clips", "'agc.clip'"),
+        ("loss.teachers=x", "loss.teachers", "'loss.teacher'"),
+        ("ema.decoy=0.5", "ema.decoy", "'ema.decay'"),
+        ("free.windows=2", "free.windows", "'free.window'"),
         ("lr=2", "lr", "stages.0.lr or optimizer.lr"),  # in its place elsewhere
         ("model.epochs=2", "model.epochs", "stages.0.epochs"),
         ("model.float=2", "model.float", ""),  # pydantic's own name for a branch of a union
-        ("model.str=2", "model.str", "'start'"),
+        ("model.str=2", "model.str", "'model.ste'"),
     ],
 )
 def test_an_unknown_key_names_file_key_and_the_nearest(override, key, hint):
     text = message(override)
-    assert text.startswith(f"recipes/x.yaml: {key}: unknown key.")
+    assert text.startswith(f"{typed(override)}{key}: unknown key.")
     assert (f"Did you mean {hint}?" in text) if hint else ("Did you mean" not in text)
     assert "Allowed here: " in text
 
@@ -195,7 +187,7 @@ def test_an_unknown_key_names_file_key_and_the_nearest(override, key, hint):
 def test_an_unknown_name_lists_the_known_and_the_nearest(override, allowed, hint):
     text = message(override)
     key, _, value = override.partition("=")
-    assert text.startswith(f"recipes/x.yaml: {key}")
+    assert text.startswith(f"{typed(override)}{key}")
     assert f"got '{value.strip('[]').split(', ')[-1]}'" in text
     assert allowed in text and f"Did you mean '{hint}'?" in text
 
@@ -206,8 +198,70 @@ def test_models_may_be_an_iterator():
 
 
 def test_a_space_that_is_missing_is_named():
-    text = message("stages=[{epochs:2}]", lines=2)
+    text = message("stages=[{epochs:2}]")
     assert "stages.0.'epochs:2': unknown key. Write a space after the colon: epochs: 2." in text
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("data.augment=flip", "Write a list: 'data.augment=[flip]'."),
+        ("data.augment=crop, flip", "Write a list: 'data.augment=[crop, flip]'."),
+        ("data.augment.0=flip", "Write a list: 'data.augment=[flip]'."),
+        ("freeze=stem.*", "Write a list: 'freeze=[stem.*]'."),
+        ("data.range=0,4095", "Write a list: 'data.range=[0, 4095]'."),
+        ("stages={epochs: 2}", "Write a list: 'stages=[{epochs: 2}]'."),
+        ("stages={epochs:2}", "Write a list: 'stages=[{epochs: 2}]'."),
+        ("stages=2", "Write a list: 'stages=[{epochs: 2}]'."),
+        ("model.width=[0.5]", "Write it without brackets: model.width=0.5."),
+        ("data.image_size=[32]", "Write it without brackets: data.image_size=32."),
+        ("model.norm=[bn, free]", "Write one of them."),
+        ("optimizer=[{lr: 0.1}]", "Write it without brackets: 'optimizer={lr: 0.1}'."),
+        ("model=reactnet20", "Did you mean model.name=reactnet20?"),
+        ("optimizer.lr_mult={head.*:4.0}", "Write a space after the colon: head.*: 4.0."),
+        ("optimizer={lr:1}", "Write a space after the colon: lr: 1."),
+        ("stages.epochs=2", "Did you mean stages.0.epochs?"),
+        ("freeze=[*]", """Quote a text that begins with *, and all of it for the shell: 'freeze=["*"]'."""),
+        ("freeze=[stem.*, *.gain]", """'freeze=[stem.*, "*.gain"]'."""),
+        ("optimizer.lr_mult={*.gain: 2.0}", """'optimizer.lr_mult={"*.gain": 2.0}'."""),
+    ],
+)
+def test_a_value_of_another_shape_gets_what_to_type(override, remedy):
+    assert remedy in message(override)
+
+
+@pytest.mark.parametrize("override", ["data.range=5", "data.augment={flip: 1}", "model.width=[[1]]", "stages=x"])
+def test_no_remedy_is_made_up(override):
+    assert "Write" not in message(override)
+
+
+def test_a_remedy_for_a_file_is_in_the_words_of_a_file():
+    text = message(tree={**SMALL, "freeze": "stem.*"})
+    assert text == "recipes/x.yaml: freeze: got 'stem.*' (str), expected a valid list. Write a list: freeze: [stem.*]."
+
+
+def test_what_the_file_says_is_the_files_and_what_is_typed_is_an_overrides():
+    text = message("optimizer.lr=x", "model.norm=bn", tree={**SMALL, "accumulate": "y"}, lines=2)
+    assert [line.split(": ")[0] for line in sorted(text.splitlines())] == [
+        "override 'optimizer.lr=x'",
+        "recipes/x.yaml",
+    ]
+    assert message("free.group=3", "model.norm=bn").startswith("override 'free.group=3': free.group: got 3, which")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("freeze: [*.gain]", "A text that begins with *, & or another sign needs quotes."),
+        ("data:\n  name:fake\n", "Write a space after the colon: name: fake."),
+        ("model: {name:reactnet18}", "Write a space after the colon: name: reactnet18."),
+        ("seed:1", "Is there a space after each colon?"),
+    ],
+)
+def test_slips_of_yaml_in_a_file_are_named(tmp_path, text, words):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, f"{text}\n" if "model" in text or "data" in text else PLAIN + text + "\n"))
+    assert words in str(caught.value)
 
 
 # bounds
@@ -218,17 +272,19 @@ def test_a_space_that_is_missing_is_named():
     ["data.image_size=999999999", "model.width=1e300", "data.samples=99999999999", "stages.0.epochs=9e19"]
     + ["stages.0.epochs=99999999999999999999", "data.batch_size=9223372036854775808", "data.classes=2147483648"]
     + ["data.channels=99999999", "data.workers=99999", "accumulate=0xffffffffffffffffff", "settle=1e30"]
-    + ["schedule.warmup_steps=99999999999999999999", "free.calibration=99999999999", "probe.images=99999999999"]
+    + ["schedule.warmup_steps=99999999999999999999", "free.calibration=99999999999", "probe.every=99999999999"]
     + ["data.cache_gb=1e308", "data.train_limit=99999999999999", "seed=1:30", "optimizer.lr=1:30.5", "model.width=.inf"]
     + ["model.width=900", "accumulate=0"],
 )
 def test_what_is_beyond_all_bounds_is_one_line(override):
-    assert message(override).startswith(f"recipes/x.yaml: {override.partition('=')[0]}: got ")
+    assert message(override).startswith(f"{typed(override)}{override.partition('=')[0]}: got ")
 
 
 def test_fake_images_that_no_memory_holds_are_one_line():
     fake = ["data={name: fake, samples: 99999999}"]
-    assert message(*fake).startswith("recipes/x.yaml: data.samples: got 99999999, which with data.image_size")
+    assert message(*fake).startswith(
+        "recipes/x.yaml with 'data={name: fake, samples: 99999999}': data.samples: got 99999999, which with data"
+    )
 
 
 def test_long_numbers_to_base_60_take_no_time(tmp_path):
@@ -294,7 +350,7 @@ def test_aliases_that_grow_without_end_are_one_line(tmp_path, form):
 )
 def test_a_wrong_value_names_key_received_and_expected(override, got, expected):
     key = override.partition("=")[0]
-    assert message(override).startswith(f"recipes/x.yaml: {key}: got {got}, expected {expected}.")
+    assert message(override).startswith(f"{typed(override)}{key}: got {got}, expected {expected}.")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +360,7 @@ def test_a_wrong_value_names_key_received_and_expected(override, got, expected):
      ("schedule={name: step, milestones: [x]}", "schedule.milestones.0")],
 )  # fmt: skip
 def test_a_wrong_item_of_a_list_is_named_by_its_number(override, key):
-    assert message(override).startswith(f"recipes/x.yaml: {key}: got ")
+    assert message(override).startswith(f"{typed(override)}{key}: got ")
 
 
 @pytest.mark.parametrize("key", ["model", "data", "stages", "model.name", "data.name", "stages.0.epochs"])
@@ -321,6 +377,7 @@ def test_a_missing_key_is_named(key):
 def test_every_problem_has_its_line():
     text = message("model.nrom=bn", "data.batch_size=0", "stages.1.epochs=x", "agc.clip=x", lines=4)
     keys = [line.split(": ")[1] for line in text.splitlines()]
+    assert all(line.startswith("override '") for line in text.splitlines())
     assert keys == ["model.nrom", "data.batch_size", "stages.1.epochs", "agc.clip"]
 
 
@@ -371,7 +428,7 @@ def test_a_recipe_that_is_no_mapping_is_an_error(tree):
 )
 def test_a_contradiction_is_told_in_the_words_of_the_recipe(overrides, words):
     text = message(*overrides)
-    assert text.startswith("recipes/x.yaml: ") and words in text
+    assert words in text and any(repr(override) in text for override in overrides)
 
 
 def test_what_only_looks_like_a_contradiction_is_accepted():
@@ -514,7 +571,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, words):
 def test_a_missing_file_names_the_nearest(tmp_path):
     written(tmp_path, PLAIN, "cifar10_reactnet18.yaml")
     path = tmp_path / "cifar10_reactnet81.yaml"
-    assert complaint(path) == f"recipe {path}: no such file. Did you mean 'cifar10_reactnet18.yaml'?"
+    assert complaint(path) == f"recipe {path}: no such file. Did you mean '{tmp_path}/cifar10_reactnet18.yaml'?"
     assert complaint(tmp_path / "no" / "x.yaml").endswith("no such file.")
 
 

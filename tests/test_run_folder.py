@@ -8,10 +8,13 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, cut_at, metrics_of, train
+import yaml
+from helpers import ROOT, TINY, cut_at, metrics_of, train
+from test_tools import tool  # noqa: F401
 
 from bnnfree.errors import BnnfreeError, BnnfreeWarning
-from bnnfree.train import report
+from bnnfree.train import load_checkpoint, report
+from bnnfree.train.checkpoint import save_checkpoint
 from bnnfree.train.run_folder import LOCK, open_folder, taken
 
 HOLD = """
@@ -157,3 +160,101 @@ def test_the_lock_is_gone_after_an_error(tmp_path, monkeypatch):
     with pytest.raises(BnnfreeError, match="freeze: got"):
         train(tmp_path / "run", "freeze=['no.such.layer']")
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+# -- resuming, as a user meets it
+
+
+def test_other_data_are_told_by_what_differs(tmp_path):
+    train(tmp_path / "run", "stages=[{epochs: 1}]")
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    state["data"]["classes"][1], state["data"]["mean"] = "other", [0.25] * 3
+    save_checkpoint(tmp_path / "run" / "last.pt", state)
+    with pytest.raises(BnnfreeError, match=r"classes \(4 -> 4, such as 'other', 'class1'\); mean \(\[0\.25") as caught:
+        train(tmp_path / "run", "stages=[{epochs: 1}]", resume=True)
+    assert "\n" not in str(caught.value) and f"init={tmp_path / 'run'}" in str(caught.value)
+
+
+def test_fewer_epochs_are_refused_with_what_can_be_done(tmp_path):
+    train(tmp_path / "run", "stages=[{epochs: 2}]")
+    with pytest.raises(BnnfreeError, match=r"stages\.0\.epochs \(2 -> 1\)\. More than 2 epochs go on") as caught:
+        train(tmp_path / "run", "stages=[{epochs: 1}]", resume=True)
+    assert f"tools/train.py {tmp_path / 'run'} --resume" in str(caught.value)
+
+
+def test_the_course_of_a_grown_run_is_told_with_its_end(tmp_path, capsys):
+    train(tmp_path / "run", "stages=[{epochs: 2}]")
+    train(tmp_path / "run", "stages=[{epochs: 4}]", resume=True, quiet=False)
+    said = capsys.readouterr().out
+    rates = [line["lr"] for line in metrics_of(tmp_path / "run")]
+    assert f"(linear): {rates[1]:.3g} -> " in said and f", and {rates[-1]:.3g} in the last step" in said
+    table = [line.split() for line in said.splitlines() if line.startswith("latent")]
+    assert table[0][3] == "0.004"  # the peak, as in the first training
+
+
+@pytest.fixture
+def long_run(tmp_path, tool):  # noqa: F811
+    """A run of many overrides, and its folder's path."""
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**TINY, "stages": [{"epochs": 1}]}))
+    overrides = ("seed=5", "model.width=0.25", "data.batch_size=20", "free.group=4", "optimizer.lr=1e-3")
+    code, _, errors = tool("train", tmp_path / "r.yaml", *overrides, "--out", tmp_path / "run")
+    assert code == 0, errors
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["", "recipe.yaml", "last.pt", "best.pt"])
+def test_a_run_resumes_by_its_folder_alone_without_its_overrides(tool, long_run, name):  # noqa: F811
+    code, printed, errors = tool("train", long_run / name, "--resume", "stages.0.epochs=2")
+    assert code == 0 and printed.splitlines()[-1] == str(long_run), errors
+    assert "goes on to 2 epochs" in printed
+    code, _, errors = tool("train", long_run, "--resume", "seed=6")
+    assert code == 2 and "seed (5 -> 6)" in errors
+
+
+def test_what_cannot_be_resumed_names_the_runs_that_can(tool, long_run):  # noqa: F811
+    for arguments, words in (
+        ((long_run,), "holds a run already. Go on with --resume"),
+        ((long_run / "recipe.yaml",), "holds a run already. Go on with --resume"),
+        (
+            (long_run.with_name("rum"), "--resume"),
+            f"no such folder, expected one to go on with. Did you mean '{long_run}'?",
+        ),
+        ((long_run / "recipe.yaml", "--resume", "--out", long_run.with_name("x")), f"Runs there: {long_run}."),
+    ):
+        code, printed, errors = tool("train", *arguments)
+        assert code == 2 and printed == "" and words in errors and len(errors.splitlines()) == 1, errors
+
+
+# -- Ctrl-C
+
+SLOW = """
+import os, runpy, signal, sys, time
+sys.path.insert(0, "tools")
+where, sys.argv = sys.argv[1], sys.argv[2:]
+from bnnfree.train import loop, report, run
+def press(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+if where == "data":
+    run.load_data = press
+else:
+    loop.Stage._take_step = press
+    report.Report.close = press if where == "twice" else report.Report.close
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("where", ["data", "step", "twice"])
+def test_ctrl_c_says_what_is_there_and_no_traceback(tmp_path, where):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, "-c", SLOW, where, "tools/train.py", tmp_path / "r.yaml", "--out", tmp_path / "run"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr and "__del__" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == {
+        "data": "interrupted; nothing was written yet; the same command begins anew",
+        "step": "interrupted; there is no checkpoint yet; the run begins anew with: "
+        f"python tools/train.py {tmp_path / 'run'} --resume",
+        "twice": "interrupted twice: ended at once",
+    }[where]  # fmt: skip
+    assert ("--resume" in last) == (where == "step")

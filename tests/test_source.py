@@ -14,6 +14,7 @@ from helpers import KINDS_OF_MODELS, ROOT, TINY, assert_same, tiny, train
 from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, load_data
 from bnnfree.errors import CheckpointError, DataError
 from bnnfree.nn import NORMS
+from bnnfree.recipe import resolve
 from bnnfree.train import RecipeError, load_model, open_network, open_source, source_kind
 from bnnfree.train.open_network import STAND_IN, without_places
 from models import MODELS
@@ -55,7 +56,9 @@ def test_a_recipe_is_the_same_bits_each_time_and_leaves_no_trace(recipe):
 def test_a_recipes_network_is_its_last_stages_and_says_what_it_is(recipe):
     network = open_source(recipe, MODELS)
     assert (network.trained, network.state, network.binarize, network.source) == (False, None, "both", str(recipe))
-    assert network.recipe == tiny() and not any(module.training for module in network.model.modules())
+    assert network.recipe == resolve(tiny(), {"image_size": [9, 9]}) and not any(
+        module.training for module in network.model.modules()
+    )
     assert list(network.data) == ["classes", "channels", "image_size", "mean", "std"]
     assert len(network.data["classes"]) == 4 and network.data["image_size"] == [9, 9]
     assert network.model(torch.zeros(2, 3, 9, 9)).shape == (2, 4)
@@ -155,7 +158,7 @@ def test_overrides_move_a_checkpoints_data_and_not_its_network(run_folder):
 
 
 def test_what_is_neither_is_named_with_what_is_allowed(tmp_path, recipe):
-    with pytest.raises(CheckpointError, match=rf"tiny\.yml: no such file or folder, {EVERY_KIND}\. .*'tiny\.yaml'\?"):
+    with pytest.raises(CheckpointError, match=rf"tiny\.yml: no such file or folder, {EVERY_KIND}\. .*tiny\.yaml'\?"):
         open_source(tmp_path / "tiny.yml", MODELS)
     with pytest.raises(CheckpointError, match=rf"no such file or folder, {EVERY_KIND}\.$"):
         open_source(tmp_path / "nowhere" / "best.pt", MODELS)
@@ -167,8 +170,8 @@ def test_what_is_neither_is_named_with_what_is_allowed(tmp_path, recipe):
         open_source(tmp_path / "empty", MODELS)
 
 
-def test_errors_of_a_recipe_name_its_file(recipe):
-    with pytest.raises(RecipeError, match=r"tiny\.yaml: model\.nrom: unknown key"):
+def test_errors_of_a_recipe_name_its_file_and_those_of_an_override_that(recipe):
+    with pytest.raises(RecipeError, match=r"^override 'model\.nrom=free': model\.nrom: unknown key"):
         open_source(recipe, MODELS, ["model.nrom=free"])
     with pytest.raises(DataError, match=r"tiny\.yaml: data: root: got None"):
         open_source(recipe, MODELS, ["data.name=image_folder"])

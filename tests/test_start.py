@@ -90,7 +90,7 @@ def test_another_normaliser_takes_weights_and_keeps_its_own_design(source):
         (["init=SOURCE/recipe.yaml"], "published checkpoint|not a checkpoint"),
         (["freeze=[nothing.*]"], r"freeze: got 'nothing\.\*', which matches no parameter"),
         (["freeze=[haed.weight]"], "Did you mean 'head.weight'"),
-        (["freeze=['*']"], "no parameter requires a gradient"),
+        (["freeze=['*']"], "leaves nothing to train"),
         (["optimizer.lr_mult={head.wieght: 2.0}"], r"lr_mult: got 'head\.wieght'.* Did you mean 'head.weight'"),
         (["optimizer.lr_mult={head.weight: 0.0}"], "greater than 0"),
     ],
@@ -238,3 +238,51 @@ def test_readme_fine_tunes_in_five_minutes(tmp_path, monkeypatch, tool, images):
             assert "init runs/base: took" in out + errors and "new: head ([10, 32] there, [2, 32] here)" in out + errors
     assert json.loads((tmp_path / "runs/mine/result.json").read_text())["init"]["new"].keys() == {"head"}
     assert load_model("base.pt", MODELS)
+
+
+# ---- messages that a newcomer meets
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (
+            ["freeze=['*']"],
+            r"freeze: got \['\*'\], which leaves .*: all \d+ parameters match\..* head\.\*",
+        ),
+        (["freeze=[stem.*, blocks.*, head.*]"], "leaves nothing to train"),
+        (["freeze=[stem.0]"], r"For all of that layer: 'stem\.0\.\*'"),
+        (["optimizer.lr_mult={nothing.*: 2.0}"], r"^optimizer\.lr_mult: got 'nothing\.\*', which matches no parameter"),
+    ],
+)
+def test_a_pattern_that_cannot_be_meant_names_its_key(tmp_path, overrides, match):
+    with pytest.raises(BnnfreeError, match=match) as caught:
+        train(tmp_path / "run", ONE, *overrides)
+    assert "Trunk" not in str(caught.value) and "parameter_groups" not in str(caught.value)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_packed_file_is_no_start_and_the_message_says_what_is(tmp_path, by_name):
+    name = "cifar10_reactnet18_half"
+    init = name if by_name else f"models/pretrained/{name}.bnnf"
+    packed = "packed file: its weights are bits, which cannot be trained on. Take the run folder or the checkpoint"
+    with pytest.raises(CheckpointError, match=packed) as caught:
+        train(tmp_path / "run", ONE, f"init={init}")
+    assert "cifar10_mcu_epoch27" in str(caught.value) and not list((tmp_path / "run").iterdir())
+
+
+def test_weights_that_recipes_start_from_have_names_too(tmp_path):
+    assert start_module.find_weights("cifar10_mcu_epoch27").is_file()
+    with pytest.raises(CheckpointError, match="Did you mean 'cifar10_mcu_epoch27'"):
+        start_module.find_weights("cifar10_mcu_epoch28")
+    (tmp_path / "mine.pt").touch()
+    with pytest.raises(CheckpointError, match=f"Did you mean '{tmp_path}/mine.pt'"):
+        start_module.find_weights(str(tmp_path / "mein.pt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"}", b"(.", b"\x80\x02.", b"BNNF" + b"\x00" * 40])
+def test_a_file_of_another_kind_is_told_without_the_words_of_pickle(tmp_path, tool, content):  # noqa: F811
+    (tmp_path / "x.pt").write_bytes(content)
+    code, _, errors = tool("convert", tmp_path / "x.pt", "-o", tmp_path / "y.pt")
+    assert code == 2 and len(errors.splitlines()) == 1 and "torch.save" in errors
+    assert "pop from" not in errors and "()" not in errors.replace("torch.load(", ""), errors

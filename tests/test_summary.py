@@ -14,9 +14,9 @@ from torch import nn
 from bnnfree.analysis import summarize
 from bnnfree.errors import BnnfreeError
 from bnnfree.nn import BINARIZE, BinaryConv2d, BinaryLinear, RSign, ScaledStdConv2d, Sign
-from bnnfree.recipe.read import load_recipe
+from bnnfree.recipe import resolve
 from bnnfree.train.checkpoint import save_checkpoint
-from bnnfree.train.meaning import design_of
+from bnnfree.train.networks import load_recipe
 from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,12 +341,11 @@ def test_tool_takes_a_run_folder_and_refuses_to_change_it(tool, tmp_path, capsys
     recipe.write_text(RECIPE)
     names = ["model.name=reactnet20", "model.width=0.5", "data.name=fake"]
     resolved = load_recipe(recipe, names, MODELS)
-    options = resolved.model.model_dump(exclude={"name", "stem", "binarize", "start"})
+    options = resolved.model.model_dump(exclude={"name", "stem", "binarize"})
     model = MODELS["reactnet20"](10, **options)
     data = {"classes": [str(i) for i in range(10)], "channels": 3, "image_size": [32, 32]}
     data |= {"mean": [0.5] * 3, "std": [0.2] * 3}
-    design = design_of(resolved.model, data)
-    state = {"recipe": resolved.model_dump(), "design": design, "data": data, "binarize": "both", "ema": None}
+    state = {"recipe": resolve(resolved, data).model_dump(), "open": [], "data": data, "binarize": "both", "ema": None}
     save_checkpoint(tmp_path / "run" / "best.pt", {**state, "model": model.state_dict()})
     expected = f"{summarize(model, (32, 32)).total.ops:,.0f}"
     assert expected == ops_in(tool(tmp_path / "run")) == ops_in(tool(recipe, *names))

@@ -125,7 +125,7 @@ def test_torchvisions_classifiers_see_imagenets_statistics_at_224_pixels(zoo):
 @pytest.mark.parametrize(
     ("name", "classes", "words"),
     [("resnet18", 4, "knows 1000 classes, and this recipe's data have 4"),
-     ("resnet81", 1000, "no model 'resnet81' that tells classes. Did you mean 'resnet18'"),
+     ("resnet81", 1000, "no model 'resnet81' that tells classes. Did you mean 'torchvision:resnet18'"),
      ("fasterrcnn_resnet50_fpn", 1000, "no model")],
 )  # fmt: skip
 def test_a_classifier_of_torchvision_that_does_not_fit_is_refused(zoo, name, classes, words):

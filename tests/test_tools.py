@@ -66,8 +66,8 @@ def test_a_misspelt_key_exits_2_with_one_line_that_proposes_the_right_one():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "recipes/reactnet_nobn.yaml" in done.stderr and "model.nrom" in done.stderr
-    assert "Did you mean 'norm'?" in done.stderr
+    assert "override 'model.nrom=free': model.nrom" in done.stderr
+    assert "Did you mean 'model.norm'?" in done.stderr
 
 
 def _folder_without_classes(root):

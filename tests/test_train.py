@@ -10,6 +10,7 @@ from helpers import assert_same, cut_at, double_stage, metrics_of, tiny, train
 from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError, CheckpointError
 from bnnfree.nn import NORMS, WeightLayer, centred_layers, gradient_centres
+from bnnfree.recipe import resolve
 from bnnfree.train import evaluate, load_checkpoint, load_model
 from bnnfree.train.checkpoint import build_model, load_weights
 from bnnfree.train.dist import Dist
@@ -164,6 +165,7 @@ def test_steps_of_few_images_centre_by_the_last_ones_seen(monkeypatch, loss):
 def test_who_centres_by_images_of_steps_before(norm, size, accumulate, asks):
     recipe = tiny(f"model.norm={norm}", "model.centre_head=true", f"data.batch_size={size}", f"accumulate={accumulate}")
     torch.manual_seed(0)
+    recipe = resolve(recipe, describe(recipe.data))
     model = build_model(recipe, MODELS, describe(recipe.data), recipe.stages[0].binarize)
     stage = Stage(recipe, 0, model, load_data(recipe.data), CPU)
     assert stage.passes.asks_before(size * accumulate) == (asks and norm == "free")

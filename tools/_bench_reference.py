@@ -20,14 +20,15 @@ def open_reference(folder: str, recipe, data) -> tuple[Any, Callable, list]:
     Its model files and agc.py are imported and run from the folder; its train.py, which needs a GPU, is not.
     Errors: BnnfreeError for a recipe without a counterpart there, and for a folder that is no such checkout.
     """
+    from bnnfree.bench.training import data_info
     from bnnfree.errors import BnnfreeError, pick
+    from bnnfree.recipe import resolve
 
     binarize = recipe.stages[-1].binarize or recipe.model.binarize
     family, builder = pick(FAMILIES, recipe.model.name, "--against: the released code's network for model.name")
     kind = pick(BINARIZED, binarize, "--against: the released code's network for binarize")
     name = f"{kind}_{family}_{NORMS_THERE.get(recipe.model.norm, 'bf')}"
-    stem = recipe.model.stem
-    stem = ("imagenet" if min(data.image_size) > 64 else "cifar") if stem == "auto" else stem
+    stem = resolve(recipe, data_info(data)).model.stem
     layers = import_file(folder, "layers.py")
     file = f"models/{name}.py"
     build = attribute(folder, file, import_file(folder, file, layers=layers), builder)

@@ -135,7 +135,8 @@ def check(args) -> None:
 
 def recipe_of(request: Request, changes: tuple[str, ...] = ()):
     """The recipe of a request, with these changes; without those overrides that only the unchanged one reads."""
-    from bnnfree.recipe.read import by_key, load_fitting
+    from bnnfree.recipe.read import by_key
+    from bnnfree.train.networks import load_fitting
     from models import MODELS
 
     overrides = [*request.overrides, f"precision={request.precision}", *changes]
@@ -180,9 +181,10 @@ def make_contender(name: str, request: Request, data, device):
     from _bench_reference import open_reference
 
     from bnnfree.analysis.plain import plain
-    from bnnfree.bench.training import ReleasedContender, StageContender
+    from bnnfree.bench.training import ReleasedContender, StageContender, data_info
     from bnnfree.errors import BnnfreeError
     from bnnfree.optim import find_head
+    from bnnfree.recipe import resolve
     from models import MODELS
 
     variant = VARIANTS[name]
@@ -190,7 +192,7 @@ def make_contender(name: str, request: Request, data, device):
         request = replace(request, precision="bf16")
     recipe = recipe_of(request, variant.changes)
     loss = recipe.loss.model_copy(update={"name": "cross_entropy", "teacher": None})
-    recipe = recipe.model_copy(update={"loss": loss})
+    recipe = resolve(recipe.model_copy(update={"loss": loss}), data_info(data))
     if variant.make == "reference":
         net, clip, head = open_reference(request.against, recipe, data)
         return ReleasedContender(net, recipe, device, unclipped=head, clip=clip)

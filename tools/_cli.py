@@ -12,15 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bnnfree.errors import BnnfreeError, missing, one_line, printable  # noqa: E402
 from bnnfree.files import OutputError, check_place, said  # noqa: E402
+from bnnfree.progress import say as say_beside  # noqa: E402
 
 OUR_OWN = {"bnnfree", "models"}  # packages whose want is a fault of ours
 OUT_OF_MEMORY = (
@@ -131,7 +134,49 @@ def _check_folder() -> None:
         raise BnnfreeError(f"current folder: {said(error)}. Go to one that exists, with cd.") from None
 
 
+_after_interrupt: list[Callable[[], str]] = []  # the last says what is left of the work, and how it goes on
+
+
+def on_interrupt(tell: Callable[[], str]) -> None:
+    """From now on Ctrl-C prints what `tell` returns: what there is of the work by then, and how to go on."""
+    _after_interrupt.append(tell)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it a first Ctrl-C is a KeyboardInterrupt, and a second one, while that ends the work, ends the process.
+
+    Files are written under temporary names, so nothing is torn; no other code runs, whose half-ended state would print
+    tracebacks. Where Ctrl-C is ignored, or another's to handle, it stays so.
+    """
+    owner, pressed = os.getpid(), False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed and os.getpid() == owner:
+            os.write(2, b"\ninterrupted twice: ended at once\n")
+            os._exit(130)
+        pressed = True
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if ours and not pressed:  # Why not after one: Python's own end is interrupted as well
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(main: Callable[[], object]) -> None:
+    """`_run` with Ctrl-C as `_interruptible` has it."""
+    with _interruptible():
+        _run(main)
+
+
+def _run(main: Callable[[], object]) -> None:
     """Call a tool's main function.
 
     A BnnfreeError, an error of the system about a file, memory that does not suffice and a package that is not
@@ -149,7 +194,8 @@ def run(main: Callable[[], object]) -> None:
         _lose(1)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted; trainings keep a checkpoint: train.py --resume and sweep.py go on", file=sys.stderr)
+        left = f"; {one_line(_after_interrupt[-1]())}" if _after_interrupt else ""
+        print(f"interrupted{left}", file=sys.stderr)
         raise SystemExit(130) from None
     except (BnnfreeError, OSError, MemoryError, ModuleNotFoundError, RuntimeError) as error:
         message = _message(error)
@@ -178,6 +224,4 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     """A warning of ours is one line; one of another package says where it comes from."""
     text = warnings.formatwarning(message, category, filename, lineno, "").rstrip()
     ours = filename.startswith(sys.path[0])
-    bars = sys.modules.get("tqdm")
-    write = bars.tqdm.write if bars else print  # Why: a line of its own beside a progress bar
-    write(one_line(f"{category.__name__}: {message}") if ours else printable(text), file=file or sys.stderr)
+    say_beside(one_line(f"{category.__name__}: {message}") if ours else printable(text), file=file or sys.stderr)

@@ -70,12 +70,11 @@ def run_rows(paths: list[Path], metric: str | None, out: Path) -> list[list[str]
 
 def open_entries(path: Path, name: str, several: bool) -> list:
     """One entry of a run folder; of a sweep's folder one per point of its grid of which a run has begun."""
-    from bnnfree.errors import BnnfreeError, nearest
+    from bnnfree.errors import BnnfreeError, nearest_path
     from bnnfree.sweep.run_folder import SWEEP, Entry, entries_of, read_plan, read_run
 
     if not path.is_dir():
-        siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings)
+        hint = nearest_path(path)
         raise BnnfreeError(f"{path}: no such file or folder, expected a run, a sweep's folder or a bench file.{hint}")
     if (path / SWEEP).is_file():
         begun = [(point, run) for point, run in read_plan(path) if run.state != "new"]

@@ -48,7 +48,7 @@ def main() -> None:
         except (OSError, ValueError) as error:
             raise BnnfreeError(f"--classes: {args.classes} cannot be read as text ({error}).") from None
         names = [line.strip() for line in lines if line.strip()]
-    state = open_weights(args.file, MODELS, variant=args.variant, classes=names, image_size=args.image_size)
+    state = open_weights(args.file, MODELS, "FILE", variant=args.variant, classes=names, image_size=args.image_size)
     options = {"--variant": args.variant, "--classes": args.classes, "--image-size": args.image_size}
     if "published" not in state and (given := [name for name, value in options.items() if value is not None]):
         raise BnnfreeError(f"{given[0]}: {args.file} is a checkpoint of ours, which says so itself.")
@@ -59,7 +59,7 @@ def main() -> None:
         "norm": model["norm"],
         "binarize": state["binarize"],
         "width": f"{model['width']:g}",
-        "stem": state["design"]["stem"],
+        "stem": model["stem"],
         "classes": len(data["classes"]),
         "image size": data["image_size"][0],
     }

@@ -38,6 +38,7 @@ def main() -> None:
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.nn import settle
+    from bnnfree.progress import Progress
     from bnnfree.train import evaluate, load_data, open_source
     from bnnfree.train.dist import start
     from bnnfree.train.report import write_json
@@ -67,7 +68,9 @@ def main() -> None:
     if args.settle:
         how = {"seed": recipe.seed, "epoch": sum(stage.epochs for stage in recipe.stages), "device": dist.device}
         settle(model, data.train.settling_batches(args.settle, recipe.data.batch_size, **how))
-    figures = evaluate(model, split, dist, args.batch_size, recipe.precision)
+    images = -(-len(split) // dist.world)
+    with Progress(images, "evaluating", "images", hidden=not dist.main, delay=1) as bar:
+        figures = evaluate(model, split, dist, args.batch_size, recipe.precision, bar.update)
     about = {"split": args.split, "images": len(split), "trained": trained, "settle": args.settle}
     figures = {**about, **figures}
     print(json.dumps(figures, indent=2))
@@ -85,7 +88,7 @@ def open_packed(path: str, overrides: list[str]):
     from torch import nn
 
     from bnnfree.engine import load
-    from bnnfree.recipe.read import parse_recipe
+    from bnnfree.train.networks import parse_recipe
     from models import MODELS
 
     engine = load(path)

@@ -77,7 +77,8 @@ def main() -> None:
 
 def overrides_of(name: str, args) -> list[str]:
     """Overrides that give the recipe this normaliser, without the user's that only another one reads."""
-    from bnnfree.recipe.read import by_key, load_fitting
+    from bnnfree.recipe.read import by_key
+    from bnnfree.train.networks import load_fitting
     from models import MODELS
 
     own = [f"model.norm={NO_NORM}", "optimizer.precondition=bnp"] if name == BNP else [f"model.norm={name}"]
@@ -86,25 +87,15 @@ def overrides_of(name: str, args) -> list[str]:
     return [text for key, text in texts.items() if key not in left]
 
 
-def bar(what: str, total: float, **options):
-    """A progress bar with the time left."""
-    import sys
-
-    from tqdm import tqdm
-
-    pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
-    return tqdm(desc=what, total=total, mininterval=pause, **options)
-
-
 def measured(what: str, contenders: dict, seconds: float, threads: int) -> dict:
     """`bnnfree.bench.rounds.measure` of the contenders, with a bar; nothing of none."""
     from bnnfree.bench.rounds import measure
+    from bnnfree.progress import Progress
 
     if not contenders:
         return {}
-    form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
-    with bar(what, seconds, bar_format=form) as shown:
-        return measure(contenders, seconds, threads, lambda passed: shown.update(min(passed, seconds) - shown.n))
+    with Progress(seconds, what, "s") as shown:
+        return measure(contenders, seconds, threads, lambda passed: shown.update(passed - shown.done))
 
 
 # -- inference
@@ -119,11 +110,12 @@ def price_inference(rows: dict, args) -> None:
     from bnnfree.bench.rounds import figures
     from bnnfree.engine import Engine
     from bnnfree.export import pack_network, packed_bytes
+    from bnnfree.progress import over
     from bnnfree.train import open_source
     from models import MODELS
 
     contenders = {}
-    for name, row in bar("packing", len(rows), iterable=rows.items(), unit="norm"):
+    for name, row in over(rows.items(), "packing", "norms"):
         try:
             model = pack_network(open_source(args.recipe, MODELS, overrides_of(name, args))).model
             engine, image = Engine(model, threads=args.threads), random_images(model, 1)
@@ -149,9 +141,10 @@ def constants_of(sizes: dict[str, int]) -> int:
 def price_training(rows: dict, args) -> None:
     """train (milliseconds of a step, images per second) and saved bytes into each row, or why not: not_trained."""
     from bnnfree.bench.rounds import figures
+    from bnnfree.progress import over
 
     contenders = {}
-    for name, row in bar("first steps", len(rows), iterable=rows.items(), unit="norm"):
+    for name, row in over(rows.items(), "first steps", "norms"):
         try:
             step, saved = open_step(name, args)
             step()
@@ -171,10 +164,11 @@ def open_step(name: str, args):
 
     from bnnfree.analysis.memory import saved_per_image
     from bnnfree.data.datasets import describe, load_data
-    from bnnfree.recipe.read import load_recipe
+    from bnnfree.recipe import resolve
     from bnnfree.train.checkpoint import build_model
     from bnnfree.train.dist import Dist
     from bnnfree.train.loop import Stage
+    from bnnfree.train.networks import load_recipe
     from models import MODELS
 
     recipe = load_recipe(args.recipe, overrides_of(name, args), MODELS)
@@ -194,6 +188,7 @@ def open_step(name: str, args):
     device = torch.device("cpu")
     loss = recipe.loss.model_copy(update={"name": "cross_entropy", "teacher": None})
     recipe = recipe.model_copy(update={"data": data_recipe, "stages": stages, "accumulate": 1, "loss": loss})
+    recipe = resolve(recipe, shape)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, MODELS, shape, recipe.stages[-1].binarize)
     stage = Stage(recipe, len(stages) - 1, model, load_data(data_recipe), Dist(0, 1, device))

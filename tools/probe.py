@@ -132,9 +132,10 @@ def look(source: Path, overrides: list[str], count: int) -> Look:
     from bnnfree.analysis.probe import probe, weight_signs
     from bnnfree.analysis.signals import SIGNS, by_depth, trace_signals
     from bnnfree.nn import anneal, calibrate
-    from bnnfree.recipe.read import parse_recipe
+    from bnnfree.optim import AGC_EPS
     from bnnfree.train import open_source
     from bnnfree.train.checkpoint import build_model
+    from bnnfree.train.networks import parse_recipe
     from models import MODELS
 
     network = open_source(source, MODELS, overrides)
@@ -144,12 +145,11 @@ def look(source: Path, overrides: list[str], count: int) -> Look:
     recipe = network.recipe
     if network.trained:  # Why anew: overrides are about the data, and not about what was trained
         recipe = parse_recipe(network.state["recipe"], network.source, MODELS)
-    agc = None if recipe.agc.clip is None else (recipe.agc.clip, recipe.agc.eps)
+    agc = None if recipe.agc.clip is None else (recipe.agc.clip, AGC_EPS)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        design = network.state["design"] if network.trained else None
-        initial = build_model(recipe, MODELS, network.data, network.binarize, design)
-        calibrate(initial, images, recipe.model.start == "balanced" and len(recipe.stages) == 1)
+        initial = build_model(recipe, MODELS, network.data, network.binarize)
+        calibrate(initial, images)
         initial.train()
         signals = trace_signals(network.model, images, batch=64) if network.trained else trace_signals(initial, images)
         seen = Look(by_depth(signals), course=course_of(source))

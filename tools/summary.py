@@ -2,7 +2,7 @@
 
 examples:
   python tools/summary.py recipes/cifar10_reactnet20.yaml
-  python tools/summary.py recipes/cifar10_reactnet20.yaml model.name=reactnet_a model.shortcut=real
+  python tools/summary.py recipes/cifar10_reactnet20.yaml model.name=reactnet_a model.norm=bn
   python tools/summary.py recipes/cifar10_reactnet20.yaml --image-size 224
   python tools/summary.py runs/reactnet_nobn --json summary.json
 

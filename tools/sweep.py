@@ -68,6 +68,7 @@ def main() -> None:
             _cli.say(f"{states[run.folder].state:<12}{run.name}")
         _cli.say(f"the first: {command_of(sweep, sweep.runs[0], out)}")
         return
+    _cli.on_interrupt(lambda: "the same command goes on: finished runs stay, a cut one goes on from its checkpoint")
     write_plan(sweep, out, args.overrides)
     if not args.table:
         states = train(sweep, out, states, places)
@@ -104,6 +105,7 @@ def write_plan(sweep, out: Path, overrides: list[str]) -> None:
 
 def train(sweep, out: Path, states: dict, places: list) -> dict:
     """Train what is not over; a line per run as it ends, with the time left."""
+    from bnnfree.progress import duration
     from bnnfree.sweep.run_folder import read_run
     from bnnfree.sweep.workers import Job, run_all
 
@@ -144,12 +146,6 @@ def line_of(outcome) -> str:
     test, val, minutes = (outcome.figure(name) for name in ("test_top1", "val_top1", "minutes"))
     shown = "" if val is None else f", validation {val:.2f}"
     return f"test {test:.2f} %{shown}, {minutes:.1f} min"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 # -- tables

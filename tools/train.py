@@ -18,9 +18,12 @@ holds recipe.yaml, metrics.jsonl, curves.png, last.pt, best.pt, result.json, and
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import _cli
+
+CHECKPOINTS = ("last.pt", "best.pt")
 
 
 def main() -> None:
@@ -73,6 +76,7 @@ def train(args: argparse.Namespace) -> None:
         if processes.speaks():
             print(text)
         return
+    _cli.on_interrupt(lambda: what_is_left(out))
     result = fit(recipe, MODELS, out, resume=args.resume, where=where)
     if processes.speaks():
         print(f"test top-1 {result['test_top1']:.2f} % after {result['epochs']} epochs, {result['seconds']:.0f} s")
@@ -80,19 +84,32 @@ def train(args: argparse.Namespace) -> None:
 
 
 def paths_of(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Recipe and run folder. A run folder in the recipe's place stands for its own recipe and for itself, and so does
-    its recipe.yaml where a run is to go on."""
-    from bnnfree.errors import BnnfreeError
+    """Recipe and run folder. A run folder in the recipe's place stands for its own recipe and for itself, and so do
+    its recipe.yaml and, where a run is to go on, its checkpoints."""
+    from bnnfree.errors import BnnfreeError, nearest_path
 
     given = Path(args.recipe)
     recipe, out = given, Path("runs") / given.stem
+    if args.resume and not given.suffix and not given.exists():
+        raise BnnfreeError(f"run folder {given}: no such folder, expected one to go on with.{nearest_path(given)}")
     if given.is_dir() and not (given / "recipe.yaml").exists():
         raise BnnfreeError(f"recipe {given}: is a folder without recipe.yaml, expected a YAML file or a run folder.")
     if given.is_dir():
         recipe, out = given / "recipe.yaml", given
-    elif args.resume and given.name == "recipe.yaml" and (given.parent / "metrics.jsonl").exists():
-        out = given.parent
+    elif given.name in ("recipe.yaml", *CHECKPOINTS) and (given.parent / "metrics.jsonl").exists():
+        if args.resume or given.name == "recipe.yaml":
+            recipe, out = given.parent / "recipe.yaml", given.parent
     return recipe, Path(args.out or out)
+
+
+def what_is_left(out: Path) -> str:
+    """Words on how a training that was interrupted goes on."""
+    again = shlex.join(["python", "tools/train.py", str(out), "--resume"])
+    if (out / "last.pt").exists():
+        return f"from its last checkpoint the run goes on with: {again}"
+    if (out / "recipe.yaml").exists():
+        return f"there is no checkpoint yet; the run begins anew with: {again}"
+    return "nothing was written yet; the same command begins anew"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ def main() -> None:
     args = parser.read()
 
     import numpy as np
-    from tqdm import tqdm
 
     from bnnfree.errors import BnnfreeError
     from bnnfree.export import pack, pack_network
@@ -45,6 +44,7 @@ def main() -> None:
     from bnnfree.format import read
     from bnnfree.format.text import split_numbers
     from bnnfree.preprocess import find_images, load_image, reading_of
+    from bnnfree.progress import Progress, over
     from bnnfree.train import open_source
     from models import MODELS
 
@@ -72,11 +72,12 @@ def main() -> None:
         reading = reading_of(model.metadata, channels, args.model)
         read_as = (height, width), channels, resize
         known = {"orientation": reading.orientation, "limits": reading.limits}
-        images = np.stack([load_image(f, *read_as, **known) for f in tqdm(files, unit="image")])
+        counted = over(files, "reading", "images", delay=1)
+        images = np.stack([load_image(file, *read_as, **known) for file in counted])
     else:
         images = sample_images((height, width, channels), args.samples, args.seed)
     total = len(images) + min(len(images), args.layer_images)
-    with tqdm(total=total, unit="image") as bar:
+    with Progress(total, "verifying", "images", delay=1) as bar:
         sizes = {"layer_images": args.layer_images, "batch_size": 32 if height * width <= 64 * 64 else 8}
         report = verify(packed, model, images, agreement=args.agreement, progress=bar.update, **sizes)
     print(report.table())

@@ -27,6 +27,7 @@ from bnnfree.bench.process_memory import peak_resident, resident
 from bnnfree.data.datasets import Data
 from bnnfree.data.pixel_split import Split
 from bnnfree.errors import BnnfreeError
+from bnnfree.recipe.resolve import Resolved, resolve
 from bnnfree.recipe.schema import Recipe
 from bnnfree.train.checkpoint import Builders, build_model
 from bnnfree.train.dist import Dist
@@ -102,6 +103,7 @@ class StageContender:
     ):
         """Stage `index` of the recipe; `binarize` instead of what that stage makes 1 bit."""
         index %= len(recipe.stages)
+        recipe = resolve(recipe, data_info(data))
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, builders, data_info(data), binarize or recipe.stages[index].binarize)
         # one batch sets the constants: their values cost no time
@@ -128,7 +130,7 @@ class ReleasedContender:
     def __init__(
         self,
         net: nn.Module,
-        recipe: Recipe,
+        recipe: Resolved,
         device: torch.device,
         *,
         unclipped: Iterable[Tensor] = (),
@@ -157,7 +159,6 @@ class ReleasedContender:
             (loss / sum(len(labels) for _, labels in group)).backward()
             clock.done("backward")
         if recipe.agc.clip is not None:
-            assert recipe.agc.clip != "auto"  # resolved when the recipe was read
             self.clip(self.clipped, recipe.agc.clip)
         clock.done("agc")
         self.optimizer.step()

@@ -162,8 +162,7 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
         raise CheckpointError(f"{where}: no file of torch.save, or it holds more than weights. {REMEDY}") from None
     # Why so many: what torch and pickle raise on torn files and on files of another kind
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise CheckpointError(f"{where}: not a checkpoint, or torn ({reason}).") from None
+        raise CheckpointError(f"{where}: not a checkpoint, or torn ({_reason(error)}).") from None
     weights = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
@@ -173,6 +172,12 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
     except (KeyError, TypeError, ValueError):
         decay = None
     return {str(key).removeprefix("module."): value for key, value in weights.items()}, decay
+
+
+def _reason(error: Exception) -> str:
+    """The words of torch on a file, or, where these tell of its inner working only, their meaning."""
+    said = str(error).strip().split("\n")[0][:120]
+    return said if said and isinstance(error, RuntimeError | OSError) else "it is no file of torch.save"
 
 
 def inspect(theirs: Mapping[str, Tensor], where: str) -> Found:

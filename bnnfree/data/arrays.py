@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from bnnfree.data.parts import DataOptions, Source, warn_if_narrow
+from bnnfree.data.sizes import size_of
+from bnnfree.data.subset import carve
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import Limits, Size, check_limits, to_bytes
-from bnnfree.data.parts import DataOptions, Source, size_of, warn_if_narrow
-from bnnfree.data.subset import carve
 
 PARTS = ("train", "test", "val")
 STEP = 256  # images that are scaled at a time

@@ -18,14 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from bnnfree.errors import DataError, pick
-from bnnfree.preprocess import DECODED_SIZE
 from bnnfree.data.addresses import is_url
 from bnnfree.data.arrays import arrays, describe_arrays
 from bnnfree.data.augment import MIXTURES, POLICIES, Mixing
+from bnnfree.data.file_split import FILE_AUGMENTS, FileSplit, sample_pixels
 from bnnfree.data.folder import cache_folder, check_root
 from bnnfree.data.image_folder import check_folder, describe_folder, image_folder, imagenet
-from bnnfree.data.pixel_split import AUGMENTS, NAMES, PixelSplit, Split
 from bnnfree.data.parts import (
     CIFAR10,
     CIFAR100,
@@ -42,12 +40,15 @@ from bnnfree.data.parts import (
     measure,
     reading_of,
     resized,
-    size_of,
     spread,
 )
-from bnnfree.data.tar_index import Found, find_shards
-from bnnfree.data.file_split import FILE_AUGMENTS, FileSplit, sample_pixels
+from bnnfree.data.pixel_split import GEOMETRIES, PixelSplit, Split
+from bnnfree.data.sizes import size_of
 from bnnfree.data.subset import SPLIT_SEED, carve, thin
+from bnnfree.data.tar_index import Found, find_shards
+from bnnfree.errors import DataError, pick
+from bnnfree.names import AUGMENTS
+from bnnfree.preprocess import DECODED_SIZE
 
 __all__ = ["CIFAR10", "CIFAR100", "IMAGENET", "Data", "DataOptions", "Source", "Stats", "describe", "load_data"]
 
@@ -112,7 +113,7 @@ def load_data(options: DataOptions, *, where: str = "data") -> Data:
     if not 0 <= options.val_fraction < 1:
         raise DataError(f"{where}: val_fraction: got {options.val_fraction}, expected 0 <= val_fraction < 1.")
     for name in options.augment:  # Why: before minutes of decoding; which table applies is known after
-        pick(dict.fromkeys(NAMES), name, f"{where}: augment")
+        pick(dict.fromkeys(AUGMENTS), name, f"{where}: augment")
     source = pick(DATASETS, options.name, f"{where}: name")(options, where)
     check_names(source.classes, where)
     for part, limit in (("train", options.train_limit), ("test", options.test_limit)):
@@ -150,7 +151,7 @@ def _split(source: Source, part: str, stats: Stats, options: DataOptions, where:
     images, labels = source.parts[part]
     augment = options.augment if part == "train" else []
     decoded = images.dtype == np.uint8
-    table = dict.fromkeys((*(AUGMENTS if decoded else FILE_AUGMENTS), *POLICIES, *MIXTURES))
+    table = dict.fromkeys((*(GEOMETRIES if decoded else FILE_AUGMENTS), *POLICIES, *MIXTURES))
     for name in augment:
         kind = "in memory" if decoded else f"over {DECODED_SIZE} pixels"
         pick(table, name, f"{where}: augment of images {kind}")
@@ -197,10 +198,11 @@ def describe(options: DataOptions, where: str = "data") -> dict[str, Any]:
     return {"classes": classes, "channels": channels, "image_size": [height, width], "samples": samples}
 
 
-def check_files(options: DataOptions, where: str = "data") -> None:
-    """Look for bad files, as far as is cheap before a training: errors as load_data's."""
+def check_files(options: DataOptions, where: str = "data") -> str:
+    """Look for bad files, as far as is cheap before a training: errors as load_data's. Says what was looked at."""
     if options.name == "image_folder":
-        check_folder(options, where)
+        return f"files: {check_folder(options, where)}; a training decodes all"
+    return "" if options.name in ("digits", "fake") else "files: not looked at"
 
 
 def _numbered(classes: int) -> list[str]:

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.preprocess import Reading, Size, centre, read_image, turned
 from bnnfree.data.augment import POLICIES, policy, seeded
 from bnnfree.data.pixel_split import Numbered, Part, Split
+from bnnfree.errors import BnnfreeWarning, DataError
+from bnnfree.preprocess import Reading, Size, centre, read_image, turned
 
 SAMPLE = 256  # images by which statistics of files are measured
 JPEG_MODES = ("RGB", "L", "CMYK")  # what Pillow makes of a JPEG

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bnnfree.errors import BnnfreeWarning, DataError, nearest
+from bnnfree.data.subset import carve
+from bnnfree.errors import BnnfreeWarning, DataError, nearest, nearest_path
 from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import Reading, Size, image_endings, read_image, square
-from bnnfree.data.subset import carve
+from bnnfree.progress import Progress
 
 SIDECARS = {"thumbs.db", "desktop.ini", "__macosx"}
 CACHE_FORMAT = 2  # part of every cache key: raise it when the same files would decode to other pixels
@@ -63,7 +64,8 @@ def list_tree(root: str | None, where: str, test_fraction: float | None = None) 
         if not there:
             raise DataError(
                 f"{where}: no folder {name!r} in {folder}: got {_shown(found)}, {EXPECTED}."
-                f"{nearest(name, set(found) - {'train'})} data.test_fraction=0.2 would hold out a fifth of each class."
+                f"{nearest(name, set(found) - {'train'}, f'{folder}/')} data.test_fraction=0.2 would hold out a fifth "
+                "of each class."
             )
     classes = list(_classes(folder / "train"))
     if not classes:
@@ -109,10 +111,9 @@ def check_root(root: str | None, where: str) -> Path:
         raise DataError(f"{where}: root: got {root!r}, expected the folder that holds the images. {HINT}")
     folder = Path(root).expanduser()
     if not folder.exists():
-        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise DataError(
             f"{where}: root: got {str(folder)!r}, which does not exist, expected the folder that holds the"
-            f" images.{nearest(folder.name, siblings) or ' ' + HINT}"
+            f" images.{nearest_path(folder) or ' ' + HINT}"
         )
     if not folder.is_dir():
         raise DataError(f"{where}: root: got {str(folder)!r}, which is a file, expected a folder. Unpack it?")
@@ -203,8 +204,6 @@ def decode(
 
     `on_bad(path, reason)` is told of each unreadable file, in order.
     """
-    from tqdm import tqdm
-
     pixels = np.empty((len(files), *size, reading.channels), np.uint8)
 
     def decode_chunk(first: int) -> dict[int, str]:
@@ -218,7 +217,7 @@ def decode(
         return reasons
 
     bad: list[int] = []
-    bar = tqdm(total=len(files), desc="decoding images", unit="img", delay=1, disable=None)
+    bar = Progress(len(files), "decoding images", "images", delay=1)
     lengths = [_stat(file)[0] for file in files[:100]]
     # Why: on small files the interpreter lock makes two threads slower than one
     threads = os.cpu_count() if sum(lengths) > SMALL_FILE * len(lengths) else 1
@@ -227,7 +226,7 @@ def decode(
             for index, reason in reasons.items():
                 on_bad(files[index], reason)
             bad += reasons
-            bar.update(min(CHUNK, len(files) - bar.n))
+            bar.update(CHUNK)
     return (np.delete(pixels, bad, axis=0) if bad else pixels), bad
 
 

@@ -10,8 +10,6 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.preprocess import DECODED_SIZE, Reading, Size, read_image
 from bnnfree.data.folder import Tree, decode_cached, list_tree
 from bnnfree.data.parts import (
     IMAGENET,
@@ -24,9 +22,11 @@ from bnnfree.data.parts import (
     is_decoded,
     known_of_files,
     reading_of,
-    size_of,
     spread,
 )
+from bnnfree.data.sizes import size_of
+from bnnfree.errors import BnnfreeWarning, DataError
+from bnnfree.preprocess import DECODED_SIZE, Reading, Size, read_image
 
 HEADS = 1000  # files, of any number, whose heads are looked at before the others are read
 
@@ -79,11 +79,15 @@ def describe_folder(options: DataOptions, where: str) -> tuple[list[str], int, S
     return tree.classes, reading_of(options, where).channels, size, len(files)
 
 
-def check_folder(options: DataOptions, where: str) -> None:
-    """Look at names and some files. Errors: DataError that names those that are no images; warns as `check_range`."""
+def check_folder(options: DataOptions, where: str) -> str:
+    """Look at names and some files, and say at how many.
+
+    Errors: DataError that names those that are no images; warns as `check_range`.
+    """
     tree = _listed(options, where)
-    _check_heads(tree, options, where)
+    heads, files = _check_heads(tree, options, where)
     _check_range(tree, reading_of(options, where), where)
+    return f"the names of {files:,} and the heads of {heads:,} were looked at"
 
 
 def _check_range(tree: Tree, reading: Reading, where: str) -> None:
@@ -116,17 +120,22 @@ def _own_size(files: list[str], where: str) -> Size:
     return side, side
 
 
-def _check_heads(tree: Tree, options: DataOptions, where: str) -> None:
-    """Errors: DataError for files outside of the classes or without the head of an image, of the latter some."""
+def _check_heads(tree: Tree, options: DataOptions, where: str) -> tuple[int, int]:
+    """Numbers of the heads that were looked at and of all files.
+
+    Errors: DataError for files outside of the classes or without the head of an image, of the latter some.
+    """
     bad = dict(tree.bad)
     files = [file for part, _ in tree.parts.values() for file in part]
-    for index in spread(len(files), HEADS):
+    looked_at = list(spread(len(files), HEADS))
+    for index in looked_at:
         try:
             with Image.open(files[index]):
                 pass
         except Exception:  # Why: damaged files fail in many ways, which `read_image` tells apart
             bad[files[index]] = str(read_image(files[index]))
     _refuse(bad, options, where)
+    return len(looked_at), len(files)
 
 
 def _refuse(bad: dict[str, str], options: DataOptions, where: str) -> None:

@@ -14,9 +14,9 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from bnnfree.data.file_split import Files
 from bnnfree.errors import BnnfreeWarning, DataError
 from bnnfree.preprocess import DECODED_SIZE, MODES, NARROW, Reading, Size, check_limits, square
-from bnnfree.data.file_split import Files
 
 LONGEST_NAME = 1024  # bytes of a class name; the packed format's MAX_LINE
 TRIED = 16  # image files that are decoded to see what range their values have
@@ -76,14 +76,6 @@ class Source:
         files = self.files(images)
         files.reading = self.reading
         return files
-
-
-def size_of(image_size: int | Sequence[int] | None) -> Size | None:
-    """(height, width) of a recipe's `image_size`, where an int is a square's side."""
-    if image_size is None:
-        return None
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return height, width
 
 
 def is_decoded(size: Size) -> bool:

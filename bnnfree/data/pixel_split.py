@@ -5,7 +5,7 @@ order, never of the batch it falls into, the rank, the worker or the device. So 
 hold the pixels of one batch of 128, the ranks' parts make up the one-process batch, and an epoch can be
 resumed at any batch. torch's global random state is neither read nor changed.
 
-To add an augmentation of pixels in memory: one function and one line of AUGMENTS; augment.py has those that streamed
+To add an augmentation of pixels in memory: one function and one line of GEOMETRIES; augment.py has those that streamed
 images know too.
 
 Must not import bnnfree.nn, models, export or engine, nor bnnfree.data.datasets: data sets are not its business.
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnnfree.data.augment import POLICIES, Mixing, neighbours, policy, seeded
 from bnnfree.errors import DataError
-from bnnfree.data.augment import MIXTURES, POLICIES, Mixing, neighbours, policy, seeded
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Numbered = tuple[Tensor, Tensor, Tensor]  # images, labels, and the images' numbers
@@ -58,8 +58,7 @@ def _crop(images: Tensor, draws: Tensor, pad: int) -> Tensor:
     return padded[sample, rows[:, :, None], columns[:, None, :]]
 
 
-AUGMENTS = {"flip": flip, "crop": crop, "shift": shift}
-NAMES = (*AUGMENTS, *POLICIES, *MIXTURES)
+GEOMETRIES = {"flip": flip, "crop": crop, "shift": shift}
 
 
 def in_bursts(order: Tensor, labels: Tensor, length: int, generator: torch.Generator) -> Tensor:
@@ -276,8 +275,8 @@ class PixelSplit(Split):
             images = normalise(pixels[index])
             if draws is not None:
                 for column, name in enumerate(self.augment):
-                    if name in AUGMENTS:
-                        images = AUGMENTS[name](images, draws[part, column])
+                    if name in GEOMETRIES:
+                        images = GEOMETRIES[name](images, draws[part, column])
                     elif name in POLICIES:
                         images = normalise(self._changed(images, name, draws[part, column]))
             yield images.permute(0, 3, 1, 2), labels[index], index

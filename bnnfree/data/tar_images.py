@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bnnfree.data.addresses import fetch, is_url
+from bnnfree.data.file_split import Files
 from bnnfree.errors import DataError
 from bnnfree.files import OutputError, replacing
 from bnnfree.preprocess import read_image
-from bnnfree.data.addresses import fetch, is_url
-from bnnfree.data.file_split import Files
 
 WINDOW = 16  # shards that an epoch takes images from at a time
 BLOCK = 512  # bytes: a tar header

@@ -30,12 +30,13 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bnnfree.errors import BnnfreeWarning, DataError
-from bnnfree.files import OutputError, replacing
-from bnnfree.preprocess import image_endings, read_image
 from bnnfree.data.addresses import expand, fetch, is_plain, is_url, webdataset
 from bnnfree.data.folder import list_tree
 from bnnfree.data.tar_images import BLOCK, MEMBER, Members, check_size, local
+from bnnfree.errors import BnnfreeWarning, DataError
+from bnnfree.files import OutputError, replacing
+from bnnfree.preprocess import image_endings, read_image
+from bnnfree.progress import Progress, over
 
 INDEX = "index.json"
 ORDER_SEED = 20  # of the images in the shards; the order of an epoch has the recipe's
@@ -161,8 +162,6 @@ def find_shards(
 
 def _scan_all(places: list[str], cache: Path, limit: int | None) -> dict[str, Shard]:
     """Each shard by its place; what they held is remembered in `cache`, of local ones until they change."""
-    from tqdm import tqdm
-
     stats = [None if is_url(place) else os.stat(place) for place in places]
     key = [(place, stat and (stat.st_size, stat.st_mtime_ns)) for place, stat in zip(places, stats, strict=True)]
     known = cache / f"shards-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
@@ -174,8 +173,8 @@ def _scan_all(places: list[str], cache: Path, limit: int | None) -> dict[str, Sh
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"index {known} cannot be used ({reason}); scanning again.", BnnfreeWarning, stacklevel=2)
-    bar = tqdm(places, desc="scanning shards", unit="shard", delay=1, disable=None)
-    found = {place: scan(place, local(place, cache, limit)) for place in bar}
+    counted = over(places, "scanning shards", "shards", delay=1)
+    found = {place: scan(place, local(place, cache, limit)) for place in counted}
     try:
         with replacing(known) as temporary:
             temporary.write_text(json.dumps([shard.model_dump() for shard in found.values()]), encoding="utf-8")
@@ -272,8 +271,6 @@ def write(root: str, out: str | Path, *, size: int = 100_000_000, skip_bad: bool
     files are copied as they are. Returns the number of bad files left out with `skip_bad`; without it they are a
     DataError, as is an `out` with something in it.
     """
-    from tqdm import tqdm
-
     tree, out = list_tree(root, where), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{where}: the folder {out} is there and not empty; expected a new one.")
@@ -284,7 +281,7 @@ def write(root: str, out: str | Path, *, size: int = 100_000_000, skip_bad: bool
     total = sum(len(files) for files, _ in tree.parts.values())
     parts: dict[str, list[dict]] = {}
     try:
-        with tqdm(total=total, desc="writing shards", unit="img", disable=None) as bar:
+        with Progress(total, "writing shards", "images", delay=1) as bar:
             for part, (files, labels) in tree.parts.items():
                 parts[part] = []
                 for number, chunk in enumerate(_chunks(files, size)):

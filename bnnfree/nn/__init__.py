@@ -13,8 +13,9 @@ try:
 except ModuleNotFoundError as _error:
     raise lacking(_error, "bnnfree.nn") from None
 
-from bnnfree.nn.binary import SCALES, BinaryConv2d, BinaryLinear
-from bnnfree.nn.block import ACTIVATIONS, BINARIZE, SHORTCUTS, BinaryBlock, Clip, Design, check_activation
+from bnnfree.names import ACTIVATIONS, BINARIZE, GROUP, SCALES, SHORTCUTS, STE_WINDOWS
+from bnnfree.nn.binary import BinaryConv2d, BinaryLinear
+from bnnfree.nn.block import BinaryBlock, Clip, Design
 from bnnfree.nn.calibrate import (
     anneal,
     calibrate,
@@ -26,8 +27,9 @@ from bnnfree.nn.calibrate import (
     settled,
     update_input_means,
 )
-from bnnfree.nn.centring import GROUP, Part, ask_before, gradient_centres, plan_step, set_part
+from bnnfree.nn.centring import Part, ask_before, gradient_centres, plan_step, set_part
 from bnnfree.nn.norms import (
+    LAYERS,
     NORMS,
     BatchRenorm2d,
     Belief,
@@ -35,25 +37,24 @@ from bnnfree.nn.norms import (
     GhostBatchNorm2d,
     GroupNorm,
     KalmanNorm2d,
-    Norm,
     ProxyNorm,
     ThresholdedLinear,
-    check_norm,
     first_belief,
     gaussian_moments,
     make_norm,
-    of_batch,
 )
 from bnnfree.nn.react import RPReLU, RSign
-from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, sign, sign_of_weight
+from bnnfree.nn.sign import STES, Sign, sign, sign_of_weight
 from bnnfree.nn.standard import CentredLinear, ScaledStdConv2d, WeightLayer, standardize_weight
 from bnnfree.nn.variance import BETA_MODES, BlockShape, expected_betas
+from bnnfree.normalisers import Norm
 
 __all__ = [
     "ACTIVATIONS",
     "BETA_MODES",
     "BINARIZE",
     "GROUP",
+    "LAYERS",
     "NORMS",
     "SCALES",
     "SHORTCUTS",
@@ -85,15 +86,12 @@ __all__ = [
     "ask_before",
     "calibrate",
     "centred_layers",
-    "check_activation",
-    "check_norm",
     "expected_betas",
     "first_belief",
     "gaussian_moments",
     "gradient_centres",
     "make_norm",
     "measure_deviations",
-    "of_batch",
     "plan_step",
     "rescale",
     "rescaled_layers",

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
+from bnnfree.names import SCALES
 from bnnfree.nn.sign import sign_of_weight
 from bnnfree.nn.standard import ConvLayer, LinearLayer, WeightLayer
-
-SCALES = ("fan_in", "mean_abs", "learned", "none")
 
 
 class _BinaryWeight(WeightLayer):

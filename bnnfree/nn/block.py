@@ -10,38 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnfree.errors import BnnfreeError, pick
-from bnnfree.nn.binary import SCALES, BinaryConv2d
-from bnnfree.nn.norms import NORMS, Belief, Norm, check_norm, make_dropout, make_norm, run_believing
-from bnnfree.nn.react import PowerRPReLU, RPReLU, RSign, channel_medians
-from bnnfree.nn.sign import STE_WINDOWS, STES, Sign, check_ste, per_channel
+from bnnfree.errors import BnnfreeError
+from bnnfree.names import BINARIZE
+from bnnfree.nn.binary import BinaryConv2d
+from bnnfree.nn.norms import RELUS, Belief, make_dropout, make_norm, run_believing
+from bnnfree.nn.react import PowerRPReLU, RPReLU, RSign
+from bnnfree.nn.sign import Sign, per_channel
 from bnnfree.nn.standard import CentredLinear, ConvLayer, ScaledStdConv2d
-from bnnfree.nn.variance import BETA_MODES
+from bnnfree.normalisers import NORMS, Norm, check_design, complete
 
-BINARIZE = {
-    "none": (False, False),
-    "activations": (True, False),
-    "weights": (False, True),
-    "both": (True, True),
-}
-SHORTCUTS = ("real", "binary")
-ACTIVATIONS = ("trunk", "branch")
-
-
-def check_activation(place: str | None, norm: str) -> None:
-    """Errors: a `place` of the activation that is not in ACTIVATIONS, or not that of a normaliser that takes it in."""
-    if place is None:
-        return
-    pick(dict.fromkeys(ACTIVATIONS), place, "activation")
-    if place == "trunk" and NORMS[norm].proxy:
-        raise BnnfreeError(f"activation: got 'trunk' for norm {norm!r}, which takes it in, expected 'branch'.")
+OWN: Any = None  # default of what is the normaliser's own, and has its value once a Design is made
 
 
 @dataclass(frozen=True)
 class Design:
-    """Design shared by all layers of one network; None where the normaliser decides.
+    """Design shared by all layers of one network. What is None when it is made becomes the normaliser's own value.
 
-    norm        a name of bnnfree.nn.norms.NORMS; norm_options: keyword arguments of its builder
+    norm        a name of bnnfree.normalisers.NORMS; norm_options: keyword arguments of its builder
     binarize    "none" | "activations" | "weights" | "both"
     shortcut    weights of the 1x1 shortcut convolutions (their inputs are never signs): "real" | "binary"
     react       learnable thresholds and RPReLU (ReActNet); False: bare sign and identity (Bi-Real, XNOR)
@@ -51,11 +36,10 @@ class Design:
     standardize scaled weight standardisation of all convolutions
     centre      taking out the expected mean: of binary convolutions by their inputs' running mean, of real ones by
                 their outputs' at calibration (WeightLayer, centre "input" and "output")
-    centre_gradient  taking the mean of a group's other samples out of the gradient of a centred convolution's inputs
-    centre_head  taking the running mean out of the classifier's inputs (and of their gradient, with centre_gradient)
+    centre_gradient  taking the mean of a group's other samples out of the gradient of a centred layer's inputs; "head":
+                of the classifier's alone
+    centre_head  taking the running mean out of the classifier's inputs
     scale       size of the binary weights, a name of bnnfree.nn.SCALES (see BinaryConv2d)
-    ste_parameter, ste_last  width or steepness of the estimator (None: its default), and what it is at the end of
-                training (None: the same), log-linear in between
     alpha, beta, ste, ste_window, pad_value, latent_std: see Norm, variance, sign, BinaryConv2d
     """
 
@@ -65,79 +49,48 @@ class Design:
     shortcut: str = "binary"
     react: bool = True
     real: bool = False
-    activation: str | None = None
-    standardize: bool | None = None
-    centre: bool | None = None
-    centre_gradient: bool | None = None
-    centre_head: bool | None = None
-    scale: str | None = None
-    alpha: float | None = None
-    beta: str | None = None
-    ste: str | None = None
-    ste_window: str | None = None
-    ste_parameter: float | None = None
-    ste_last: float | None = None
+    activation: str = OWN
+    standardize: bool = OWN
+    centre: bool = OWN
+    centre_gradient: bool | str = OWN
+    centre_head: bool = OWN
+    scale: str = OWN
+    alpha: float = OWN
+    beta: str = OWN
+    ste: str = OWN
+    ste_window: str = OWN
     pad_value: int = 0
     latent_std: float | None = None
 
     def __post_init__(self):
-        check_norm(self.norm, self.norm_options)
-        pick(BINARIZE, self.binarize, "binarize")
-        pick(dict.fromkeys(SHORTCUTS), self.shortcut, "shortcut")
-        pick(BETA_MODES, self.beta_mode, "beta")
-        if self.scale is not None:
-            pick(dict.fromkeys(SCALES), self.scale, "scale")
-        pick(STES, self.estimator, "ste")
-        check_ste(self.estimator, self.ste_parameter, self.ste_last)
-        if self.centre and self.norm == "kn":
-            raise BnnfreeError("centre: got true with norm 'kn', whose priors pass through the layers, expected false.")
-        pick(dict.fromkeys(STE_WINDOWS), self.window, "ste_window")
-        check_activation(self.activation, self.norm)
+        for key, value in complete(self.norm, vars(self)).items():
+            object.__setattr__(self, key, value)
+        check_design(vars(self))
 
     @property
     def rule(self) -> Norm:
-        return pick(NORMS, self.norm, "norm")
+        return NORMS[self.norm]
+
+    def _options(self, centre: str) -> dict[str, Any]:
+        """Options of all convolutions; `centre` is the kind of centring that such ones have, where they have it."""
+        rule = self.rule
+        return {
+            "standardize": self.standardize,
+            "gain": rule.gain,
+            "bias": rule.bias,
+            "centre": centre if self.centre else None,
+            "unit_output": rule.unit_output,
+        }
 
     @property
-    def branch_factor(self) -> float:
-        """alpha of every block."""
-        return self.rule.alpha if self.alpha is None else self.alpha
-
-    @property
-    def beta_mode(self) -> str:
-        return self.beta or self.rule.beta
-
-    @property
-    def acts_in_branch(self) -> bool:
-        """True where a block's activation ends its branch, and nothing follows the residual sum."""
-        return self.rule.proxy or self.activation == "branch"
-
-    @property
-    def window(self) -> str:
-        return self.ste_window or self.rule.window
-
-    @property
-    def estimator(self) -> str:
-        """The straight-through estimator of the activations."""
-        return self.ste or self.rule.ste
-
-    @property
-    def binary_options(self) -> dict:
+    def binary_options(self) -> dict[str, Any]:
         """Options of the binary convolutions."""
-        options = self._asked(self.rule.binary, "input")
-        if self.centre_gradient is not None:
-            options["centre_gradient"] = self.centre_gradient
-        return options if self.scale is None else {**options, "scale": self.scale}
-
-    def _asked(self, options: Mapping[str, Any], centre: str) -> dict:
-        """The normaliser's options, and those that are set here; `centre` is the kind that such layers have."""
-        own = {} if self.standardize is None else {"standardize": self.standardize}
-        return {**options, **own, **({} if self.centre is None else {"centre": centre if self.centre else None})}
+        return {**self._options("input"), "scale": self.scale, "centre_gradient": self.centre_gradient is True}
 
     @property
-    def real_options(self) -> dict:
+    def real_options(self) -> dict[str, Any]:
         """Options of the real convolutions."""
-        return self._asked(self.rule.real, "output")
+        return self._options("output")
 
     def make_norm(
         self, channels: int, activation: nn.Module | None = None, before_sign: bool = False
@@ -150,7 +103,7 @@ class Design:
         options = dict(self.norm_options)
         if self.rule.proxy:
             return [make_norm(self.norm, channels, activation, **options)]
-        if self.rule.relu is not None and (self.real or before_sign):
+        if self.norm in RELUS and (self.real or before_sign):
             options["tlu"] = False
         return [make_norm(self.norm, channels, None, **options), *([] if activation is None else [activation])]
 
@@ -161,15 +114,15 @@ class Design:
         both, because beta is the one and the other cancels.
         """
         if self.real:
-            if self.rule.relu is None or not self.norm_options.get("tlu", True):
+            if self.norm not in RELUS or not self.norm_options.get("tlu", True):
                 return nn.ReLU()
-            return self.rule.relu(channels, **{k: v for k, v in self.norm_options.items() if k == "tau"})
+            return RELUS[self.norm](channels, **{k: v for k, v in self.norm_options.items() if k == "tau"})
         if not self.react:
             return None
         if self.rule.proxy:
             return nn.PReLU(channels)
         kind = PowerRPReLU if self.rule.power_slopes else RPReLU
-        return kind(channels, input_shift=not self.binary_options.get("bias"))
+        return kind(channels, input_shift=not self.rule.bias)
 
     def make_tail(self, channels: int) -> nn.Module | None:
         """Normaliser between the last block and the head's pool, where blocks have theirs before signs; else None."""
@@ -185,7 +138,7 @@ class Design:
             before.append(dropout)
         conv = self.make_conv(cin, cout, kernel, stride)
         # between convolutions of a branch a sign is the activation
-        inside = self.acts_in_branch if last else self.real
+        inside = self.activation == "branch" if last else self.real
         act = self.make_activation(cout) if inside else None
         after = ([] if act is None else [act]) if rule.before else self.make_norm(cout, act, before_sign=not last)
         return [*before, conv, *after]
@@ -197,8 +150,7 @@ class Design:
         """
         if not BINARIZE[self.binarize][0]:
             return Clip(channels if self.react else None)
-        how = self.estimator, self.window, self.ste_parameter, self.ste_last
-        return RSign(channels, *how) if self.react else Sign(*how)
+        return RSign(channels, self.ste, self.ste_window) if self.react else Sign(self.ste, self.ste_window)
 
     def make_conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> ConvLayer:
         """A binary convolution of signs, or a real one of real values, padded to keep the size at stride 1."""
@@ -229,8 +181,8 @@ class Design:
 
     def make_head(self, channels: int, classes: int) -> nn.Module:
         """The real linear layer that gives the logits."""
-        if self.rule.centre_head if self.centre_head is None else self.centre_head:
-            return CentredLinear(channels, classes, centre_gradient=self.centre_gradient is not False)
+        if self.centre_head:
+            return CentredLinear(channels, classes, centre_gradient=bool(self.centre_gradient))
         return nn.Linear(channels, classes)
 
 
@@ -240,12 +192,6 @@ class Clip(nn.Module):
     def __init__(self, channels: int | None = None):
         super().__init__()
         self.bias = None if channels is None else nn.Parameter(torch.zeros(channels))
-
-    @torch.no_grad()
-    def balance(self, x: Tensor) -> None:
-        """b as RSign would have it, for a stage with signs that follows."""
-        if self.bias is not None:
-            self.bias.copy_(-channel_medians(x))
 
     def compared(self, x: Tensor) -> Tensor:
         """t: what RSign would compare with 0."""
@@ -303,13 +249,13 @@ class BinaryBlock(nn.Module):
         if duplicate and cout != 2 * cin:
             raise BnnfreeError(f"duplicate: got {cin} -> {cout} channels, expected twice the width.")
         self.stride, self.duplicate = stride, duplicate
-        self.measured = design.beta_mode == "measured"
+        self.measured = design.beta == "measured"
         self.calibrating = False
-        self.register_buffer("alpha", torch.tensor(float(design.branch_factor)))
+        self.register_buffer("alpha", torch.tensor(float(design.alpha)))
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.scaled = self.measured or beta != 1
         self.scales_shortcut = design.rule.scaled_shortcut
-        self.damped = design.branch_factor != 1
+        self.damped = design.alpha != 1
         self.register_load_state_dict_post_hook(_note_factors)
         branch: list[nn.Module] = []
         for i in range(convs):
@@ -317,7 +263,7 @@ class BinaryBlock(nn.Module):
             branch += design.make_unit(width, cout, kernel, step, last=i + 1 == convs)
         self.branch = nn.Sequential(*branch)
         self.shortcut = design.make_shortcut(cin, cout) if cin != cout and not duplicate else None
-        act = None if design.acts_in_branch else design.make_activation(cout)
+        act = None if design.activation == "branch" else design.make_activation(cout)
         self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor, belief: Belief | None = None) -> Tensor | tuple[Tensor, Belief]:

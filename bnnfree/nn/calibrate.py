@@ -11,35 +11,27 @@ from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from bnnfree.errors import BnnfreeError
 from bnnfree.nn.norms import GhostBatchNorm2d
 from bnnfree.nn.standard import WeightLayer, sum_of_sample_means
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor, balance: bool = False, keep: Collection[str] = ()) -> None:
+def calibrate(model: nn.Module, images: Tensor, keep: Collection[str] = ()) -> None:
     """Set every constant that comes from data, layer by layer, in one forward pass of `images`.
 
     Each layer sees inputs made by the layers before it with their constants already set: the input means
     of centred layers, output means and deviations, and beta of blocks in mode "measured". Parameters stay
     as they are. Call it on the bare model (not the compiled one), before training or at a stage's start.
 
-    balance: the layers that have a method `balance` set parameters in the same pass, so that training starts with
-    bits of which half are +1 and no constant on the trunk: RSign's threshold is minus the median of each channel that
-    enters it, RPReLU's output shift minus the mean of its activation. Batch norms then take the statistics of these
-    images, as in training, and keep none.
-
     keep: names of layers that stay as they are, such as those that started from weights.
 
     Shapes: images [N, C, H, W], normalised as in training; a few hundred samples suffice.
-    Errors: BnnfreeError for `balance` in a model that has nothing to balance.
     """
     changing = [module for name, module in model.named_modules() if name not in keep]
     parts = [module for module in changing if hasattr(module, "calibrating")]
-    with _evaluating(model), _balancing(model, changing if balance else []):
+    with _evaluating(model):
         try:
             for part in parts:
                 part.calibrating = True  # type: ignore[assignment]
@@ -57,33 +49,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def _balancing(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
-    """Within it a forward pass balances these modules of `model`, layer by layer."""
-    if not modules:
-        yield
-        return
-    layers = [module for module in modules if callable(getattr(module, "balance", None))]
-    if not any(callable(getattr(module, "balance", None)) for module in model.modules()):
-        raise BnnfreeError(
-            f"balanced start: got a {type(model).__name__} without RSign and RPReLU, expected one that has them. "
-            "Use start=plain."
-        )
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    kept = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: layer.balance(*args)) for layer in layers]
-    try:
-        for norm in norms:
-            norm.train()
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for norm, buffers in zip(norms, kept, strict=True):
-            for buffer, old in zip(norm.buffers(), buffers, strict=True):
-                buffer.copy_(old)
 
 
 def rescaled_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer]]:

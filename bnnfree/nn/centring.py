@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnnfree.names import GROUP
+
 SHRINKAGE = 2.0  # others: the mean of fewer is mostly noise (recipes/NOTES.md, section 15)
-GROUP = 32  # samples: steps of 128 learn as much as centred by all 128 (recipes/NOTES.md, section 19)
 
 
 def weight_of_each(others: Any) -> Any:

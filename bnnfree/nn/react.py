@@ -12,19 +12,6 @@ from torch import Tensor, nn
 from bnnfree.nn.sign import Sign, per_channel
 
 
-def channel_medians(x: Tensor) -> Tensor:
-    """[C]: for each channel of x [N, C, ...] the middle between its two middle values.
-
-    Of an odd number the two are the median and the one below. Why not the median: as a threshold it would lie on a
-    value, whose bit is then a matter of rounding, and another order of sums would train another network.
-    """
-    rows = x.transpose(0, 1).flatten(1)
-    count = rows.shape[1]
-    # Why one by one: what is found along a dim comes with indices of 8 bytes, of all channels at once
-    pairs = [[row.kthvalue(k).values for k in (max(count // 2, 1), min(count // 2 + 1, count))] for row in rows]
-    return torch.stack([(low + high) / 2 for low, high in pairs])
-
-
 class RSign(Sign):
     """Sign with a learnable threshold per channel: s = sign(x + b), b [C] starts at 0.
 
@@ -32,21 +19,9 @@ class RSign(Sign):
     Shapes: [N, C, ...] -> the same.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        ste: str = "approx",
-        window: str = "fixed",
-        parameter: float | None = None,
-        last: float | None = None,
-    ):
-        super().__init__(ste, window, parameter, last)
+    def __init__(self, channels: int, ste: str = "approx", window: str = "fixed", parameter: float | None = None):
+        super().__init__(ste, window, parameter)
         self.bias = nn.Parameter(torch.zeros(channels))
-
-    @torch.no_grad()
-    def balance(self, x: Tensor) -> None:
-        """b = minus each channel's median over x: half of its signs are +1, of an odd number one more (ties apart)."""
-        self.bias.copy_(-channel_medians(x))
 
     def compared(self, x: Tensor) -> Tensor:
         return x + per_channel(self.bias, x)
@@ -67,12 +42,6 @@ class RPReLU(nn.Module):
 
     def _make_slope(self, channels: int) -> None:
         self.slope = nn.Parameter(torch.full((channels,), 0.25))
-
-    @torch.no_grad()
-    def balance(self, x: Tensor) -> None:
-        """b2 such that each channel's mean of y over x is 0, whatever the slope and b1 are."""
-        y = self.forward(x)
-        self.output_shift.sub_(y.mean([d for d in range(y.dim()) if d != 1]))
 
     def forward(self, x: Tensor) -> Tensor:
         # Why: autocast on a CPU would round the trunk to bfloat16 here, and signs near 0 would change

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.errors import BnnfreeError, pick
+from bnnfree.names import STE_WINDOWS
 
 
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:
@@ -99,14 +100,9 @@ def identity_smooth(t: Tensor, _: Tensor) -> Tensor:
     return t
 
 
-def log_linear(first: float, last: float, progress: float) -> float:
-    """Value of a parameter after a share `progress` in [0, 1] of its way from `first` to `last`, both above 0."""
-    return first * (last / first) ** progress
-
-
 def ede_steepness(progress: float, first: float = 0.1, last: float = 10.0) -> float:
     """EDE's k after a share `progress` in [0, 1] of training: log-linear from `first` to `last`."""
-    return log_linear(first, last, progress)
+    return first * (last / first) ** progress
 
 
 @dataclass(frozen=True)
@@ -114,14 +110,12 @@ class STE:
     """A slope, its parameter's default, and how the parameter moves with training progress (None: fixed).
 
     smooth: the integral of the slope from 0, the function that the sign stands for in the backward pass.
-    free: its parameter is one to choose, and to move; False where it has none, or moves by a rule of its own.
     """
 
     slope: Callable[[Tensor, Tensor], Tensor]
     smooth: Callable[[Tensor, Tensor], Tensor]
     parameter: float = 1.0
     anneal: Callable[[float], float] | None = None
-    free: bool = True
 
 
 STES: dict[str, STE] = {
@@ -129,23 +123,9 @@ STES: dict[str, STE] = {
     "clip": STE(clip_slope, clip_smooth),
     "swish": STE(swish_slope, swish_smooth, 5.0),
     "sigmoid": STE(sigmoid_slope, sigmoid_smooth, 3.0),
-    "ede": STE(ede_slope, ede_smooth, ede_steepness(0.0), ede_steepness, free=False),
-    "identity": STE(identity_slope, identity_smooth, free=False),
+    "ede": STE(ede_slope, ede_smooth, ede_steepness(0.0), ede_steepness),
+    "identity": STE(identity_slope, identity_smooth),
 }
-
-STE_WINDOWS = ("fixed", "sample")
-
-
-def check_ste(ste: str, parameter: float | None, last: float | None) -> None:
-    """May a recipe set the first and last parameter of this estimator so? Errors: BnnfreeError."""
-    for name, value in {"ste_parameter": parameter, "ste_last": last}.items():
-        if value is None:
-            continue
-        if not STES[ste].free:
-            usable = ", ".join(other for other, rule in STES.items() if rule.free)
-            why = "moves by a rule of its own" if STES[ste].anneal else "has no parameter"
-            raise BnnfreeError(f"{name}: got {value!r} with ste {ste!r}, which {why}. Use it with {usable}.")
-        _positive(value, name)
 
 
 def _positive(value: float, name: str) -> float:
@@ -191,31 +171,25 @@ class Sign(nn.Module):
 
     The per-sample window keeps the slope's window as wide as the values are, whatever their scale, and
     looks at no other sample; only the backward pass sees it. A constant sample has k_n = 1. `parameter`
-    is the slope's width or steepness (None: the estimator's default). With `last` it moves with training,
-    as `anneal` is told: log-linear from `parameter` to `last`.
+    is the slope's width or steepness (None: the estimator's default).
 
     Shapes: any [N, ...] -> the same. Errors: BnnfreeError for a parameter that is not above 0.
     """
 
     parameter: Tensor
 
-    def __init__(
-        self, ste: str = "approx", window: str = "fixed", parameter: float | None = None, last: float | None = None
-    ):
+    def __init__(self, ste: str = "approx", window: str = "fixed", parameter: float | None = None):
         super().__init__()
         rule = pick(STES, ste, "ste")
         pick(dict.fromkeys(STE_WINDOWS), window, "ste_window")
         self.ste, self.window = ste, window
-        self.first = _positive(rule.parameter if parameter is None else parameter, "parameter")
-        self.last = None if last is None else _positive(last, "last")
-        self.register_buffer("parameter", torch.tensor(self.first), persistent=False)
+        first = _positive(rule.parameter if parameter is None else parameter, "parameter")
+        self.register_buffer("parameter", torch.tensor(first), persistent=False)
 
     def anneal(self, progress: float) -> None:
         """Move the parameter to where it belongs after a share `progress` in [0, 1] of training."""
         rule = STES[self.ste]
-        if self.last is not None:
-            self.parameter.fill_(log_linear(self.first, self.last, progress))
-        elif rule.anneal is not None:
+        if rule.anneal is not None:
             self.parameter.fill_(rule.anneal(progress))
 
     def compared(self, x: Tensor) -> Tensor:
@@ -227,8 +201,7 @@ class Sign(nn.Module):
         return _Sign.apply(t, self.parameter.to(t.dtype), self.ste, self.window == "sample")
 
     def extra_repr(self) -> str:
-        moves = "" if self.last is None else f", parameter={self.first:g} to {self.last:g}"
-        return f"ste={self.ste}, window={self.window}{moves}"
+        return f"ste={self.ste}, window={self.window}"
 
 
 class _SignOfWeight(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Updates of weights: clipping, preconditioning, the flip optimiser, parameter groups. Torch and bnnfree.nn only."""
 
+from bnnfree.optim.agc import EPS as AGC_EPS
 from bnnfree.optim.agc import ClipRate, adaptive_grad_clip
 from bnnfree.optim.bop import Bop
 from bnnfree.optim.groups import (
@@ -14,6 +15,7 @@ from bnnfree.optim.groups import (
 from bnnfree.optim.precondition import Precondition
 
 __all__ = [
+    "AGC_EPS",
     "OPTIMIZERS",
     "Bop",
     "ClipRate",

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from bnnfree.errors import BnnfreeError
 
+EPS = 1e-3  # smallest weight norm assumed
+
 
 @torch.no_grad()
 def adaptive_grad_clip(
-    parameters: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]], clip: float, eps: float = 1e-3
+    parameters: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]], clip: float, eps: float = EPS
 ) -> list[Tensor]:
     """Rescale, in place, the gradient of every unit u whose norm is too large for its weight.
 

@@ -19,7 +19,7 @@ from bnnfree.errors import BnnfreeError, nearest, pick
 from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
 from bnnfree.optim.bop import Bop
 
-KINDS = ("latent", "real", "affine", "gain", "head")
+KINDS = ("latent", "real", "affine", "head")
 LATENT = (BinaryConv2d, BinaryLinear)
 REAL = (WeightLayer, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MOMENTS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2}  # what optimisers keep, in powers of the gradient
@@ -32,8 +32,8 @@ def parameter_groups(
     weight_decay: float = 0.0,
     affine_lr_mult: float = 1.0,
     agc: bool = True,
-    gain_decay: float = 0.0,
     lr_mult: Mapping[str, float] = MappingProxyType({}),
+    lr_mult_name: str = "lr_mult",
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters of `model`, each parameter in exactly one of them.
 
@@ -41,14 +41,12 @@ def parameter_groups(
     latent  `.weight` of BinaryConv2d, BinaryLinear, signed or not   lr                   yes    if agc
     real    `.weight` of ScaledStdConv2d, nn.Conv*d, nn.Linear       lr                   yes    if agc
     affine  all else: gains, scales, biases, RSign, RPReLU, norms    lr * affine_lr_mult  no     no
-    gain    `.gain` of our layers, where gain_decay is not 0         lr * affine_lr_mult  its own  no
     head    every parameter of `find_head(model)`                    lr                   no     no
 
-    Without gain_decay gains are affine.
     lr_mult: factors on lr by pattern of parameter names (see `matching`), of several that match the last; parameters of
-    one kind and several factors are several groups.
+    one kind and several factors are several groups. lr_mult_name: what errors call it.
     Types include subclasses; names and numbers of dims decide nothing, so a rename changes nothing.
-    A parameter shared by several modules appears once: head before latent before real before gain before affine.
+    A parameter shared by several modules appears once: head before latent before real before affine.
     Returns: non-empty groups in this order, dicts of params, names (full dotted ones), kind, lr, weight_decay
     and agc (bool, read by `adaptive_grad_clip`).
     Why affine has no AGC: a vector is one unit; biases that start at zero would be held to a gradient norm of
@@ -57,15 +55,15 @@ def parameter_groups(
     Errors: BnnfreeError for a negative number, a pattern without a match, a model with nothing to train, a lazy layer
     not yet run.
     """
-    numbers = {"lr": lr, "weight_decay": weight_decay, "affine_lr_mult": affine_lr_mult, "gain_decay": gain_decay}
+    numbers = {"lr": lr, "weight_decay": weight_decay, "affine_lr_mult": affine_lr_mult}
     numbers |= {f"lr_mult of {pattern!r}": factor for pattern, factor in lr_mult.items()}
     for option, value in numbers.items():
         if not value >= 0:
             raise BnnfreeError(f"parameter_groups: got {option} {value!r}, expected a number of at least 0.")
-    kinds = _kinds(model, gains=gain_decay != 0)
-    decays = {"latent": weight_decay, "real": weight_decay, "gain": gain_decay}
+    kinds = _kinds(model)
+    decays = {"latent": weight_decay, "real": weight_decay}
     names = [name for name, _ in model.named_parameters()]
-    factors = {name: mult for pattern, mult in lr_mult.items() for name in matching(names, pattern, "lr_mult")}
+    factors = {name: mult for pattern, mult in lr_mult.items() for name in matching(names, pattern, lr_mult_name)}
     members: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {(kind, 1.0): [] for kind in KINDS}
     for name, param in model.named_parameters():
         if isinstance(param, UninitializedParameter):
@@ -80,7 +78,7 @@ def parameter_groups(
             "params": [param for _, param in named],
             "names": [name for name, _ in named],
             "kind": kind,
-            "lr": lr * factor * (affine_lr_mult if kind in ("affine", "gain") else 1.0),
+            "lr": lr * factor * (affine_lr_mult if kind == "affine" else 1.0),
             "weight_decay": decays.get(kind, 0.0),
             "agc": agc and kind in ("latent", "real"),
         }
@@ -100,7 +98,9 @@ def matching(names: Iterable[str], pattern: str, where: str) -> list[str]:
     names = list(names)
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        hint = nearest(pattern, names) or f" Names are {', '.join(names[:3])}, ..."
+        inside = any(name.startswith(f"{pattern}.") for name in names)
+        hint = f" For all of that layer: '{pattern}.*'." if inside else nearest(pattern, names)
+        hint = hint or f" Names are {', '.join(names[:3])}, ..., {names[-1]}."
         raise BnnfreeError(f"{where}: got {pattern!r}, which matches no parameter.{hint}")
     return found
 
@@ -127,12 +127,12 @@ def find_head(model: nn.Module) -> nn.Module | None:
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """A table with one line per group. Units: tensors counts parameters, values their elements."""
+    """A table with one line per group. Units: tensors counts parameters, values their elements; lr is the peak's."""
     lines = [f"{'kind':<8}{'tensors':>8}{'values':>12}{'lr':>12}{'weight decay':>14}  AGC"]
     for group in groups:
         values = sum(param.numel() for param in group["params"])
         lines.append(
-            f"{group['kind']:<8}{len(group['params']):>8}{values:>12,}{group['lr']:>12.3g}"
+            f"{group['kind']:<8}{len(group['params']):>8}{values:>12,}{group.get('initial_lr', group['lr']):>12.3g}"
             f"{group['weight_decay']:>14.3g}  {'yes' if group['agc'] else 'no'}"
         )
     return "\n".join(lines)
@@ -192,11 +192,9 @@ def rescale_moments(optimizers: Iterable[torch.optim.Optimizer], scaled: Iterabl
                     moment /= ratio**power
 
 
-def _kinds(model: nn.Module, gains: bool) -> dict[Tensor, str]:
+def _kinds(model: nn.Module) -> dict[Tensor, str]:
     """The kind of every parameter that is not affine; tensors hash by identity."""
     kinds: dict[Tensor, str] = {}
-    if gains:
-        kinds |= {m.gain: "gain" for m in model.modules() if isinstance(m, WeightLayer) and m.gain is not None}
     for kind, types in (("real", REAL), ("latent", LATENT)):  # the latter overrules: LATENT are WeightLayers
         kinds |= {module.weight: kind for module in model.modules() if isinstance(module, types)}
     head = find_head(model)

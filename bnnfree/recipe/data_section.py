@@ -1,6 +1,6 @@
 """The `data` section of a recipe's schema, and what all sections are made of.
 
-Imports pydantic, bnnfree.errors and its own room.
+Imports pydantic, bnnfree.errors and names.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bnnfree import errors
-from bnnfree.data.datasets import DATASETS
-from bnnfree.data.pixel_split import NAMES
-from bnnfree.preprocess import MODES
+from bnnfree.names import AUGMENTS, CHANNELS, DATASETS, FILE_DATASETS
 
 MOST = 1_000_000_000  # of what is counted: images, steps
-FILES = ("imagenet", "image_folder", "shards")  # data sets of image files
 MOST_PIXELS = 2**33  # values of the fake images, which are all in memory
 
 
@@ -74,7 +71,7 @@ class DataRecipe(Part):
     """samples per forward pass, over all processes together"""
     image_size: ImageSize | None = None
     """side of the images, or [height, width], pixels; null: the data set's own (files: median up to 64, or 224)"""
-    augment: list[one_of(NAMES)] = Field(default=[], max_length=100)  # type: ignore[valid-type]
+    augment: list[one_of(AUGMENTS)] = Field(default=[], max_length=100)  # type: ignore[valid-type]
     """in order: flip | crop | shift | color_jitter | randaugment | trivialaugment | random_erasing; mixup | cutmix"""
     mix_alpha: float = Field(default=1.0, gt=0, le=100)
     """mixup, cutmix: the share of an image, beside its neighbour's, is drawn from Beta(mix_alpha, mix_alpha)"""
@@ -113,7 +110,7 @@ class DataRecipe(Part):
     @classmethod
     def _of_before_orientation(cls, values: Any) -> Any:
         """Stored recipes hold every key; those of before `orientation` read files as their rows lie."""
-        if isinstance(values, dict) and values.get("name") in FILES and "orientation" not in values:
+        if isinstance(values, dict) and values.get("name") in FILE_DATASETS and "orientation" not in values:
             if {"samples", "classes", "channels", "bad_images", "val_fraction"} <= set(values):
                 return {**values, "orientation": "stored"}
         return values
@@ -122,7 +119,7 @@ class DataRecipe(Part):
     def _sizes_and_ranges(self) -> DataRecipe:
         if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
             raise contradiction(f"data.range: got {self.range}, expected [low, high], low below high")
-        if self.name in FILES and self.channels not in MODES:
+        if self.name in FILE_DATASETS and self.channels not in CHANNELS:
             modes = "1 (grey), 3 (RGB) or 4 (RGBA); other bands come as data.name=arrays"
             raise contradiction(f"data.channels: got {self.channels} of image files, expected {modes}")
         return self

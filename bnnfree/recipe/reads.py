@@ -1,63 +1,63 @@
 """Conditions under which a key of a recipe is read, one row for each: a key that is set in vain is an error.
 
-Imports torch, pydantic, bnnfree.errors, bnnfree.nn and the schema.
+A condition asks the recipe and the traits of its networks. `traits_of` has those of any network of blocks, from the
+normaliser's facts alone; bnnfree.train.networks looks at what a builder makes. Imports pydantic and torch-free facts.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import BaseModel
-from torch import nn
 
-from bnnfree.data.augment import MIXTURES
-from bnnfree.errors import BnnfreeError
-from bnnfree.nn import BINARIZE, BinaryBlock, BinaryConv2d, BinaryLinear, Clip, Design, RPReLU, Sign, WeightLayer
-from bnnfree.nn.norms import GhostBatchNorm2d, ThresholdedLinear
+from bnnfree.names import BINARIZE, FILE_DATASETS, MIXTURES
+from bnnfree.normalisers import NORMS
+from bnnfree.recipe.resolve import completed
 from bnnfree.recipe.schema import Recipe
 from bnnfree.recipe.sections import section_of
 
-MOST_WEIGHTS = 2**31
-ACTIVATIONS = (RPReLU, ThresholdedLinear, nn.PReLU, nn.ReLU)
-Builder = Callable[..., nn.Module]
+Traits = frozenset[str]
+Look = Callable[[Recipe], Traits]
+TRAITS = {
+    "binary": "binary layers, whatever of them is 1 bit",
+    "bits": "1-bit weights",
+    "shortcuts": "binary layers in shortcuts",
+    "signs": "signs of activations",
+    "standardised": "binary layers whose weights are standardised",
+    "activations": "activations of blocks",
+    "centred": "layers centred by their inputs' means",
+    "constants": "layers with constants of a calibration",
+    "rescaled": "layers with a constant deviation and a gain",
+    "gradients": "layers with centred gradients",
+    "statistics": "layers whose output depends on the batch",
+    "settled": "running statistics that can be measured anew",
+}
+"""Name of a trait -> a network has it if any of its stages' networks has these."""
 
 
-# -- networks
-
-
-def networks(recipe: Recipe, builders: Any) -> list[nn.Module]:
-    """The networks of a recipe's stages, without values, as far as stages differ; for 10 classes and 3 channels.
-
-    builders: name -> builder; of anything else, one block of the recipe's design stands in for the network.
-    Errors: BnnfreeError of an option that does not fit the network, and of a network of too many weights.
-    """
-    builder = builders[recipe.model.name] if isinstance(builders, Mapping) else _one_block
-    kinds = dict.fromkeys(stage.binarize or recipe.model.binarize for stage in recipe.stages)
-    options = recipe.model.model_dump(exclude={"name", "start", "binarize"})
-    options["stem"] = "cifar" if options["stem"] == "auto" else options["stem"]
-    return [_network(builder, json.dumps({**options, "binarize": kind})) for kind in kinds]
-
-
-@functools.lru_cache(maxsize=64)
-def _network(builder: Builder, options: str) -> nn.Module:
-    with torch.device("meta"):
-        net = builder(10, 3, **json.loads(options))
-    weights = sum(param.numel() for param in net.parameters())
-    if weights > MOST_WEIGHTS:
-        width = json.loads(options)["width"]
-        raise BnnfreeError(f"width: got {width}, which makes {weights:,} weights, expected up to {MOST_WEIGHTS:,}.")
-    return net
-
-
-def _one_block(classes: int, channels: int, width: float, stem: str, **options) -> nn.Module:
-    design = Design(**options)
-    stem_and_block = design.make_stem(channels, 16, 3, 1), BinaryBlock(16, 32, design, stride=2)
-    return nn.ModuleList([*stem_and_block, design.make_head(32, classes)])
+def traits_of(recipe: Recipe) -> Traits:
+    """The traits of a network of BinaryBlocks with activations and convolutions in shortcuts, by its recipe alone."""
+    model = completed(recipe).model
+    rule = NORMS[model.norm]
+    kinds = [BINARIZE[stage.binarize or model.binarize] for stage in recipe.stages]
+    centred, head = model.centre, model.centre_head
+    has = {
+        "binary": True,
+        "bits": any(weights for _, weights in kinds),
+        "shortcuts": True,
+        "signs": any(signs for signs, _ in kinds),
+        "standardised": model.standardize,
+        "activations": True,
+        "centred": centred or head,
+        "constants": centred or head or rule.unit_output or model.beta == "measured",
+        "rescaled": rule.unit_output and rule.gain,
+        "gradients": (centred and model.centre_gradient is True) or (head and bool(model.centre_gradient)),
+        "statistics": rule.batch_dependent,
+        "settled": rule.settles,
+    }
+    return frozenset(name for name, holds in has.items() if holds)
 
 
 # -- conditions
@@ -65,15 +65,15 @@ def _one_block(classes: int, channels: int, width: float, stem: str, **options) 
 
 @dataclass(frozen=True)
 class Reader:
-    """The reader of a key: in the words of a recipe, and as a test of a recipe and the layers of its networks."""
+    """The reader of a key: in the words of a recipe, and as a test of a recipe and the traits of its networks."""
 
     name: str
-    reads: Callable[[Recipe, list[nn.Module]], bool]
+    reads: Callable[[Recipe, Traits], bool]
 
     def also(self, other: Reader) -> Reader:
         """Both conditions together."""
         name = self.name if other.name in self.name else f"{self.name}, with {other.name}"
-        return Reader(name, lambda recipe, layers: self.reads(recipe, layers) and other.reads(recipe, layers))
+        return Reader(name, lambda recipe, traits: self.reads(recipe, traits) and other.reads(recipe, traits))
 
 
 def _where(key: str, *values: str) -> Reader:
@@ -82,90 +82,40 @@ def _where(key: str, *values: str) -> Reader:
     return Reader(f"{key}={' or '.join(values)}", lambda recipe, _: getattr(getattr(recipe, section), name) in values)
 
 
-def _with(name: str, test: Callable[[nn.Module], bool]) -> Reader:
-    """Networks with a layer of which `test` holds."""
-    return Reader(name, lambda recipe, layers: any(map(test, layers)))
+def _with(name: str, trait: str) -> Reader:
+    """Networks that have a trait."""
+    return Reader(name, lambda recipe, traits: trait in traits)
 
 
-def _takes_inputs(layer: nn.Module) -> bool:
-    return isinstance(layer, WeightLayer) and layer.centre == "input"
-
-
-def _is_binary(layer: nn.Module) -> bool:
-    return isinstance(layer, BinaryConv2d | BinaryLinear)
-
-
-def _balances(layer: nn.Module) -> bool:
-    return (
-        isinstance(layer, Sign | RPReLU | Clip)
-        and hasattr(layer, "balance")
-        and next(layer.parameters(), None) is not None
-    )
-
-
-def _has_constants(layer: nn.Module) -> bool:
-    """True where calibration sets anything of it."""
-    if isinstance(layer, WeightLayer):
-        return layer.centre is not None or layer.unit_output
-    return isinstance(layer, BinaryBlock) and layer.measured
-
-
-def _has_shortcut(layer: nn.Module) -> bool:
-    return isinstance(layer, BinaryBlock) and layer.shortcut is not None and any(map(_is_binary, layer.shortcut))
-
-
-ALWAYS = Reader("every recipe", lambda recipe, layers: True)
-LATENTS = _with("networks with binary layers", _is_binary)
-BITS = Reader(
-    "networks with 1-bit weights (binarize=weights or both)",
-    lambda recipe, layers: any(_is_binary(layer) and layer.binary for layer in layers),
-)
+ALWAYS = Reader("every recipe", lambda recipe, traits: True)
+LATENTS = _with("networks with binary layers", "binary")
 SCALED = Reader(
     "networks with 1-bit weights (binarize=weights or both), or learned scales",
-    lambda recipe, layers: (
-        LATENTS.reads(recipe, layers) and (BITS.reads(recipe, layers) or recipe.model.scale == "learned")
-    ),
+    lambda recipe, traits: "bits" in traits or ("binary" in traits and recipe.model.scale == "learned"),
 )
 SHORTCUTS = Reader(
     "networks with 1-bit weights and with convolutions in shortcuts",
-    lambda recipe, layers: (
-        any(map(_has_shortcut, layers))
-        and any(BINARIZE[stage.binarize or recipe.model.binarize][1] for stage in recipe.stages)
+    lambda recipe, traits: (
+        "shortcuts" in traits and any(BINARIZE[stage.binarize or recipe.model.binarize][1] for stage in recipe.stages)
     ),
 )
-SIGNS = _with("networks with signs of activations (binarize=activations or both)", lambda m: isinstance(m, Sign))
-STANDARDIZED = _with("binary layers whose weights are standardised", lambda m: _is_binary(m) and bool(m.standardize))
-ACTIVATED = _with("blocks with an activation (ReActNet, ResNet)", lambda m: isinstance(m, ACTIVATIONS))
-BALANCED = _with("networks with thresholds or RPReLU", _balances)
-CENTRED = _with(
-    "layers centred by their inputs' means (model.norm=free, model.centre, model.centre_head)", _takes_inputs
-)
+SIGNS = _with("networks with signs of activations (binarize=activations or both)", "signs")
+STANDARDIZED = _with("binary layers whose weights are standardised", "standardised")
+ACTIVATED = _with("blocks with an activation (ReActNet, ResNet)", "activations")
+CENTRED = _with("layers centred by their inputs' means (model.norm=free, model.centre, model.centre_head)", "centred")
 TRACKED = CENTRED.also(Reader("free.track=true", lambda recipe, _: recipe.free.track))
-CONSTANTS = _with("layers with constants of a calibration (model.norm=free, model.beta=measured)", _has_constants)
-RESCALED = _with(
-    "layers with a constant deviation and a gain (model.norm=free)",
-    lambda m: isinstance(m, WeightLayer) and m.unit_output and m.gain is not None,
-)
-GAINS = _with(
-    "layers with a gain (model.norm=free or free_paper)", lambda m: isinstance(m, WeightLayer) and m.gain is not None
-)
-GROUPED = _with(
-    "layers with centred gradients (model.norm=free)",
-    lambda m: isinstance(m, WeightLayer) and m.gradient_centre is not None,
-)
+CONSTANTS = _with("layers with constants of a calibration (model.norm=free, model.beta=measured)", "constants")
+RESCALED = _with("layers with a constant deviation and a gain (model.norm=free)", "rescaled")
+GROUPED = _with("layers with centred gradients (model.norm=free)", "gradients")
 COMMON = Reader(
     "layers with centred gradients (model.norm=free), without batch statistics and without optimizer.precondition",
-    lambda recipe, layers: (
-        any(isinstance(m, WeightLayer) and m.gradient_centre is not None for m in layers)
-        and recipe.optimizer.precondition is None
-        and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in layers)
+    lambda recipe, traits: (
+        "gradients" in traits and recipe.optimizer.precondition is None and "statistics" not in traits
     ),
 )
 SETTLED = Reader(
     "running statistics (model.norm=bn) or centred layers (model.norm=free)",
-    lambda recipe, layers: (
-        CENTRED.reads(recipe, layers) or any(type(m) in (nn.BatchNorm2d, GhostBatchNorm2d) for m in layers)
-    ),
+    lambda recipe, traits: "centred" in traits or "settled" in traits,
 )
 ADAM, SGD, BOP = (
     _where("optimizer.name", "adam", "adamw", "bop"),
@@ -176,7 +126,7 @@ BNP = _where("optimizer.precondition", "bnp")
 STEP = _where("schedule.name", "step")
 TAUGHT = _where("loss.name", "distribution")
 STORED = Reader("data sets of files", lambda recipe, _: recipe.data.name not in ("digits", "fake"))
-FILES = _where("data.name", "imagenet", "image_folder", "shards")
+FILES = _where("data.name", *FILE_DATASETS)
 SHARDS = _where("data.name", "shards")
 FAKE = _where("data.name", "fake")
 
@@ -200,7 +150,7 @@ READ: dict[str, Reader] = {
     "model.standardize": ALWAYS,
     "model.centre": ALWAYS,
     "model.centre_gradient": Reader(
-        CENTRED.name, lambda recipe, layers: not recipe.model.centre_gradient or CENTRED.reads(recipe, layers)
+        CENTRED.name, lambda recipe, traits: not recipe.model.centre_gradient or CENTRED.reads(recipe, traits)
     ),
     "model.centre_head": ALWAYS,
     "model.scale": SCALED,
@@ -208,11 +158,8 @@ READ: dict[str, Reader] = {
     "model.beta": ALWAYS,
     "model.ste": SIGNS,
     "model.ste_window": SIGNS,
-    "model.ste_parameter": SIGNS,
-    "model.ste_last": SIGNS,
     "model.pad_value": ALWAYS,
     "model.latent_std": STANDARDIZED,
-    "model.start": BALANCED,
     "data.name": ALWAYS,
     "data.root": STORED,
     "data.test_root": SHARDS,
@@ -221,7 +168,7 @@ READ: dict[str, Reader] = {
     "data.image_size": ALWAYS,
     "data.augment": ALWAYS,
     "data.mix_alpha": Reader(
-        "mixup or cutmix in data.augment", lambda recipe, _: not MIXTURES.keys().isdisjoint(recipe.data.augment)
+        "mixup or cutmix in data.augment", lambda recipe, _: not set(MIXTURES).isdisjoint(recipe.data.augment)
     ),
     "data.burst": ALWAYS,
     "data.train_limit": ALWAYS,
@@ -248,7 +195,6 @@ READ: dict[str, Reader] = {
     "optimizer.lr": _left_by_stages("lr"),
     "optimizer.affine_lr_mult": ALWAYS,
     "optimizer.weight_decay": _left_by_stages("weight_decay"),
-    "optimizer.gain_decay": GAINS,
     "optimizer.lr_mult": ALWAYS,
     "optimizer.betas": ADAM,
     "optimizer.eps": ADAM,
@@ -258,14 +204,12 @@ READ: dict[str, Reader] = {
     "optimizer.bop_threshold": BOP,
     "optimizer.precondition": ALWAYS,
     "optimizer.bnp_rho": BNP,
-    "optimizer.bnp_floor": BNP,
     "schedule.name": ALWAYS,
     "schedule.over": Reader("several stages", lambda recipe, _: len(recipe.stages) > 1),
     "schedule.warmup_steps": ALWAYS,
     "schedule.milestones": STEP,
     "schedule.gamma": STEP,
     "agc.clip": ALWAYS,
-    "agc.eps": Reader("agc.clip above 0", lambda recipe, _: recipe.agc.clip is not None),
     "loss.name": ALWAYS,
     "loss.label_smoothing": _where("loss.name", "cross_entropy"),
     "loss.teacher": TAUGHT,
@@ -273,12 +217,10 @@ READ: dict[str, Reader] = {
     "free.window": TRACKED,
     "free.calibration": CONSTANTS,
     "free.track": CENTRED,
-    "free.freeze": TRACKED,
     "free.recalibrate": RESCALED,
     "free.reference": COMMON,
     "free.group": GROUPED,
     "probe.every": LATENTS,
-    "probe.images": Reader("probe.every", lambda recipe, _: recipe.probe.every is not None),
     "init": ALWAYS,
     "freeze": ALWAYS,
     "settle": SETTLED,
@@ -293,16 +235,15 @@ READ: dict[str, Reader] = {
 """Key, of stages that of any -> what reads it."""
 
 
-def unread(recipe: Recipe, written: Mapping[str, Any], networks: list[nn.Module]) -> dict[str, str]:
+def unread(recipe: Recipe, written: Mapping[str, Any], traits: Traits) -> dict[str, str]:
     """{key: what it is for} of keys that are set, to another value than their default, and that nothing reads.
 
-    written: dotted key -> value, as `leaves` gives them; networks: those of the recipe.
+    written: dotted key -> value, as `leaves` gives them; traits: those of the recipe's networks.
     """
-    layers = [layer for net in networks for layer in net.modules()]
     found = {}
     for key, value in written.items():
         reader = READ[".".join("*" if part.isdigit() else part for part in key.split("."))]
-        if value != _default(key) and not reader.reads(recipe, layers):
+        if value != _default(key) and not reader.reads(recipe, traits):
             found[key] = reader.name
     return found
 

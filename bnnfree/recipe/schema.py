@@ -1,35 +1,33 @@
-"""The schema of a recipe: every key, its type, its default and what it means. Reading files is `read.py`.
+"""The schema of a recipe as written: every key, its type, its default and what it means. Reading files is `read.py`.
 
-Imports pydantic, bnnfree.errors and bnnfree.nn (for the tables of names); never models, export, engine.
+Imports pydantic and what has no torch: names, normalisers and sizes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from bnnfree import errors
-from bnnfree.data.parts import size_of
-from bnnfree.names import LOSSES, SCHEDULES
-from bnnfree.nn import (
+from bnnfree.data.sizes import size_of
+from bnnfree.names import (
     ACTIVATIONS,
     BETA_MODES,
     BINARIZE,
     GROUP,
-    NORMS,
+    LOSSES,
+    OPTIMIZERS,
+    PRECISIONS,
     SCALES,
+    SCHEDULES,
     SHORTCUTS,
+    SPEEDS,
     STE_WINDOWS,
     STES,
-    check_activation,
-    check_norm,
 )
-from bnnfree.nn.fused import PRECISIONS, SPEEDS
-from bnnfree.nn.norms import options_of
-from bnnfree.nn.sign import check_ste
-from bnnfree.optim import OPTIMIZERS
+from bnnfree.normalisers import NORMS, check_design, complete
 from bnnfree.recipe.data_section import MOST, MOST_PIXELS, DataRecipe, ImageSize, Part, contradiction, one_of
 
 
@@ -37,7 +35,7 @@ def _options_of_norms() -> str:
     """The options of every norm and their defaults, as its builder has them."""
     norms: dict[str, list[str]] = {}
     for name, rule in NORMS.items():
-        options = (f"{option} {parameter.default}" for option, parameter in options_of(rule.layer).items())
+        options = (f"{key} {option.default}" for key, option in rule.options.items())
         norms.setdefault(", ".join(options), []).append(name)
     return "of that norm: " + "; ".join(f"{' '.join(names)}: {text or '-'}" for text, names in norms.items())
 
@@ -65,8 +63,8 @@ class ModelRecipe(Part):
     """scaled weight standardisation; null: the normaliser's own"""
     centre: bool | None = None
     """takes the expected mean out of each convolution's output; null: the normaliser's own"""
-    centre_gradient: bool | None = None
-    """takes what groups of images share out of the gradient of centred layers' inputs; null: the normaliser's own"""
+    centre_gradient: bool | Literal["head"] | None = None
+    """takes what groups share out of the gradient of centred layers' inputs (head: classifier's); null: norm's own"""
     centre_head: bool | None = None
     """takes the mean out of the classifier's inputs and of their gradient; null: the normaliser's own"""
     scale: one_of(SCALES) | None = None  # type: ignore[valid-type]
@@ -79,23 +77,15 @@ class ModelRecipe(Part):
     """straight-through estimator: approx | clip | swish | sigmoid | ede | identity; null: the normaliser's own"""
     ste_window: one_of(STE_WINDOWS) | None = None  # type: ignore[valid-type]
     """window of that estimator: fixed | sample; null: the normaliser's own"""
-    ste_parameter: float | None = Field(default=None, gt=0)
-    """its width (approx, clip) or steepness (swish, sigmoid) at a stage's start; null: the estimator's default"""
-    ste_last: float | None = Field(default=None, gt=0)
-    """the same at a stage's end, log-linear in between; null: it does not move"""
     pad_value: one_of((0, 1, -1), int) = 0  # type: ignore[valid-type]
     """what the padding of binary convolutions carries"""
     latent_std: float | None = Field(default=0.04, gt=0)
     """deviation of the initial latent weights, where standardised; about 10 times the learning rate"""
-    start: Literal["plain", "balanced"] = "plain"
-    """thresholds and shifts at the start: plain (0) | balanced (half of a channel's bits +1, no mean on the trunk)"""
 
     @model_validator(mode="after")
     def _names_take_their_options(self) -> ModelRecipe:
         try:
-            check_norm(self.norm, self.norm_options)
-            check_activation(self.activation, self.norm)
-            check_ste(self.ste or NORMS[self.norm].ste, self.ste_parameter, self.ste_last)
+            check_design({**self.model_dump(), **complete(self.norm, self.model_dump())})
         except errors.BnnfreeError as error:
             raise contradiction(f"model.{error}") from None
         return self
@@ -131,8 +121,6 @@ class OptimizerRecipe(Part):
     """more factors on lr by pattern of parameter names, of several the last: {"stem.*": 0.1, "blocks.1?.*": 0.5}"""
     weight_decay: float = Field(default=0.0, ge=0)
     """of convolution weights, and of nothing else"""
-    gain_decay: float = Field(default=0.0, ge=0)
-    """weight decay of the gains of convolutions (norms that have them)"""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """adam, adamw"""
     eps: float = Field(default=1e-8, gt=0)
@@ -149,8 +137,6 @@ class OptimizerRecipe(Part):
     """bnp: gradients as if the inputs of every layer were normalised; null: as they are"""
     bnp_rho: float = Field(default=0.99, ge=0, lt=1)
     """bnp: share of the inputs' running mean and variance kept per step"""
-    bnp_floor: float = Field(default=1e-2, ge=0)
-    """bnp: what is added to each channel's variance, as a share of its layer's largest"""
 
 
 class ScheduleRecipe(Part):
@@ -173,8 +159,6 @@ class AgcRecipe(Part):
 
     clip: float | Literal["auto"] | None = "auto"
     """largest gradient norm / weight norm of an output channel; null: off; auto: the normaliser's own"""
-    eps: float = Field(default=1e-3, gt=0)
-    """smallest weight norm assumed"""
 
 
 class LossRecipe(Part):
@@ -204,8 +188,6 @@ class FreeRecipe(Part):
     """training images of the pass that sets the constants at the start of a stage"""
     track: bool = True
     """false: input means stay at their calibration"""
-    freeze: float = Field(default=1.0, gt=0, le=1)
-    """share of a stage's steps after which input means stay as they are"""
     recalibrate: int = Field(default=9000, ge=0, le=MOST)
     """training samples after which constant deviations are measured anew, and gains make up for it; 0: never"""
     group: int = Field(default=GROUP, ge=0, le=MOST)
@@ -213,23 +195,12 @@ class FreeRecipe(Part):
     reference: int = Field(default=32, ge=0, le=MOST)
     """steps of fewer than 8 images centre gradients by the last so many, of steps before too (one process); 0: never"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_before_groups(cls, values: Any) -> Any:
-        """Recipes of before have the key `gather`: without it a whole pass was centred together."""
-        if isinstance(values, dict) and isinstance(values.get("gather"), bool) and "group" not in values:
-            rest = {key: value for key, value in values.items() if key != "gather"}
-            return {**rest, "group": GROUP if values["gather"] else 0}
-        return values
-
 
 class ProbeRecipe(Part):
     """Measurements of binary layers while they train: key `probe` of metrics.jsonl, probe.png."""
 
     every: int | None = Field(default=None, ge=1, le=MOST)
     """optimiser steps between two probes; the first comes before a stage's first step; null: none"""
-    images: int = Field(default=64, ge=2, le=MOST)
-    """how many: the first of the run's first epoch, augmented as there, the same in every probe"""
 
 
 class Recipe(Part):
@@ -290,11 +261,8 @@ class Recipe(Part):
             raise contradiction("schedule.milestones are shares of a stage, each between 0 and 1")
         if isinstance(self.agc.clip, float) and self.agc.clip <= 0:
             raise contradiction(f"agc.clip: got {self.agc.clip}, expected a number above 0, null or auto")
-        rule = NORMS[self.model.norm]
-        standardized = self.model.standardize
-        if standardized is None:
-            standardized = rule.binary.get("standardize", False)
-        if self.optimizer.name == "bop" and standardized:
+        own = NORMS[self.model.norm].standardize
+        if self.optimizer.name == "bop" and (own if self.model.standardize is None else self.model.standardize):
             raise contradiction(
                 "optimizer.name is 'bop', whose weights are signs already, but the weights are standardised; "
                 "set model.standardize=false"
@@ -311,6 +279,4 @@ class Recipe(Part):
                     f"optimizer.name is 'bop', which holds weights of +-1 only, but stages.{i} "
                     f"has real weights (binarize: {signs})"
                 )
-        if self.agc.clip == "auto":
-            self.agc.clip = rule.agc
         return self

@@ -97,8 +97,11 @@ def parse_yaml(text: str) -> Any:
         raise RecipeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
-def read_tree(path: Path, what: str, expected: str = "model, data, stages") -> dict:
-    """The keys of a YAML file; `what` names it and `expected` some of its keys in errors. Errors: RecipeError."""
+def read_tree(path: Path, what: str, expected: str = "model, data, stages", beside: bool = False) -> dict:
+    """The keys of a YAML file; `what` names it and `expected` some of its keys in errors. Errors: RecipeError.
+
+    beside: it was named by its name alone.
+    """
     if path.is_file() and path.suffix not in SUFFIXES:
         remedy = REMEDIES.get(path.suffix, "").format(path)
         raise RecipeError(f"{what}: got a file that ends in {path.suffix!r}, {YAML}.{remedy}")
@@ -106,9 +109,8 @@ def read_tree(path: Path, what: str, expected: str = "model, data, stages") -> d
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
     except FileNotFoundError:
-        names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         expected = "" if path.suffix in SUFFIXES else f", {YAML}"
-        raise RecipeError(f"{what}: no such file{expected}.{errors.nearest(path.name, names)}") from None
+        raise RecipeError(f"{what}: no such file{expected}.{_similar(path, beside)}") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{what}: cannot be read as text ({error}).") from None
     if len(text) > LONGEST:
@@ -116,9 +118,27 @@ def read_tree(path: Path, what: str, expected: str = "model, data, stages") -> d
     try:
         tree = parse_yaml(text)
     except RecipeError as error:
-        raise RecipeError(f"{what}: not valid YAML: {error}") from None
+        raise RecipeError(f"{what}: not valid YAML: {error}{_meant(str(error))}") from None
     if tree is None:
         raise RecipeError(f"{what}: is empty, expected keys such as {expected}.")
     if not isinstance(tree, dict):
-        raise RecipeError(f"{what}: got a {type(tree).__name__}, expected keys such as {expected}.")
+        hint = " Write a space after each colon." if isinstance(tree, str) and re.search(r"\w:\w", tree) else ""
+        raise RecipeError(f"{what}: got a {type(tree).__name__}, expected keys such as {expected}.{hint}")
     return tree
+
+
+def _similar(path: Path, beside: bool) -> str:
+    """A hint: the path (its name alone) of the recipe with the most similar name, there or in recipes/."""
+    for folder in dict.fromkeys((path.parent, path.parent / "recipes")):
+        names = [each.name for each in folder.glob("*.yaml")] if folder.is_dir() else []
+        if hint := errors.nearest(path.name, names, "" if beside or folder == Path(".") else f"{folder}/"):
+            return hint
+    return ""
+
+
+def _meant(error: str) -> str:
+    """A hint for the slips that YAML's own words do not explain."""
+    if "alias" in error or "cannot start any token" in error:
+        return " A text that begins with *, & or another sign needs quotes."
+    slips = ("could not find expected ':'", "mapping values are not allowed")
+    return " Is there a space after each colon?" if any(slip in error for slip in slips) else ""

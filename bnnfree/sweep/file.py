@@ -34,12 +34,14 @@ from pathlib import Path
 from typing import Any
 
 from bnnfree.errors import nearest, unknown_name
-from bnnfree.recipe.read import RecipeError, load_fitting, load_recipe
+from bnnfree.recipe.read import RecipeError
+from bnnfree.recipe.resolve import completed
 from bnnfree.recipe.schema import Recipe
 from bnnfree.recipe.tree import parse_yaml, read_tree
 from bnnfree.sweep.formula import compute, is_expression
 from bnnfree.sweep.grid import Axis, SweepError, mapping, put, read_axes, short, shown
 from bnnfree.sweep.run_folder import flat
+from bnnfree.train.networks import load_fitting, load_recipe
 
 KEYS = ("recipe", "set", "constants", "grid", "seeds", "scale", "scales", "plot")
 LEVEL_KEYS = ("about", "set", "constants", "grid", "seeds")
@@ -215,7 +217,7 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
     count = math.prod(len(axis.points) for axis in sweep.axes) * len(sweep.seeds)
     if count > MOST:
         raise SweepError(f"{where}: got {count} runs, expected up to {MOST}.")
-    names = flat(load_recipe(sweep.base, (), models).model_dump())
+    names = flat(completed(load_recipe(sweep.base, (), models)).model_dump())
     combinations = list(itertools.product(*(axis.points for axis in sweep.axes)))
     seen: dict[str, str] = {}
     idle: dict[str, str] = {}  # keys for all runs that no run so far reads
@@ -234,7 +236,7 @@ def _plan(sweep: Sweep, settings: dict[str, Any], constants: dict[str, Any], for
             recipe, left = load_fitting(sweep.base, texts, changes.keys() - own.keys(), models)
         except RecipeError as error:
             raise RecipeError(*(f"{here}: {line}" for line in error.args)) from None
-        same = json.dumps(recipe.model_dump(), sort_keys=True)
+        same = json.dumps(completed(recipe).model_dump(), sort_keys=True)
         if same in seen:
             raise SweepError(f"{here}: is the same recipe as {seen[same]}. Leave one out.")
         seen[same] = ", ".join(labels)

@@ -1,6 +1,6 @@
 """The grid of a sweep file: its axes, from lists of values, variants with labels, and tables of names.
 
-Imports bnnfree.nn and optim for their tables of names, and its own room. The file as a whole: bnnfree.sweep.file.
+Imports the tables of names, the schema and its own room. The file as a whole: bnnfree.sweep.file.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnnfree.errors import BnnfreeError, unknown_name
-from bnnfree.nn import BETA_MODES, NORMS, SCALES, STES
-from bnnfree.optim import OPTIMIZERS
+from bnnfree.names import BETA_MODES, OPTIMIZERS, SCALES, STES
+from bnnfree.normalisers import NORMS
 from bnnfree.recipe.schema import Recipe
 
 EVERY = "every"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from bnnfree.errors import BnnfreeError
 from bnnfree.recipe.read import load_recipe
+from bnnfree.recipe.resolve import reopened
 from bnnfree.recipe.schema import Recipe
 from bnnfree.train.resume import MAY_CHANGE
 
@@ -65,8 +66,8 @@ def read_run(folder: str | Path, expected: Recipe | None = None) -> Outcome:
     saved = folder / "recipe.yaml"
     recipe: dict[str, Any] = {}
     if saved.is_file():
-        recipe = load_recipe(saved).model_dump()
-        if expected is not None and (found := differing([recipe, expected.model_dump()])):
+        recipe = reopened(load_recipe(saved)).model_dump()
+        if expected is not None and (found := _differences(recipe, expected)):
             shown = "; ".join(f"{key} ({was!r}, now {now!r})" for key, (was, now) in list(found.items())[:4])
             raise OutcomeError(
                 f"run folder {folder}: holds the run of another recipe: {shown}. Choose another --out, or delete it."
@@ -85,6 +86,14 @@ def read_run(folder: str | Path, expected: Recipe | None = None) -> Outcome:
         state: State = "diverged" if failure.get("diverged") and recipe else "failed"
         return Outcome(state, {}, str(failure.get("error", "")), recipe, curves, folder)
     return Outcome("interrupted" if (folder / "last.pt").is_file() else "new", {}, "", recipe, curves, folder)
+
+
+def _differences(recipe: dict[str, Any], expected: Recipe) -> dict[str, list[Any]]:
+    """Differences from the recipe of a run, key by key; a stem that is left to the images is that of the run."""
+    now = reopened(expected).model_dump()
+    if now["model"]["stem"] == "auto":
+        now["model"]["stem"] = recipe["model"]["stem"]
+    return differing([recipe, now])
 
 
 def _json(path: Path) -> dict[str, Any]:

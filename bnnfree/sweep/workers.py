@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.recipe.read import parse_recipe
 from bnnfree.sweep.run_folder import FAILURE
 from bnnfree.train.checkpoint import Builders
 from bnnfree.train.loop import TrainingError
+from bnnfree.train.networks import parse_recipe
 from bnnfree.train.report import write_json
 from bnnfree.train.run import fit
 

@@ -16,9 +16,10 @@ from torch import nn
 
 import bnnfree
 from bnnfree.errors import CheckpointError
-from bnnfree.recipe.read import parse_recipe
+from bnnfree.recipe.resolve import Resolved, left_open, resolve
 from bnnfree.recipe.schema import Recipe
-from bnnfree.train.meaning import VERSION, check_state, design_of, upgrade
+from bnnfree.train.meaning import VERSION, check_state, upgrade
+from bnnfree.train.networks import parse_recipe
 from bnnfree.train.sealed import ForeignCheckpoint, read_state, write_state
 
 KIND = "bnnfree checkpoint"
@@ -94,7 +95,7 @@ def open_checkpoint(path: str | Path, prefer: str = "best.pt", resume: bool = Fa
     where = f"checkpoint {file}"
     state = load_checkpoint(file)
     check_state(state, where, resume)
-    return upgrade(state, where) if state["version"] == 1 else state
+    return upgrade(state, where)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -119,33 +120,28 @@ def check_fit(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str)
         raise CheckpointError(f"{where}: the weights do not fit the network: {'; '.join(found)}.")
 
 
-def build_model(
-    recipe: Recipe,
-    builders: Builders,
-    data: Mapping[str, Any],
-    binarize: str | None = None,
-    design: Mapping[str, Any] | None = None,
-) -> nn.Module:
+def build_model(recipe: Recipe, builders: Builders, data: Mapping[str, Any], binarize: str | None = None) -> nn.Module:
     """The network of `recipe`, freshly initialised.
 
     `data`: classes (list of names), channels, image_size (H, W), as a checkpoint carries them.
-    `design`: values of keys that the recipe leaves to the normaliser, as a checkpoint carries them; None: today's.
     """
-    options = recipe.model.model_dump(exclude={"name", "start"})  # start: how training begins, not what is built
-    options |= design_of(recipe.model, data) if design is None else design
+    options = resolve(recipe, data).model.model_dump(exclude={"name"})
     options["binarize"] = binarize or options["binarize"]
     return builders[recipe.model.name](len(data["classes"]), data["channels"], **options)
 
 
-def check_network(state: Mapping[str, Any], builders: Builders, where: str) -> Recipe:
+def check_network(state: Mapping[str, Any], builders: Builders, where: str) -> Resolved:
     """The recipe of a state of `open_checkpoint`, whose network can be built and takes its weights.
 
     Built without memory, of which a file of some bytes could claim any amount. Errors: CheckpointError, RecipeError.
     """
-    recipe = parse_recipe(state["recipe"], where, builders)
+    written = parse_recipe(state["recipe"], where, builders)
+    if found := left_open(written):
+        raise CheckpointError(f"{where}: recipe: {found[0]}: got no value, expected one. It is damaged.")
+    recipe = resolve(written, state["data"])
     try:
         with torch.device("meta"):
-            model = build_model(recipe, builders, state["data"], state["binarize"], state["design"])
+            model = build_model(recipe, builders, state["data"], state["binarize"])
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise CheckpointError(f"{where}: its network cannot be built ({reason}).") from None
@@ -159,6 +155,6 @@ def load_model(path: str | Path, builders: Builders) -> tuple[nn.Module, dict[st
     state = open_checkpoint(path)
     where = f"checkpoint {path}"
     recipe = check_network(state, builders, where)
-    model = build_model(recipe, builders, state["data"], state["binarize"], state["design"])
+    model = build_model(recipe, builders, state["data"], state["binarize"])
     load_weights(model, state["ema"] or state["model"], where)
     return model.eval(), state

@@ -15,6 +15,7 @@ from bnnfree.data.datasets import Data, check_files, describe, load_data
 from bnnfree.errors import one_line
 from bnnfree.nn import BinaryConv2d, BinaryLinear
 from bnnfree.optim import describe_groups
+from bnnfree.recipe.resolve import Resolved, resolve
 from bnnfree.recipe.schema import Recipe
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import Builders, build_model
@@ -41,7 +42,7 @@ def dry_run(recipe: Recipe, builders: Builders, where: str = "data") -> str:
 def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     dist = processes.start(recipe.device)
     shape = describe(recipe.data, where)
-    check_files(recipe.data, where)
+    looked_at = check_files(recipe.data, where)
     batch = min(recipe.data.batch_size, shape["samples"])
     train_images = shape["samples"] * (1 - recipe.data.val_fraction)
     asked, passes = recipe, min(recipe.accumulate, math.ceil(train_images / batch))  # an epoch's are a step's at most
@@ -63,7 +64,7 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     )
     data = load_data(fake)
     data_recipe = recipe.data.model_copy(update={"batch_size": batch})
-    recipe = recipe.model_copy(update={"data": data_recipe, "accumulate": passes})
+    recipe = resolve(recipe.model_copy(update={"data": data_recipe, "accumulate": passes}), shape)
     lines, hours = [], 0.0
     epoch = max(1, round(train_images / (batch * recipe.accumulate)))
     for index, stage_recipe in enumerate(recipe.stages):
@@ -79,12 +80,13 @@ def _dry_run(recipe: Recipe, builders: Builders, where: str) -> str:
     lines.append(
         f"images {h}x{w}x{shape['channels']}, {len(shape['classes'])} classes, {train_images:,.0f} to train on"
     )
+    lines += [looked_at] if looked_at else []
     lines.append(f"estimate: {hours:.2f} h on {dist.device} with {torch.get_num_threads()} threads, {_memory(dist)}")
     lines += [f"warning: {doubt}." for doubt in doubts(asked, epoch, round(shape["samples"] - train_images))]
     return "\n".join(map(one_line, lines))
 
 
-def _two_steps(recipe: Recipe, index: int, builders: Builders, data: Data, shape, dist) -> tuple[float, str]:
+def _two_steps(recipe: Resolved, index: int, builders: Builders, data: Data, shape, dist) -> tuple[float, str]:
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, builders, shape, recipe.stages[index].binarize)
     teacher = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +27,17 @@ def ranks_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, dist: Dist, batch_size: int = 256, precision: str = "fp32"
+    model: nn.Module,
+    split: Split,
+    dist: Dist,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    progress: Callable[[int], None] = lambda images: None,
 ) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 accuracy (percent) of `model` over `split`, summed over processes."""
+    """Mean loss, top-1 and top-5 accuracy (percent) of `model` over `split`, summed over processes.
+
+    progress: is told after each batch how many images of this process it had.
+    """
     was_training = model.training
     model.eval()
     dist.same_buffers(model)
@@ -40,6 +50,7 @@ def evaluate(
         sums[1] += (ranks < 1).sum()
         sums[2] += (ranks < 5).sum()
         sums[3] += len(ranks)
+        progress(len(ranks))
     model.train(was_training)
     loss, top1, top5, samples = dist.sum_(sums).tolist()
     return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}

@@ -32,6 +32,7 @@ from bnnfree.nn import (
 )
 from bnnfree.nn.fused import Shared, choose_speed
 from bnnfree.optim import (
+    AGC_EPS,
     ClipRate,
     Precondition,
     adaptive_grad_clip,
@@ -39,7 +40,7 @@ from bnnfree.optim import (
     parameter_groups,
     rescale_moments,
 )
-from bnnfree.recipe.schema import Recipe
+from bnnfree.recipe.resolve import Resolved
 from bnnfree.train.checkpoint import load_weights
 from bnnfree.train.dist import Dist, data_parallel
 from bnnfree.train.losses import LOSSES, main_class
@@ -48,6 +49,7 @@ from bnnfree.train.schedule import lr_factor
 from bnnfree.train.start import freeze
 
 OPTIMIZER_OPTIONS = ("betas", "eps", "momentum", "nesterov", "bop_gamma", "bop_threshold")
+PROBED_IMAGES = 64  # the first of the run's first epoch, augmented as there, the same in every probe
 RESCALING_IMAGES = 128  # a deviation that is some percent off is as good a unit for a gain
 
 
@@ -66,7 +68,7 @@ class Stage:
     weights' average.
     """
 
-    def __init__(self, recipe: Recipe, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None, kept=()):
+    def __init__(self, recipe: Resolved, index: int, model: nn.Module, data: Data, dist: Dist, teacher=None, kept=()):
         self.recipe, self.index, self.data, self.dist, self.teacher = recipe, index, data, dist, teacher
         self.kept = kept  # names of layers whose constants hold from before: calibration leaves them
         self.epoch, self.step = 0, 0
@@ -83,7 +85,7 @@ class Stage:
             self.net = data_parallel(self.model, dist, (data.channels, *data.image_size))
         self.precondition: Precondition | None = None
         if recipe.optimizer.precondition == "bnp":
-            self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho, floor=recipe.optimizer.bnp_floor)
+            self.precondition = Precondition(self.model, rho=recipe.optimizer.bnp_rho)
         self.passes = Passes(recipe, self.model, dist)
         self.shared = Shared() if recipe.accumulate > 1 else None
         self.speed = choose_speed(self.model, recipe.speed, dist.device, recipe.precision, self.shared)
@@ -102,8 +104,8 @@ class Stage:
             weight_decay=options.weight_decay if stage.weight_decay is None else stage.weight_decay,
             affine_lr_mult=options.affine_lr_mult,
             agc=self.recipe.agc.clip is not None,
-            gain_decay=options.gain_decay,
             lr_mult=options.lr_mult,
+            lr_mult_name="optimizer.lr_mult",
         )
         return make_optimizer(groups, options.name, **options.model_dump(include=set(OPTIMIZER_OPTIONS)))
 
@@ -118,13 +120,9 @@ class Stage:
         return self.model if self.average is None else self.average
 
     def calibrate(self) -> None:
-        """Set the data-dependent constants from the stage's first training images, augmented as in training.
-
-        In the first stage thresholds and shifts too, for a balanced start; later ones keep what was learned.
-        """
-        balance = self.index == 0 and self.recipe.model.start == "balanced"
+        """Set the data-dependent constants from the stage's first training images, augmented as in training."""
         images = self._first_images(self.recipe.free.calibration, self.first_epoch)[0]
-        calibrate(self.model, images, balance, self.kept)
+        calibrate(self.model, images, self.kept)
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
 
@@ -236,14 +234,13 @@ class Stage:
         if self.precondition is not None:
             self.precondition.step(self.dist.sum_)
         if recipe.agc.clip is not None:
-            assert recipe.agc.clip != "auto"  # resolved when the recipe was read
-            rates = adaptive_grad_clip(self.groups, recipe.agc.clip, recipe.agc.eps)
+            rates = adaptive_grad_clip(self.groups, recipe.agc.clip)
             self.clip_rate.update(self.groups, rates)
         self.part_done("agc")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if recipe.free.track and done < recipe.free.freeze * total_steps:
+        if recipe.free.track:
             update_input_means(self.model, recipe.free.window, self.dist.sum_)
         if self.shared is not None:
             self.shared.forget()
@@ -254,8 +251,14 @@ class Stage:
 
     def next_lr(self) -> float:
         """The learning rate of the step to come, of parameters without a factor on it."""
-        peak = self.recipe.stages[self.index].lr or self.recipe.optimizer.lr
-        return peak * lr_factor(step=self.epoch * self.steps + self.step, **self._course())
+        return self._lr_at(self.epoch * self.steps + self.step)
+
+    def last_lr(self) -> float:
+        """That of the stage's last step."""
+        return self._lr_at(self.epochs * self.steps - 1)
+
+    def _lr_at(self, step: int) -> float:
+        return (self.recipe.stages[self.index].lr or self.recipe.optimizer.lr) * lr_factor(step=step, **self._course())
 
     def _course(self) -> dict[str, Any]:
         """Arguments of `lr_factor` beside the step: the schedule, and the steps that it spans."""
@@ -306,7 +309,7 @@ class Stage:
         recipe = self.recipe
         assert self.prober is not None
         if self._probed is None:
-            images, labels = self._first_images(recipe.probe.images, 0)
+            images, labels = self._first_images(PROBED_IMAGES, 0)
             with torch.no_grad():
                 self._probed = images, labels, None if self.teacher is None else self.teacher(images)
         images, labels, taught = self._probed
@@ -314,8 +317,7 @@ class Stage:
         def loss(logits: Tensor, labels: Tensor) -> Tensor:
             return LOSSES[recipe.loss.name](logits, labels, taught, recipe.loss.label_smoothing) / len(labels)
 
-        assert recipe.agc.clip != "auto"
-        agc = None if recipe.agc.clip is None else (recipe.agc.clip, recipe.agc.eps)
+        agc = None if recipe.agc.clip is None else (recipe.agc.clip, AGC_EPS)
         step = (self.first_epoch + self.epoch) * self.steps + self.step
         self.prober.measure(self.model, step, images, labels, loss=loss, agc=agc)
 

@@ -1,12 +1,13 @@
-"""The meaning of a checkpoint: a check of its structure, its network's design, and upgrades of older versions.
+"""The meaning of a checkpoint: a check of its structure, and upgrades of older versions.
 
-A recipe may leave keys of its model to the normaliser (null). A checkpoint stores the values they had under `design`,
-so that it keeps its meaning when a normaliser gains or changes something.
+A recipe may leave keys to its normaliser (null). A checkpoint holds the values they had, so that it keeps its meaning
+when a normaliser gains or changes something.
 
-    version 1   no design: it follows from V1, the normalisers' values at that time, and from keys and tensors
-    version 2   design, and a seal (bnnfree.train.sealed)
+    version 1   recipe as written: the values follow from V1, those of that time, and from keys and tensors
+    version 2   recipe as written, the values apart under `design`; a seal (bnnfree.train.sealed)
+    version 3   resolved recipe; `open`: the keys that were left open as it was written
 
-Imports torch, pydantic, bnnfree.errors, bnnfree.nn and the recipe.
+Imports torch, pydantic, bnnfree.errors and the recipe.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Stric
 from torch import Tensor
 
 from bnnfree.errors import CheckpointError
-from bnnfree.nn import BINARIZE, GROUP, NORMS
-from bnnfree.recipe.schema import ModelRecipe
+from bnnfree.names import BINARIZE, GROUP
+from bnnfree.normalisers import NORMS, OWN
+from bnnfree.recipe.resolve import LARGEST_OF_CIFAR
+from bnnfree.recipe.retired import translated, without_retired
 
-VERSION = 2
+VERSION = 3
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 Number = StrictInt | StrictFloat
 Tensors = dict[StrictStr, Tensor]
@@ -49,7 +52,17 @@ class _Network(_Part):
     data: _Data
     model: Annotated[Tensors, Field(min_length=1)]
     ema: Tensors | None
+
+
+class _Designed(_Part):
     design: dict[StrictStr, bool | int | float | str | None]
+
+
+class _Open(_Part):
+    open: list[StrictStr]
+
+
+OF_VERSION: dict[int, type[_Part]] = {1: _Part, 2: _Designed, 3: _Open}
 
 
 class _Best(_Part):
@@ -77,9 +90,9 @@ class _Progress(_Network):
 
 def check_state(state: Mapping[str, Any], where: str, resume: bool = False) -> None:
     """Errors: CheckpointError that names the first key which is missing or of another type."""
-    given = {"design": {}, **state} if state["version"] == 1 else dict(state)
     try:
-        (_Progress if resume else _Network).model_validate(given)
+        (_Progress if resume else _Network).model_validate(dict(state))
+        OF_VERSION[state["version"]].model_validate(dict(state))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])[:120]
@@ -90,33 +103,32 @@ def check_state(state: Mapping[str, Any], where: str, resume: bool = False) -> N
         ) from None
 
 
-def design_of(model: ModelRecipe, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the keys of `model` that may be left to the normaliser, and of `stem`: what null means today."""
-    rule = NORMS[model.norm]
-    own = {
-        "standardize": rule.binary.get("standardize", False),
-        "centre": bool(rule.binary.get("centre")),
-        "centre_gradient": rule.binary.get("centre_gradient", False),
-        "centre_head": rule.centre_head,
-        "scale": rule.binary["scale"],
-        "alpha": rule.alpha,
-        "beta": rule.beta,
-        "ste": rule.ste,
-        "ste_window": rule.window,
-        "activation": "branch" if rule.proxy else "trunk",
-    }
-    return _completed(model.model_dump(), own, data)
+def upgrade(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """A checkpoint in the form of today, with the meaning that it had. `state` has passed `check_state`."""
+    if state["version"] == 1:
+        state = _from_1(state, where)
+    return _from_2(state, where) if state["version"] == 2 else state
 
 
-def _completed(model: Mapping[str, Any], own: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `own` with the values that `model` gives, and those of `own` where it gives none; and the stem."""
-    design = {key: value if model.get(key) is None else model[key] for key, value in own.items()}
-    if model.get("centre_gradient") is None and not own["centre_gradient"] and design["centre_head"]:
-        # a centred head centres its gradient too; with centred convolutions that do not, no value says so
-        design["centre_gradient"] = None if design["centre"] else True
+def _from_2(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """Of version 2: what the recipe left open has the value that its design says; retired keys go."""
+    recipe = without_retired(translated(state["recipe"]), where, stored=True)
+    model, design = recipe.get("model"), state["design"]
+    if not isinstance(model, dict) or model.get("norm", "free") not in NORMS:
+        raise CheckpointError(f"{where}: recipe.model: got no norm, expected one of {', '.join(NORMS)}.")
     stem = model.get("stem", "auto")
-    design["stem"] = ("imagenet" if min(data["image_size"]) > 64 else "cifar") if stem == "auto" else stem
-    return design
+    left = [key for key in OWN if model.get(key) is None] + ["stem"] * (stem == "auto")
+    if lacking := [key for key in left if key not in design]:
+        raise CheckpointError(f"{where}: design.{lacking[0]}: got no such key. It is damaged, or by another program.")
+    values = {key: design[key] for key in left}
+    if "centre_gradient" in values and values["centre_gradient"] is None:  # said so: of the classifier alone
+        values["centre_gradient"] = "head"
+    agc = recipe.get("agc") if isinstance(recipe.get("agc"), dict) else {}
+    clip = agc.get("clip", "auto")
+    agc = {**agc, "clip": NORMS[model.get("norm", "free")].agc if clip == "auto" else clip}
+    rest = {key: value for key, value in state.items() if key != "design"}
+    names = [f"model.{key}" for key in left]
+    return {**rest, "version": 3, "open": names, "recipe": {**recipe, "model": {**model, **values}, "agc": agc}}
 
 
 _PLAIN = {
@@ -146,8 +158,8 @@ ABSENT: dict[str, Any] = {"precondition": None, "probe": None, "recent": [], "or
 """Keys that the first checkpoints of version 1 lack."""
 
 
-def upgrade(state: dict[str, Any], where: str) -> dict[str, Any]:
-    """A checkpoint of version 1 in the form of today, with the meaning that it had. `state` has passed `check_state`.
+def _from_1(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """A checkpoint of version 1 in the form of version 2.
 
     Rules, by what tells the states of version 1 apart:
         tensor head.input_mean     the classifier is centred (free from model.centre_head on); without it, it is not
@@ -171,5 +183,10 @@ def upgrade(state: dict[str, Any], where: str) -> dict[str, Any]:
         free = dict(recipe["free"]) if isinstance(recipe.get("free"), dict) else {}
         group = GROUP if free.pop("gather", False) else 0
         recipe["free"] = {"recalibrate": 0, "reference": 0, "group": group, **free}
-    design = _completed(model, own, state["data"])
-    return {**ABSENT, **state, "version": VERSION, "recipe": recipe, "design": design}
+    design = {key: value if model.get(key) is None else model[key] for key, value in own.items()}
+    if model.get("centre_gradient") is None and not own["centre_gradient"] and design["centre_head"]:
+        # a centred head centres its gradient too; with centred convolutions that do not, no value says so
+        design["centre_gradient"] = None if design["centre"] else True
+    small = min(state["data"]["image_size"]) <= LARGEST_OF_CIFAR
+    design["stem"] = "cifar" if small else "imagenet"
+    return {**ABSENT, **state, "version": 2, "recipe": recipe, "design": design}

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, Stats, describe
-from bnnfree.errors import CheckpointError, nearest
+from bnnfree.errors import CheckpointError, nearest_path
 from bnnfree.nn import calibrate
 from bnnfree.preprocess import DECODED_SIZE, resize_rule
-from bnnfree.recipe.read import load_recipe, parse_recipe
+from bnnfree.recipe.resolve import resolve
 from bnnfree.recipe.schema import Recipe
 from bnnfree.recipe.tree import SUFFIXES
 from bnnfree.train.checkpoint import Builders, build_model, load_model
+from bnnfree.train.networks import load_recipe, parse_recipe
 
 CHECKPOINTS = (".pt",)
 PLACES = ("root", "test_root", "val_root")  # keys of a recipe's data that say where it lies
@@ -72,8 +73,7 @@ def source_kind(source: str | Path) -> Literal["checkpoint", "recipe"]:
     if path.is_dir():
         return "checkpoint"
     if not path.is_file():
-        siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError(f"network {path}: no such file or folder, {EXPECTED}.{nearest(path.name, siblings)}")
+        raise CheckpointError(f"network {path}: no such file or folder, {EXPECTED}.{nearest_path(path)}")
     if path.suffix in SUFFIXES:
         return "recipe"
     if path.suffix in CHECKPOINTS:
@@ -119,8 +119,9 @@ def _is_address(place: str) -> bool:
 
 
 def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Network:
-    recipe = load_recipe(path, overrides, builders)
-    shape = describe(recipe.data, f"{path}: data")
+    written = load_recipe(path, overrides, builders)
+    shape = describe(written.data, f"{path}: data")
+    recipe = resolve(written, shape)
     channels, size = shape["channels"], shape["image_size"]
     mean, std = known_stats(recipe.data.name, channels, max(size))
     data = {key: shape[key] for key in ("classes", "channels", "image_size")} | {"mean": list(mean), "std": list(std)}
@@ -129,7 +130,7 @@ def _from_recipe(path: Path, builders: Builders, overrides: Iterable[str]) -> Ne
         torch.default_generator.manual_seed(recipe.seed)  # Why not torch.manual_seed: it would reseed GPUs too
         model = build_model(recipe, builders, data, binarize)
         count = 64 if max(size) <= DECODED_SIZE else 8  # large images have many places to average over
-        calibrate(model, torch.randn(count, channels, *size), recipe.model.start == "balanced")
+        calibrate(model, torch.randn(count, channels, *size))
     return Network(model.eval(), recipe, binarize, data, False, str(path), None)
 
 

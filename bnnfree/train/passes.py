@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnnfree.nn import Part, ask_before, gradient_centres, of_batch, plan_step, set_part
+from bnnfree.nn import NORMS, Part, ask_before, gradient_centres, plan_step, set_part
 from bnnfree.recipe.schema import Recipe
 from bnnfree.train.dist import Dist
 
@@ -37,7 +37,7 @@ class Passes:
         self.centres = gradient_centres(model)
         self.like = next(model.parameters())
         self.recent: list[Tensor] = []
-        self.shows_again = recipe.optimizer.precondition is None and not of_batch(recipe.model.norm)
+        self.shows_again = recipe.optimizer.precondition is None and not NORMS[recipe.model.norm].batch_dependent
         for centre in self.centres:
             centre.size = recipe.free.group
 

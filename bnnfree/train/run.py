@@ -1,7 +1,7 @@
 """A whole run: the stages of a recipe, one after the other, in one folder that can be resumed.
 
 With several processes, process 0 alone reads and writes the folder, and tells the others what they need of it.
-Imports torch, numpy, tqdm, bnnfree.nn and its own room; the model builders are passed in.
+Imports torch, numpy, bnnfree.nn and its own room; the model builders are passed in.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bnnfree.data.datasets import Data, load_data
 from bnnfree.errors import CheckpointError, one_line
 from bnnfree.nn import BatchRenorm2d
 from bnnfree.optim import describe_groups
+from bnnfree.progress import Progress, say
 from bnnfree.recipe.read import save_recipe
+from bnnfree.recipe.resolve import left_open, resolve
 from bnnfree.recipe.schema import Recipe
 from bnnfree.train import dist as processes
 from bnnfree.train.checkpoint import (
@@ -36,10 +37,9 @@ from bnnfree.train.dist import Dist
 from bnnfree.train.doubts import doubts
 from bnnfree.train.evaluation import evaluate
 from bnnfree.train.loop import Stage
-from bnnfree.train.meaning import design_of
 from bnnfree.train.process_settings import settings
 from bnnfree.train.report import Report, machine, write_json
-from bnnfree.train.resume import MAY_CHANGE, check_images, check_resumable, other_bits
+from bnnfree.train.resume import MAY_CHANGE, check_images, other_bits, resume_recipe
 from bnnfree.train.run_folder import open_folder, taken, writing
 from bnnfree.train.start import find_weights, freeze, open_weights, take_weights
 from bnnfree.train.teacher import load_teacher
@@ -60,7 +60,7 @@ class Run:
         resumed: dict[str, Any] | None = None,
     ):
         """`resumed`: what last.pt of the run holds, None at its start."""
-        self.recipe, self.builders, self.folder, self.data, self.dist = recipe, builders, folder, data, dist
+        self.builders, self.folder, self.data, self.dist = builders, folder, data, dist
         self.data_info: dict[str, Any] = {
             "classes": list(data.classes),
             "channels": data.channels,
@@ -73,13 +73,15 @@ class Run:
         self.best: dict[str, Any] = {"top1": None, "epoch": 0}  # top1: of validation; None without
         self.seconds = 0.0
         self.resumed = resumed
-        self.design, self.init = design_of(recipe.model, self.data_info), None
+        self.init = None
         self.grown = False  # the last stage has more epochs than the run that is resumed
         self.lines = [data.describe()]  # to be printed before training
-        if resumed is not None:
-            self.grown = check_resumable(resumed, recipe, builders, self.data_info, folder)
+        if resumed is None:
+            self.recipe, self.open = resolve(recipe, self.data_info), left_open(recipe)
+        else:
+            self.recipe, self.grown = resume_recipe(resumed, recipe, builders, self.data_info, folder)
             check_images(resumed.get("listing", self.listing), self.listing, folder)
-            self.design, self.init = resumed["design"], resumed.get("init")
+            self.open, self.init = resumed["open"], resumed.get("init")
             self.lines += other_bits(resumed)
         self.stage = self._start_stage(0, None)
 
@@ -89,7 +91,7 @@ class Run:
 
     def _start_stage(self, index: int, weights) -> Stage:
         torch.manual_seed(self.recipe.seed + index)
-        model = build_model(self.recipe, self.builders, self.data_info, self._binarize(index), self.design)
+        model = build_model(self.recipe, self.builders, self.data_info, self._binarize(index))
         kept: frozenset[str] = frozenset()
         if weights is not None:
             load_weights(model, weights, f"stage {index} taking over from stage {index - 1}")
@@ -119,7 +121,7 @@ class Run:
         return {
             **self.stage.state(),
             "recipe": recipe.model_dump(),
-            "design": self.design,
+            "open": self.open,
             "init": self.init,
             "threads": torch.get_num_threads(),
             "binarize": self._binarize(self.stage.index),
@@ -161,7 +163,8 @@ class Run:
                 (self.folder / "result.json").unlink(missing_ok=True)  # it is not over
             self.lines.append(
                 f"stage {self.stage.index} goes on to {self.stage.epochs} epochs: the learning rate is what it would "
-                f"be there in a stage of as many: {state['history'][-1]['lr']:.3g} -> {self.stage.next_lr():.3g}"
+                f"be there in a stage of as many ({self.recipe.schedule.name}): {state['history'][-1]['lr']:.3g} -> "
+                f"{self.stage.next_lr():.3g}, and {self.stage.last_lr():.3g} in the last step"
                 if state["history"]
                 else f"stage {self.stage.index} goes on to {self.stage.epochs} epochs"
             )
@@ -192,7 +195,7 @@ class Run:
         try:
             self._say(*self.lines)
             self._warn()
-            self._describe()
+            self._describe(plan=True)
             with self._bar() as self.bar:
                 if self.resumed is None:
                     self.stage.calibrate()
@@ -209,28 +212,31 @@ class Run:
             self.report.close()
         return self._finish()
 
-    def _bar(self) -> tqdm:
+    def _bar(self) -> Progress:
         steps = sum(stage.epochs for stage in self.recipe.stages) * self.stage.steps
         done = (self.stage.first_epoch + self.stage.epoch) * self.stage.steps + self.stage.step
-        pause = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file needs fewer lines than a terminal
-        return tqdm(total=steps, initial=done, unit="step", disable=self.hidden, smoothing=0.02, mininterval=pause)
+        return Progress(steps, "training", "steps", done=done, hidden=self.hidden)
 
     def _warn(self) -> None:
         """Say what the recipe will not do on these data; in a log too, where all else is quiet."""
         validation = 0 if self.data.val is None else len(self.data.val)
         for doubt in doubts(self.recipe, self.stage.steps, validation) if self.dist.main else ():
-            tqdm.write(one_line(f"warning: {doubt}."), file=sys.stderr)
+            say(one_line(f"warning: {doubt}."), file=sys.stderr)
 
     def _say(self, *lines: str) -> None:
         """Print each as one line, above the progress bar."""
         if not self.hidden:
-            tqdm.write("\n".join(map(one_line, lines)))
+            say("\n".join(map(one_line, lines)))
 
-    def _describe(self) -> None:
-        stage = self.recipe.stages[self.stage.index]
-        signs = self._binarize(self.stage.index)
-        head = f"stage {self.stage.index} ({stage.name}): {stage.epochs} epochs, 1-bit: {signs}"
-        self._say(head, f"speed: {self.stage.speed}", *describe_groups(self.stage.groups).splitlines())
+    def _describe(self, plan: bool = False) -> None:
+        """Say what the stage is; with `plan` those that follow first."""
+        first = self.stage.index
+        heads = [
+            f"stage {index} ({stage.name}): {stage.epochs} epochs, 1-bit: {self._binarize(index)}"
+            for index, stage in enumerate(self.recipe.stages)
+            if index == first or plan and index > first
+        ]
+        self._say(*heads, f"speed: {self.stage.speed}", *describe_groups(self.stage.groups).splitlines())
 
     def _train_stage(self) -> None:
         stage, last_stage = self.stage, self.stage.index + 1 == len(self.recipe.stages)
@@ -258,7 +264,7 @@ class Run:
                 self.report.add(metrics)
                 shown = {key: metrics[key] for key in ("stage", "epoch")}
                 shown |= {key: f"{metrics[key]:.2f}" for key in ("loss", "top1", "val_top1") if key in metrics}
-                self.bar.set_postfix(shown, refresh=False)
+                self.bar.note(shown)
                 top1, best = metrics.get("val_top1"), self.best["top1"]
                 # without validation images the last epoch is the best
                 if last_stage and (top1 is None or best is None or top1 > best):
@@ -322,7 +328,7 @@ class Run:
             "skipped_images": self.data.skipped,
             "seconds": self.seconds + time.monotonic() - self.started,
             "seed": self.recipe.seed,
-            "model": self.recipe.model.model_dump() | self.design,
+            "model": self.recipe.model.model_dump(),
             "init": self.init,
             "processes": self.dist.world,
             "threads": torch.get_num_threads(),

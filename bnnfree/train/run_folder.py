@@ -109,7 +109,7 @@ def open_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
         if resume and not (begun or restarted):
             raise BnnfreeError(
                 f"run folder {folder}: holds no run to go on with. Leave --resume out to begin one, or name the "
-                "run's folder with --out."
+                f"run's folder: tools/train.py FOLDER --resume.{_runs_beside(folder)}"
             )
         _clear(folder)
         if job is not None and not restarted:
@@ -117,6 +117,12 @@ def open_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
                 temporary.write_text(job, encoding="utf-8")
         last = folder / "last.pt"
         return open_checkpoint(last, resume=True) if last.exists() else None
+
+
+def _runs_beside(folder: Path) -> str:
+    """The runs in the same folder, as the end of a message."""
+    runs = sorted(str(each.parent) for each in folder.parent.glob("*/last.pt") if each.parent != folder)
+    return f" Runs there: {', '.join(runs[:5])}{', ...' if len(runs) > 5 else ''}." if runs else ""
 
 
 def _clear(folder: Path) -> None:

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 import bnnfree
 from bnnfree.convert import published
-from bnnfree.errors import CheckpointError, nearest
+from bnnfree.errors import BnnfreeError, CheckpointError, nearest, nearest_path
 from bnnfree.nn import BinaryBlock
 from bnnfree.optim import matching
+from bnnfree.recipe.resolve import resolve
 from bnnfree.train.checkpoint import Builders, build_model, load_weights, open_checkpoint, origin
-from bnnfree.train.meaning import design_of
 from bnnfree.train.sealed import ForeignCheckpoint
 
 PRETRAINED = Path(bnnfree.__file__).parent.parent / "models" / "pretrained"
+WEIGHTS = Path("..", "..", "recipes", "weights")  # from there: what recipes start from
 SHOWN = 4  # names of layers in a message
-WEIGHTS_ONLY = ("kind", "recipe", "design", "binarize", "data", "origin", "best", "published")
+WEIGHTS_ONLY = ("kind", "recipe", "open", "binarize", "data", "origin", "best", "published")
 
 
 @dataclass(frozen=True)
@@ -59,27 +60,42 @@ class Taken:
         return {"source": self.source, "taken": self.tensors, "new": self.new, "unused": self.unused}
 
 
-def find_weights(init: str) -> Path:
-    """The file or run folder of `init`: a path, or a name in models/pretrained. Errors: CheckpointError, with names."""
-    path, known = Path(init), sorted(PRETRAINED.glob("*.pt"))
+def find_weights(init: str, what: str = "init") -> Path:
+    """The file or run folder of `init`: a path, or a name in models/pretrained or recipes/weights; `what` it is called.
+
+    Errors: CheckpointError, with the names.
+    """
+    path = Path(init)
+    folders = (PRETRAINED, PRETRAINED / WEIGHTS)
+    known = {each.stem: each for folder in folders for each in sorted(folder.glob("*.pt"))}
+    packed = [path, PRETRAINED / f"{init}.bnnf"]
+    if init not in known and any(file.suffix == ".bnnf" and file.is_file() for file in packed):
+        raise CheckpointError(
+            f"{what}: got {init!r}, which is a packed file: its weights are bits, which cannot be trained on. "
+            f"Take the run folder or the checkpoint (.pt) that it was exported from{_or_one_of(known)}."
+        )
     if path.exists():
         return path
-    for each in known:
-        if init == each.stem:
-            return each
-    names = [each.stem for each in known]
+    if init in known:
+        return known[init]
     raise CheckpointError(
-        f"init: got {init!r}, expected a checkpoint, a run folder, a published checkpoint or the name of a pretrained "
-        f"one ({', '.join(names) or 'none is here'}).{nearest(init, names)}"
+        f"{what}: got {init!r}, expected a checkpoint, a run folder, a published checkpoint or the name of a "
+        f"pretrained one ({', '.join(known) or 'none is here'}).{nearest(init, known) or nearest_path(path)}"
     )
 
 
-def open_weights(init: str, builders: Builders, **options: Any) -> dict[str, Any]:
+def _or_one_of(names: Iterable[str]) -> str:
+    """The names of pretrained checkpoints, as the end of a sentence."""
+    shown = ", ".join(names)
+    return f", or a pretrained one ({shown})" if shown else ""
+
+
+def open_weights(init: str, builders: Builders, what: str = "init", **options: Any) -> dict[str, Any]:
     """The checkpoint that `init` names; of another program's file what `convert_published` makes of it, with `options`.
 
     Errors: CheckpointError.
     """
-    path = find_weights(init)
+    path = find_weights(init, what)
     try:
         return open_checkpoint(path)
     except ForeignCheckpoint:
@@ -104,13 +120,14 @@ def convert_published(
     theirs, decay = published.read_published(path)
     found = published.inspect(theirs, where)
     name = published.choose(found, variant, where, decay)
-    recipe = published.recipe_of(found, name, image_size)
+    written = published.recipe_of(found, name, image_size)
     names = [f"class{i}" for i in range(found.classes)] if classes is None else list(classes)
     if len(names) != found.classes:
         raise CheckpointError(f"{where}: got {len(names)} names of classes, expected {found.classes}.")
     mean, std = published.DATA[found.classes][1] if found.classes in published.DATA else published.IMAGENET
-    size = [recipe.data.image_size] * 2
+    size = [written.data.image_size] * 2
     data = {"classes": names, "channels": 3, "image_size": size, "mean": list(mean), "std": list(std)}
+    recipe = resolve(written, data)
     model = build_model(recipe, builders, data)
     load_weights(model, published.translate(theirs, model, found.model, found.stored, where), where)
     return {
@@ -122,7 +139,7 @@ def convert_published(
         "optimizers": [],
         "signs": {},
         "recipe": recipe.model_dump(),
-        "design": design_of(recipe.model, data),
+        "open": [],
         "binarize": recipe.model.binarize,
         "data": data,
         "origin": origin(),
@@ -182,12 +199,19 @@ def _fixed(model: nn.Module) -> set[str]:
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
     """Leave the parameters that a pattern matches as they are, without gradient; the layers that are so as a whole.
 
-    Patterns are those of a shell over full names: `stem.*`, `blocks.0.*`. Errors: BnnfreeError for one without a match.
+    Patterns are those of a shell over full names: `stem.*`, `blocks.0.*`. Errors: BnnfreeError for one without a match,
+    and where nothing is left to train.
     """
-    parameters = dict(model.named_parameters())
+    parameters, patterns = dict(model.named_parameters()), list(patterns)
     for pattern in patterns:
         for name in matching(parameters, pattern, "freeze"):
             parameters[name].requires_grad_(False)
+    if patterns and not any(each.requires_grad for each in parameters.values()):
+        names = list(parameters)
+        raise BnnfreeError(
+            f"freeze: got {patterns}, which leaves nothing to train: all {len(names)} parameters match. "
+            f"Leave some out, for example those of the last layer, {names[-1].rpartition('.')[0]}.*"
+        )
     layers = [(module, list(module.parameters(recurse=False))) for module in model.modules()]
     return [module for module, own in layers if own and not any(each.requires_grad for each in own)]
 

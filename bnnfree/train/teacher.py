@@ -109,9 +109,8 @@ def _of_torchvision(short: str) -> tuple[nn.Module, View, int]:
 
     names = zoo.list_models(module=zoo)
     if short not in names:
-        raise BnnfreeError(
-            f"loss.teacher: torchvision has no model {short!r} that tells classes.{nearest(short, names)}"
-        )
+        hint = nearest(short, names, "torchvision:")
+        raise BnnfreeError(f"loss.teacher: torchvision has no model {short!r} that tells classes.{hint}")
     weights = zoo.get_model_weights(short).DEFAULT
     shown = weights.transforms()
     try:

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, pick
+from bnnfree.names import SPEEDS
 from bnnfree.nn.fused import int8
 from bnnfree.nn.fused.chain import Fusion, unfusible
 from bnnfree.nn.fused.native import load_passes
 from bnnfree.nn.fused.passes import PASSES, Passes, Shared
 
-SPEEDS = ("layers", "fused", "compiled", "fused_compiled")
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # dtypes of trunk and signs; None: as it is
     "fp32": (None, None),
     "bf16": (None, torch.bfloat16),

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnfree.nn.norms.options import positive_eps, within
+from bnnfree.nn.norms.options import positive_eps
+from bnnfree.normalisers import within
 
 PLAIN = 0.03  # share of training that is plain batch normalisation; then r's and d's ranges grow, to these shares
 R_GROWN, D_GROWN = 0.25, 0.15

@@ -19,8 +19,9 @@ from torch import nn
 
 from bnnfree.nn.norms.batch import batch_norm
 from bnnfree.nn.norms.group import group_norm
-from bnnfree.nn.norms.options import positive_eps, within
+from bnnfree.nn.norms.options import positive_eps
 from bnnfree.nn.norms.response import FilterResponseNorm
+from bnnfree.normalisers import within
 
 DROP = 0.05
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from bnnfree.nn.norms.gaussian import Pair, gaussian_moments
-from bnnfree.nn.norms.options import positive_eps, within
+from bnnfree.nn.norms.options import positive_eps
 from bnnfree.nn.sign import per_channel
+from bnnfree.normalisers import within
 
 WORTH = 16  # samples that a prior counts as where its share is not given
 TRUSTED = 100.0  # the prior's variance may differ from the batch's by this factor, on average over channels
