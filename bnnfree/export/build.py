@@ -23,7 +23,7 @@ from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
 from bnnfree.format.schema import OPS
 
 Shape = tuple[int, int, int]  # rows, columns, channels
-SUM, ADDED, SLOPED, CLAMPED = range(4)  # how far an op's epilogue has come
+SUM, FACTORED, ADDED, SLOPED, CLAMPED, AFTER, LAST = range(7)  # how far an op's epilogue has come
 
 
 @dataclass(eq=False)
@@ -96,7 +96,7 @@ class Builder:
         value = Value("image", 0, (height, width, channels), np.ones(channels), np.zeros(channels))
         return value.affine(scale, shift, signed=False)
 
-    def emit(self, name: str, source: Value, shape: Shape, *, kind: str = "real", **fields) -> Value:
+    def emit(self, name: str, source: Value, shape: Shape, *, kind: str = "real", **fields: Any) -> Value:
         """A new op that reads `source`'s tensor, and its result. Its constants follow by `constant`."""
         index = self._activation("f32" if kind == "real" else "bits", shape)
         op = make_op(name, input=source.tensor, **{"real" if kind == "real" else "bits": index}, **fields)
@@ -132,9 +132,7 @@ class Builder:
             value = self._joined(value)
         if value.kind == "real" and not value.scaled and (scale_only or not value.shifted):
             return value
-        draft = self._draft(value, SUM)
-        if draft is None and not value.scaled:
-            draft = self._draft(value, ADDED)
+        draft = self._draft(value, AFTER)
         if draft is None:
             return self._own_op(value)
         _bake(draft, value)
@@ -177,6 +175,12 @@ class Builder:
         """Channels one after the other; one value several times costs nothing until somebody needs it whole."""
         first = values[0]
         rows, columns, channels = first.shape
+        if len(values) > 1 and all(v.kind == "bits" and not (v.scaled or v.shifted) for v in values):
+            whole = first
+            for value in values[1:]:
+                shape = (rows, columns, whole.shape[2] + value.shape[2])
+                whole = replace(self.emit("concat", whole, shape, kind="bits", other=value.tensor), open=False)
+            return whole
         if all(v is first for v in values) and first.kind == "real" and first.repeat == 1:
             count = len(values)
             scale, shift = np.tile(first.scale, count), np.tile(first.shift, count)
@@ -192,12 +196,20 @@ class Builder:
         return whole
 
     def add(self, a: Value, b: Value) -> Value:
-        """a + b: into the epilogue of the op of one of them, or an op of its own."""
+        """a + b: into the epilogue of the op of one of them, or an op of its own. b may be one channel, one position."""
+        a, b = _larger_first(a, b)
         if a.tensor == b.tensor and a.kind == b.kind and a.repeat == b.repeat:
             return replace(a, scale=a.scale + b.scale, shift=a.shift + b.shift, open=False, **_flags(a, b, least=1))
         # the one whose op is farther from done takes the other in
-        for host, guest in ((a, b), (b, a)):
-            if (draft := self._draft(host, SUM)) is not None and draft.op.name != "pointwise":
+        orders = ((a, b), (b, a)) if a.shape == b.shape else ((a, b),)
+        for host, guest in orders:
+            draft = self._draft(host, FACTORED)
+            taken = draft is not None and (draft.stage == FACTORED and (host.scaled or host.shifted))
+            if draft is not None and draft.op.name != "pointwise" and not taken:
+                return self._add_into(draft, host, guest)
+        for host, guest in orders:
+            draft = self._draft(host, AFTER)
+            if draft is not None and draft.stage != SUM and draft.op.other is None:
                 return self._add_into(draft, host, guest)
         host = self._own_op(self._joined(a) if a.repeat > 1 else a) if self._draft(a, SUM) is None else a
         return self._add_into(self.makers[host.tensor], host, b)
@@ -208,10 +220,74 @@ class Builder:
         whole = host.affine(1.0, guest.shift) if guest.shifted else host
         _bake(draft, whole)
         draft.op.fields["other"] = guest.tensor
-        draft.stage = ADDED
+        draft.op.fields["other_last"] = int(draft.stage > FACTORED)
+        draft.stage = LAST if draft.stage > FACTORED else ADDED
         self.drafts.remove(draft)  # to the end: the guest may be younger
         self.drafts.append(draft)
         return replace(host.bare(), open=True)
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        """a b: a factor in the epilogue of the op of one of them, or an op of its own; of two signs their xor."""
+        a, b = _larger_first(a, b)
+        if a.kind == b.kind == "bits" and not (a.shifted or b.shifted) and a.shape == b.shape and a.tensor != b.tensor:
+            product = self.emit("xor", a, a.shape, kind="bits", other=b.tensor)
+            scale = a.scale * b.scale
+            return replace(
+                product, scale=scale, scaled=max(a.scaled, b.scaled), signed=a.signed or b.signed, open=False
+            )
+        orders = ((a, b), (b, a)) if a.shape == b.shape else ((a, b),)
+        for host, guest in orders:
+            draft = self._draft(host, SUM)
+            if draft is not None and host.tensor != guest.tensor:
+                return self._multiply_into(draft, host, self.settle(guest))
+        guest = self.settle(b)
+        host = self._own_op(self._joined(a) if a.repeat > 1 else a)
+        return self._multiply_into(self.makers[host.tensor], host, guest)
+
+    def _multiply_into(self, draft: Draft, host: Value, guest: Value) -> Value:
+        _bake(draft, host)
+        draft.op.fields["factor"] = guest.tensor
+        draft.stage = FACTORED
+        self.drafts.remove(draft)
+        self.drafts.append(draft)
+        return replace(host.bare(), open=True)
+
+    def move(self, name: str, value: Value, shape: Shape, **fields: int) -> Value:
+        """The op `name`, which copies values: of floats, or of bits, with the affine part that they had."""
+        value = self._joined(value) if value.repeat > 1 else value
+        value = self._own_op(value) if value.kind == "image" else value
+        made = self.emit(name, value, shape, kind="bits" if value.kind == "bits" else "real", **fields)
+        return made.like(value) if shape[2] == value.shape[2] else made
+
+    def take(self, value: Value, index: np.ndarray) -> Value:
+        """Channels by number; 0 where that is -1."""
+        if (index < 0).any():
+            value = self.settle(value)
+        made = self.move("take", value, (*value.shape[:2], len(index)))
+        made = replace(made, scale=np.ones(len(index)), shift=np.zeros(len(index)))
+        self.constant(made, "weights", index, "i32")
+        whole = replace(made, **{name: getattr(value, name) for name in ("scaled", "signed", "shifted")})
+        if (index < 0).any():
+            return whole
+        return replace(whole, scale=value.scale[index], shift=value.shift[index])
+
+    def pad(self, value: Value, around: tuple[int, int, int, int], mode: int = 0, fill: float = 0.0) -> Value:
+        """Rows and columns around a map: above, on the left, below, on the right; mode: one of the op's."""
+        rows, columns, channels = value.shape
+        shape = (rows + around[0] + around[2], columns + around[1] + around[3], channels)
+        fields = dict(zip(("padding_h", "padding_w", "after_h", "after_w"), around, strict=True))
+        if mode:
+            return self.move("pad", value, shape, mode=mode, **fields)
+        if value.kind == "bits" and abs(fill) == 1 and not (value.scaled or value.shifted):
+            return self.move("pad", value, shape, pad_value=int(fill), **fields)
+        near = 0.0 if fill not in (0.0, 1.0, -1.0) else fill
+        value = self.settle(value.affine(1.0, near - fill) if near != fill else value)
+        made = self.move("pad", value, shape, pad_value=int(near), **fields)
+        return made.affine(1.0, fill - near) if near != fill else made
+
+    def function(self, value: Value, name: str) -> Value:
+        """The op `function` in the mode of that name."""
+        return self.emit("function", self.settle(value), value.shape, mode=OPS["function"].modes.index(name))
 
     def activate(self, value: Value, **constants: np.ndarray | float) -> Value:
         """slope, or low and high, per channel."""
@@ -285,7 +361,7 @@ class Builder:
         final = []
         for draft in kept:
             fields = dict(draft.op.fields)
-            for name in ("input", "other"):
+            for name in ("input", "other", "factor"):
                 if (old := fields[name]) is not None:
                     fields[name] = number[old]
             if fields["bits"] is None:
@@ -315,14 +391,25 @@ def _flags(*values: Value, least: int = 0) -> dict[str, Any]:
 
 
 def _bake(draft: Draft, value: Value) -> None:
-    """Put the affine part of `value` into the epilogue; after an addition there may be no scale."""
+    """Put the affine part of `value` into the epilogue: before what it has already, or after the activation."""
+    if not (value.scaled or value.shifted):
+        return
     constants = draft.constants
-    if draft.stage == SUM and value.scaled:
-        constants["scale"] = constants.get("scale", 1.0) * value.scale
-        if "bias" in constants:
-            constants["bias"] = constants["bias"] * value.scale
+    before = draft.stage == SUM or (draft.stage == ADDED and not value.scaled and draft.op.factor is None)
+    scale, bias = ("scale", "bias") if before else ("scale_after", "bias_after")
+    if value.scaled:
+        constants[scale] = constants.get(scale, 1.0) * value.scale
+        if bias in constants:
+            constants[bias] = constants[bias] * value.scale
     if value.shifted:
-        constants["bias"] = constants.get("bias", 0.0) + value.shift
+        constants[bias] = constants.get(bias, 0.0) + value.shift
+    draft.stage = draft.stage if before else AFTER
+
+
+def _larger_first(a: Value, b: Value) -> tuple[Value, Value]:
+    """The value with more positions, of as many with more channels, first."""
+    size = [(v.shape[0] * v.shape[1], v.shape[2]) for v in (a, b)]
+    return (a, b) if size[0] >= size[1] else (b, a)
 
 
 def _constant(name: str, array: np.ndarray, dtype: str) -> Tensor:

@@ -13,18 +13,25 @@ import numpy as np
 from torch import fx, nn
 
 from bnnfree.export.build import Value
+from bnnfree.export.maps import Padded
 from bnnfree.export.quantize import Geometry, LayerArrays, fits_pixels, layer_arrays
 from bnnfree.export.trace import path_of
+from bnnfree.format.schema import OPS
 from bnnfree.ops import Window, border_classes
 
 if TYPE_CHECKING:
     from bnnfree.export.lower import Lowering
 
 
-def lower_linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Value:
+def lower_linear(low: Lowering, node: fx.Node, x: Value | Padded, layer: nn.Module) -> Value:
     """The rule of every layer with weights."""
     source = node.all_input_nodes[0].meta["shape"]
     arrays = layer_arrays(layer, source, path_of(node))
+    if isinstance(x, Padded):
+        x, arrays = _taken_up(low, node, x, arrays)
+    mode = getattr(layer, "padding_mode", "zeros")
+    if mode != "zeros" and isinstance(layer, nn.Conv2d) and arrays.geometry.padded:
+        x, arrays = _surrounded(low, x, arrays, mode)
     if arrays.linear:
         if len(source) != 2:
             raise low.refuse(node, "reads maps, not one vector per image", "Put a Flatten before it.")
@@ -39,20 +46,66 @@ def lower_linear(low: Lowering, node: fx.Node, x: Value, layer: nn.Module) -> Va
     fields |= {"groups": geometry.groups, "pad_value": geometry.pad_value if geometry.padded else 0}
     shape = (rows, columns, channels)
     low.slow += _slow(low, node, x, arrays)
-    if arrays.kind == "binary" and x.kind == "bits" and x.scaled < 2 and not x.shifted:
+    if _meets_signs(x, arrays):
         y = build.emit("binary_conv2d", x, shape, **fields)
         build.constant(y, "weights", w < 0, "bits")
-        return _finished(y, arrays, float(x.scale[0]))
+        if not x.shifted:
+            return _finished(y, arrays, float(x.scale[0]))
+        y = _finished(y, arrays, float(x.scale[0]))
+        factor, _ = arrays.affine()
+        return _offset(low, y, x, arrays, w, factor, fields)
     if arrays.kind == "int8" and x.kind == "image" and fits_pixels(arrays):
         return _pixel_conv(low, x, arrays, w, shape, fields)
     return _real_conv(low, x, arrays, w, shape, fields)
+
+
+def _meets_signs(x: Value, arrays: LayerArrays) -> bool:
+    """True where 1-bit weights meet signs: one scale for all; an offset where padding is 0 and groups are one."""
+    if arrays.kind != "binary" or x.kind != "bits" or x.scaled == 2:
+        return False
+    geometry = arrays.geometry
+    return not x.shifted or (geometry.groups == 1 and not (geometry.padded and geometry.pad_value))
+
+
+def _offset(low: Lowering, y: Value, x: Value, arrays: LayerArrays, w: np.ndarray, factor: np.ndarray, fields) -> Value:
+    """The part of an offset of signs: its sum with the weights of the taps inside, which a border has fewer of."""
+    per_tap = (w * x.shift).sum(3) * factor[:, None, None]  # [O, kh, kw]
+    if not arrays.geometry.padded:
+        return y.affine(1.0, per_tap.sum((1, 2)))
+    (_, rows), (_, columns) = map(border_classes, _window(fields).sides(*x.shape[:2]))
+    table = np.einsum("ai,bj,oij->abo", rows.astype(float), columns.astype(float), per_tap)
+    y = low.builder.settle(y)  # so that a bias comes after the scale
+    constants = low.builder.makers[y.tensor].constants
+    constants["bias"] = constants.get("bias", 0.0) + table
+    return y
+
+
+def _taken_up(low: Lowering, node: fx.Node, x: Padded, arrays: LayerArrays) -> tuple[Value, LayerArrays]:
+    """The padding before a convolution as its own, where it is of one kind with that; else as an op."""
+    geometry, inner = arrays.geometry, x.value
+    same = not geometry.padded or geometry.pad_value == x.fill
+    signs = inner.kind != "bits" or x.fill == 0 or not (inner.scaled or inner.shifted)
+    if arrays.linear or x.fill not in (0.0, 1.0, -1.0) or not same or not signs:
+        return low.value(node, node.all_input_nodes[0]), arrays
+    top, left, bottom, right = x.around
+    padding = (geometry.padding[0] + top, geometry.padding[1] + left)
+    after = (geometry.after[0] + bottom, geometry.after[1] + right)
+    return inner, replace(arrays, geometry=replace(geometry, padding=padding, after=after, pad_value=int(x.fill)))
+
+
+def _surrounded(low: Lowering, x: Value, arrays: LayerArrays, mode: str) -> tuple[Value, LayerArrays]:
+    """The padding of a convolution by other values than zero, as an op."""
+    geometry = arrays.geometry
+    around = (*geometry.padding, *geometry.after)
+    x = low.builder.pad(x, around, OPS["pad"].modes.index(mode))
+    return x, replace(arrays, geometry=replace(geometry, padding=(0, 0), after=(0, 0)))
 
 
 def _slow(low: Lowering, node: fx.Node, x: Value, arrays: LayerArrays) -> list[str]:
     """A line, where 1-bit weights were meant to meet signs and do not, or meet them group by group."""
     if arrays.kind != "binary":
         return []
-    if x.kind == "bits" and x.scaled < 2 and not x.shifted:
+    if _meets_signs(x, arrays):
         if arrays.geometry.groups == 1:
             return []
         why = f"its {arrays.geometry.groups} groups have no vector kernel: portable C runs it, about 10 times slower"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.export import rules
+from bnnfree.export import maps, rules
 from bnnfree.export.build import Builder, Value
 from bnnfree.export.convolve import lower_linear
 from bnnfree.export.errors import ExportError
@@ -72,6 +72,10 @@ class Lowering:
                 raise self.refuse(
                     node, f"is called in a way that the exporter does not know ({reason})", _known()
                 ) from error
+            if isinstance(value, list):
+                value = [self.builder.share(part) if isinstance(part, Value) else part for part in value]
+            if isinstance(value, maps.Padded) and len(node.users) > 1:
+                value = self.builder.pad(value.value, value.around, 0, value.fill)
             if isinstance(value, Value):
                 self._check_shape(node, value)
                 signs = value.kind == "bits" and value.tensor in self.meaning  # they stand for the sign, scaled or not
@@ -130,6 +134,11 @@ class Lowering:
                 raise self.refuse(node, "has no engine op", _remedy(type(layer).__name__))
             if len(node.all_input_nodes) != 1:
                 raise self.refuse(node, f"is given {len(node.all_input_nodes)} values, expected one", "")
+            given = self.take(node.all_input_nodes[0])
+            if isinstance(given, maps.Padded) and rule is lower_linear:
+                return rule(self, node, given, layer)
+            if isinstance(given, maps.Last) and kind in CHANNELS_LAST:
+                return maps.Last(rule(self, node, given.value, layer))
             return rule(self, node, self.value(node, node.all_input_nodes[0]), layer)
         table: dict[Any, Rule] = FUNCTIONS if node.op == "call_function" else METHODS  # type: ignore[assignment]
         if node.target not in table:
@@ -146,10 +155,20 @@ class Lowering:
     def value(self, node: fx.Node, argument: Any) -> Value:
         """An argument that must be an activation."""
         taken = self.take(argument)
+        if isinstance(taken, maps.Padded):
+            taken = self.values[argument] = self.builder.share(
+                self.builder.pad(taken.value, taken.around, 0, taken.fill)
+            )
         if not isinstance(taken, Value):
-            what = "a constant" if isinstance(taken, Tensor) else "a plain number or a shape"
+            views = {maps.Grouped: "channels in two dimensions", maps.Last: "a map with its channels last"}
+            views |= {Tensor: "a constant", list: "several parts"}
+            what = next((text for kind, text in views.items() if isinstance(taken, kind)), "a plain number or a shape")
             raise self.refuse(node, f"works on {what}, not on an activation", "")
         return taken
+
+    def is_padded(self, argument: Any) -> bool:
+        """True where the argument is a map with a padding that nothing has taken up."""
+        return isinstance(argument, fx.Node) and isinstance(self.values.get(argument), maps.Padded)
 
     def is_flat(self, node: fx.Node, x: Value) -> bool:
         """True where x, the value of `node`, is one vector per image made of maps larger than 1x1.
@@ -195,37 +214,35 @@ def _known() -> str:
     )
 
 
-_CURVE = "Use ReLU, PReLU, RPReLU or Hardtanh in its place."
+_CURVE = "Use ReLU, PReLU, RPReLU, Hardtanh, SiLU, GELU or ELU in its place."
 REMEDIES = {
+    **dict.fromkeys(("Mish", "Softplus", "Softsign", "Softmin", "mish", "softplus", "log", "log1p"), _CURVE),
     **dict.fromkeys(
-        ("SiLU", "GELU", "Hardswish", "Mish", "ELU", "SELU", "CELU", "Softplus", "Tanh", "silu", "gelu", "tanh", "elu"),
-        _CURVE,
+        ("sign", "bernoulli", "round", "floor", "ceil"), "Use bnnfree.nn.Sign, or an activation of the list."
     ),
-    **dict.fromkeys(("Sigmoid", "Hardsigmoid", "sigmoid", "hardsigmoid"), "The engine has no gates: leave it out."),
-    **dict.fromkeys(("sign", "ge", "gt", "le", "lt", "where"), "Use bnnfree.nn.Sign, or an activation of the list."),
     **dict.fromkeys(("to", "half", "double", "bfloat16", "type_as"), "Leave it out: what is exported is float32."),
     **dict.fromkeys(("conv2d", "linear", "batch_norm", "group_norm"), "Use the layer: nn.Conv2d, nn.Linear, a norm."),
     **dict.fromkeys(("forward", "DataParallel"), "Put the module in it in its place."),
-    **dict.fromkeys(("chunk", "split", "unbind", "narrow", "index_select"), rules.PARTS),
-    **dict.fromkeys(("InstanceNorm2d", "instance_norm"), "GroupNorm(C, C) computes the same."),
-    **dict.fromkeys(("LayerNorm", "layer_norm"), "GroupNorm(1, C) normalises over channels and positions."),
-    **dict.fromkeys(("ZeroPad2d", "pad"), "Use the padding of the convolution."),
-    **dict.fromkeys(
-        ("permute", "transpose", "movedim", "mT"),
-        "The engine keeps maps as [N, C, H, W]: write it for that order, a LayerNorm over channels as BatchNorm2d or "
-        "GroupNorm(1, C), a Linear as a Conv2d with a kernel of 1.",
-    ),
+    **dict.fromkeys(("unbind", "narrow", "index_select"), "Use slices, chunk or split."),
+    **dict.fromkeys(("instance_norm", "layer_norm"), "Use the layer: nn.InstanceNorm2d, nn.LayerNorm."),
     **dict.fromkeys(("eq", "ne", "_assert"), "Leave checks of the image (torch._assert) out."),
     **dict.fromkeys(
         ("MultiheadAttention", "matmul", "bmm", "scaled_dot_product_attention"), "The engine has no attention."
     ),
-    **dict.fromkeys(("interpolate", "Upsample", "ConvTranspose2d"), "The engine makes no map larger."),
-    **dict.fromkeys(("Conv1d",), "Use Conv2d with a kernel of (1, k)."),
     **dict.fromkeys(("LogSoftmax", "log_softmax"), "Return the logits: their order is the same."),
 }
 
 
 # -- the tables
+
+on = rules.on
+
+PADDINGS = {
+    "constant": (nn.ZeroPad2d, nn.ConstantPad2d),
+    "reflect": (nn.ReflectionPad2d,),
+    "replicate": (nn.ReplicationPad2d,),
+    "circular": (nn.CircularPad2d,),
+}
 
 LAYERS: dict[type, Rule] = {
     **dict.fromkeys(
@@ -248,6 +265,23 @@ LAYERS: dict[type, Rule] = {
     nn.AvgPool2d: lower_avg_pool,
     nn.AdaptiveAvgPool2d: lower_adaptive("avg_pool2d"),
     nn.AdaptiveMaxPool2d: lower_adaptive("max_pool2d"),
+    **{kind: maps.pad_layer(mode) for mode, kinds in PADDINGS.items() for kind in kinds},
+    nn.Sigmoid: maps.function("sigmoid"),
+    nn.Tanh: maps.function("tanh"),
+    nn.SiLU: maps.function("silu"),
+    nn.GELU: lambda low, node, x, layer: maps.gelu(low, node, x, layer.approximate),
+    nn.ELU: lambda low, node, x, layer: maps.elu(low, node, x, layer.alpha),
+    nn.CELU: lambda low, node, x, layer: maps.elu(low, node, x, layer.alpha, 1.0, 1 / layer.alpha),
+    nn.SELU: lambda low, node, x, layer: maps.elu(low, node, x, *maps.SELU),
+    nn.Hardsigmoid: maps.hard_sigmoid,
+    nn.Hardswish: maps.hard_swish,
+    nn.InstanceNorm2d: maps.instance_norm,
+    nn.LayerNorm: maps.layer_norm,
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), maps.upsample),
+    nn.ConvTranspose2d: maps.conv_transpose,
+    nn.PixelShuffle: lambda low, node, x, layer: maps.shuffled(low, node, x, layer.upscale_factor),
+    nn.PixelUnshuffle: lambda low, node, x, layer: maps.shuffled(low, node, x, layer.downscale_factor, True),
+    nn.ChannelShuffle: lambda low, node, x, layer: maps.channel_shuffle(low, node, x, layer.groups),
     nn.Softmax: lambda low, node, x, layer: rules.softmax(low, node, x, layer.dim),
     nn.Flatten: rules.flatten,
     **{getattr(nn, name): rules.passed for name in PASSING},
@@ -259,7 +293,34 @@ FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((operator.mul, torch.mul), rules.arithmetic("mul")),
     **dict.fromkeys((operator.truediv, torch.div), rules.arithmetic("div")),
     operator.neg: rules.negative,
-    **dict.fromkeys((operator.getitem, operator.floordiv, getattr), rules.plain),
+    operator.getitem: maps.item,
+    **dict.fromkeys((operator.floordiv, getattr), rules.plain),
+    **{
+        call: maps.compared(kind)
+        for kind in ("ge", "gt", "le", "lt")
+        for call in (getattr(operator, kind), getattr(torch, kind))
+    },
+    torch.where: maps.where,
+    F.pad: maps.pad_call,
+    torch.chunk: maps.chunked,
+    torch.split: maps.divided,
+    **dict.fromkeys((torch.transpose, torch.permute, torch.swapaxes), maps.transposed),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid), on(maps.function("sigmoid"))),
+    **dict.fromkeys((torch.tanh, F.tanh), on(maps.function("tanh"))),
+    F.silu: on(maps.function("silu")),
+    F.gelu: on(maps.gelu, ("approximate",), ("none",)),
+    F.elu: on(maps.elu, ("alpha",), (1.0,)),
+    F.hardsigmoid: on(maps.hard_sigmoid),
+    F.hardswish: on(maps.hard_swish),
+    **dict.fromkeys((torch.abs, operator.abs), on(maps.absolute)),
+    torch.square: on(maps.square),
+    **dict.fromkeys((torch.pow, operator.pow), maps.power),
+    torch.exp: on(maps.function("exp")),
+    torch.sqrt: on(maps.function("sqrt")),
+    torch.reciprocal: on(maps.function("reciprocal")),
+    F.interpolate: maps.interpolate,
+    **dict.fromkeys((F.pixel_shuffle, torch.pixel_shuffle), on(maps.shuffled, ("upscale_factor",), (None,))),
+    **{call: maps.reduced(name) for name, call in (("sum", torch.sum), ("max", torch.amax), ("min", torch.amin))},
     **dict.fromkeys((F.relu, torch.relu), rules.relu),
     F.relu6: rules.relu6,
     **dict.fromkeys((torch.clamp, torch.clip), rules.clamp_call),
@@ -267,24 +328,39 @@ FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((F.prelu, torch.prelu), rules.prelu_call),
     F.leaky_relu: rules.leaky_relu,
     **dict.fromkeys((torch.maximum, torch.max), rules.maximum),
-    **dict.fromkeys((torch.flatten, torch.reshape), rules.flatten_call),
+    **dict.fromkeys((torch.flatten, torch.reshape), maps.view),
     **dict.fromkeys((torch.clone, F.dropout, F.dropout2d), rules.pass_call),  # active ones trace has refused
     F.max_pool2d: rules.max_pool_call,
     F.avg_pool2d: rules.avg_pool_call,
     F.adaptive_avg_pool2d: rules.on(lower_adaptive("avg_pool2d"), ("output_size",), (None,)),
     F.adaptive_max_pool2d: rules.on(lower_adaptive("max_pool2d"), ("output_size",), (None,)),
-    torch.mean: rules.mean_call,
+    torch.mean: maps.mean_of,
     **dict.fromkeys((torch.cat, torch.concat), rules.concat),
     **dict.fromkeys((F.softmax, torch.softmax), rules.softmax_call),
 }
 
 METHODS: dict[str, Rule] = {
-    **dict.fromkeys(("flatten", "view", "reshape"), rules.flatten_call),
+    **dict.fromkeys(("flatten", "view", "reshape"), maps.view),
+    **dict.fromkeys(("transpose", "permute", "swapaxes"), maps.transposed),
+    "chunk": maps.chunked,
+    "split": maps.divided,
+    **{name: on(maps.function(name)) for name in ("sigmoid", "tanh", "exp", "sqrt", "reciprocal")},
+    "abs": on(maps.absolute),
+    "square": on(maps.square),
+    "pow": maps.power,
+    **{kind: maps.compared(kind) for kind in ("ge", "gt", "le", "lt")},
+    **{name: maps.reduced(kind) for name, kind in (("sum", "sum"), ("amax", "max"), ("amin", "min"))},
     **dict.fromkeys(("contiguous", "clone", "detach", "float"), rules.pass_call),
     **dict.fromkeys(("size", "dim"), rules.plain),
     **{name: rules.arithmetic(name) for name in ("add", "sub", "mul", "div")},
     "relu": rules.relu,
     **dict.fromkeys(("clamp", "clip"), rules.clamp_call),
-    "mean": rules.mean_call,
+    "mean": maps.mean_of,
     "softmax": rules.softmax_call,
 }
+
+CHANNELS_LAST = {
+    nn.LayerNorm, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Hardswish,
+    nn.Hardsigmoid, *(getattr(nn, name) for name in PASSING),
+}  # fmt: skip
+"""Layers that know no other layout where their channels are last."""

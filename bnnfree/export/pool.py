@@ -21,15 +21,19 @@ def lower_pool(
     """The op `name` (max_pool2d or avg_pool2d) of such windows; numbers or pairs of them."""
     pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in (kernel, stride or kernel, padding, dilation)]
     window, build = Window(*pairs), low.builder
-    x = build.as_tensor(x)
-    if name == "max_pool2d" and (x.signed or not np.all(x.scale > 0)):
+    if name == "max_pool2d" and x.kind == "bits" and not (x.shifted or x.signed or (x.scale <= 0).any()):
+        kind = "bits"
+    else:
+        x, kind = build.as_tensor(x), "real"
+    if name == "max_pool2d" and kind == "real" and (x.signed or not np.all(x.scale > 0)):
         x = build.settle(x)
     names, pairs = ("kernel", "stride", "padding", "dilation", "after"), [*pairs, pairs[2]]
     fields = {f"{n}_{axis}": pair[i] for n, pair in zip(names, pairs, strict=True) for i, axis in enumerate("hw")}
     rows, columns = pool_output(window, *x.shape[:2], bool(ceil_mode))
     if (rows, columns) != low.shape(node)[:2]:
         raise low.refuse(node, f"gives {low.shape(node)[:2]}, the engine's pooling {(rows, columns)}", "")
-    return build.emit(name, x, (rows, columns, x.shape[2]), ceil=int(bool(ceil_mode)), **fields).like(x)
+    made = build.emit(name, x, (rows, columns, x.shape[2]), kind=kind, ceil=int(bool(ceil_mode)), **fields)
+    return made.like(x)
 
 
 def lower_max_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.MaxPool2d) -> Value:

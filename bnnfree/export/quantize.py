@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bnnfree.export.errors import ExportError
 from bnnfree.export.trace import Traced, first_layers, last_layer, path_of
 from bnnfree.export.twin import kind_of
 from bnnfree.nn import BinaryConv2d, BinaryLinear, WeightLayer
@@ -84,11 +83,6 @@ def layer_arrays(layer: nn.Module, input_shape: Sequence[int], path: str) -> Lay
     if isinstance(layer, nn.Linear):
         return _arrays("real", layer.weight, None, layer.bias, Geometry(), True)
     assert isinstance(layer, nn.Conv2d)
-    if layer.padding_mode != "zeros":
-        raise ExportError(
-            f"export: layer {path} (Conv2d): got padding_mode {layer.padding_mode!r}, expected 'zeros': the engine has "
-            "no other. Pad with zeros."
-        )
     padding, after = _padding(layer)
     geometry = Geometry(_pair(layer.stride), padding, _pair(layer.dilation), layer.groups, after=after)
     return _arrays("real", layer.weight, None, layer.bias, geometry, False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bnnfree.export.lower import Lowering
 
 Rule = Callable[..., Any]
-PARTS = "The engine has no slices: give each part a layer of its own."
+PARTS = "Slices of channels, rows and columns do."
 
 
 # -- activations, signs
@@ -93,7 +93,7 @@ def flatten(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
 
 # -- functions and methods
 
-SAME = {"axis": "dim"}  # torch's other names
+SAME = {"axis": "dim", "split_size_or_sections": "split_size"}  # torch's other names
 # Arguments that change no value in eval mode and float32, or are judged elsewhere (shapes, dropout)
 WITHOUT_EFFECT = (
     "inplace",
@@ -135,20 +135,34 @@ def per_channel(low: Lowering, node: fx.Node, value: Any, x: Value) -> np.ndarra
     return array.reshape(-1)
 
 
+def _check_pair(low: Lowering, node: fx.Node, a: Value, b: Value, kind: str) -> None:
+    """Errors: ExportError for shapes of which neither stands for the other at each position and channel."""
+    large, small = (a, b) if a.shape[0] * a.shape[1] >= b.shape[0] * b.shape[1] else (b, a)
+    if large.shape[:2] == small.shape[:2] and large.shape[2] < small.shape[2]:
+        large, small = small, large
+    flat = low.is_flat(node, large) and large.shape != small.shape
+    if small.shape[:2] not in (large.shape[:2], (1, 1)) or small.shape[2] not in (large.shape[2], 1) or flat:
+        raise low.refuse(
+            node,
+            f"combines two activations of {sizes(a)} and {sizes(b)} by {kind}",
+            "One may have one position, or one channel, where the other has more.",
+        )
+
+
 def arithmetic(kind: str) -> Rule:
     def rule(low: Lowering, node: fx.Node) -> Any:
         if more := node.kwargs.keys() - {"input", "other"}:
             raise low.refuse(node, f"has {', '.join(sorted(more))}", "Write it as an operation of its own.")
-        a, b = (low.take(argument) for argument in arguments(node, ("input", "other"), (None, None)))
+        given = arguments(node, ("input", "other"), (None, None))
+        a, b = (low.value(node, each) if low.is_padded(each) else low.take(each) for each in given)
         if not isinstance(a, Value) and not isinstance(b, Value):
             return None  # sizes and other plain numbers
         if isinstance(a, Value) and isinstance(b, Value):
-            if kind not in ("add", "sub") or a.shape != b.shape:
-                raise low.refuse(
-                    node,
-                    f"combines two activations of {sizes(a)} and {sizes(b)} by {kind}",
-                    "The engine adds and subtracts maps of one shape; it has no gates.",
-                )
+            _check_pair(low, node, a, b, kind)
+            if kind == "mul":
+                return low.builder.multiply(a, b)
+            if kind == "div":
+                return low.builder.multiply(a, low.builder.function(b, "reciprocal"))
             return low.builder.add(a, b if kind == "add" else b.affine(-1.0))
         x, other, swapped = (a, b, False) if isinstance(a, Value) else (b, a, True)
         c = per_channel(low, node, other, x)
@@ -157,7 +171,7 @@ def arithmetic(kind: str) -> Rule:
         if kind == "sub":
             return x.affine(-1.0, c) if swapped else x.affine(1.0, -c)
         if kind == "div" and swapped:
-            raise low.refuse(node, "divides by an activation", "")
+            return low.builder.function(x, "reciprocal").affine(c)
         return x.affine(c if kind == "mul" else 1 / c)
 
     return rule

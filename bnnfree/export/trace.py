@@ -228,7 +228,7 @@ def _untraceable(error: BaseException) -> str:
     if "not installed as a submodule" in text:
         return "It calls a layer from a plain list or dict. Keep layers in nn.ModuleList or nn.ModuleDict."
     if "cannot be iterated" in text or "unpack" in text:
-        return "It loops over a tensor or unpacks one. The engine has no slices: give each part a layer of its own."
+        return "It loops over a tensor or unpacks one. Take its parts by slices: x[:, :n], x[:, n:]."
     if "argument of type" in text:
         return "It computes with that. Use a number, or a tensor that is a buffer or parameter."
     if "control flow" in text or "bool" in text or "Proxy" in text or "'len'" in text:
