@@ -12,7 +12,7 @@ from torch import nn
 from bnnfree.engine import Engine
 from bnnfree.errors import BnnfreeError
 from bnnfree.export import ExportError, export, pack, packed_bytes
-from bnnfree.export.build import real_threshold, sum_threshold
+from bnnfree.export.value import real_threshold, sum_threshold
 from bnnfree.export.verify import sample_images, verify
 from bnnfree.format import from_bytes, read, to_bytes
 from bnnfree.nn import (

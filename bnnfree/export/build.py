@@ -12,71 +12,31 @@ open: what follows may still go into its epilogue. Imports numpy, bnnfree.errors
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bnnfree import ops
+from bnnfree.export.value import (
+    ADDED,
+    AFTER,
+    CLAMPED,
+    FACTORED,
+    LAST,
+    SLOPED,
+    SUM,
+    Draft,
+    Shape,
+    Value,
+    bake,
+    flags,
+    larger_first,
+    real_threshold,
+    sum_threshold,
+)  # fmt: skip
 from bnnfree.format import Op, PackedModel, Tensor, make_op, plan
 from bnnfree.format.schema import OPS
-
-Shape = tuple[int, int, int]  # rows, columns, channels
-SUM, FACTORED, ADDED, SLOPED, CLAMPED, AFTER, LAST = range(7)  # how far an op's epilogue has come
-
-
-@dataclass(eq=False)
-class Draft:
-    """An op being made: activations by index, constants as float64 (or packed) arrays."""
-
-    op: Op
-    stage: int = SUM
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)  # of constants that are not f32
-
-
-@dataclass(frozen=True, eq=False)
-class Value:
-    """scale * tensor + shift. kind: "image" (u8), "real" (f32) or "bits" (+1 and -1).
-
-    open: nothing else reads the tensor, so its op may still change. repeat: the channels stand so many times one
-    after the other; the tensor holds them once. scaled: 0 by nothing, 1 by one number, 2 by one per channel;
-    signed: its scale may be negative; shifted: by anything. These say what there is, whatever its values.
-    """
-
-    kind: str
-    tensor: int
-    shape: Shape
-    scale: np.ndarray
-    shift: np.ndarray
-    open: bool = False
-    repeat: int = 1
-    scaled: int = 0
-    signed: bool = False
-    shifted: bool = False
-
-    def affine(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0, *, signed: bool = True) -> Value:
-        """scale * self + shift, which costs nothing. signed=False: an array of scales that are never negative."""
-        vector = isinstance(scale, np.ndarray)
-        return replace(
-            self,
-            scale=self.scale * scale,
-            shift=self.shift * scale + shift,
-            scaled=max(self.scaled, 2 if vector else int(scale != 1)),
-            signed=self.signed or (signed if vector else bool(scale < 0)),
-            shifted=self.shifted or isinstance(shift, np.ndarray) or shift != 0,
-        )
-
-    def like(self, other: Value) -> Value:
-        """Self's tensor with the affine part of `other`."""
-        names = ("scale", "shift", "scaled", "signed", "shifted")
-        return replace(self, **{name: getattr(other, name) for name in names})
-
-    def bare(self) -> Value:
-        """The tensor itself."""
-        channels = self.shape[2]
-        return replace(self, scale=np.ones(channels), shift=np.zeros(channels), scaled=0, signed=False, shifted=False)
 
 
 class Builder:
@@ -87,7 +47,7 @@ class Builder:
         self.drafts: list[Draft] = []
         self.makers: dict[int, Draft] = {}  # activation -> the op that writes it
         self.number: dict[int, int] = {}  # old -> final index, once finished
-        self.on_settle: Callable[[Value], object] = lambda value: None  # told when a tensor takes its affine part in
+        self.on_settle: Callable[[Value], object] = lambda value: None  # told of a value that its tensor becomes
 
     # -- values
 
@@ -135,15 +95,14 @@ class Builder:
         draft = self._draft(value, AFTER)
         if draft is None:
             return self._own_op(value)
-        _bake(draft, value)
-        value = value.bare()
+        bake(draft, value)
         self.on_settle(value)
-        return value
+        return value.bare()
 
     def _own_op(self, value: Value) -> Value:
         """A pointwise op that applies scale and shift."""
         made = self.emit("pointwise", value, value.shape)
-        _bake(self.makers[made.tensor], value)
+        bake(self.makers[made.tensor], value)
         return made
 
     def _joined(self, value: Value) -> Value:
@@ -189,17 +148,17 @@ class Builder:
         whole = self.as_tensor(first)
         for value in map(self.as_tensor, values[1:]):
             scale, shift = (np.concatenate([getattr(v, n) for v in (whole, value)]) for n in ("scale", "shift"))
-            flags = _flags(whole, value)
-            flags["scaled"] *= 2 if flags["scaled"] == 1 else 1  # numbers that may differ
+            both = flags(whole, value)
+            both["scaled"] *= 2 if both["scaled"] == 1 else 1  # numbers that may differ
             joined = self.emit("concat", whole, (rows, columns, len(scale)), other=value.tensor)
-            whole = replace(joined, scale=scale, shift=shift, **flags)
+            whole = replace(joined, scale=scale, shift=shift, **both)
         return whole
 
     def add(self, a: Value, b: Value) -> Value:
-        """a + b: into the epilogue of the op of one of them, or an op of its own. b may be one channel, one position."""
-        a, b = _larger_first(a, b)
+        """a + b: into the epilogue of the op of one, or an op of its own. One may have one channel, or one position."""
+        a, b = larger_first(a, b)
         if a.tensor == b.tensor and a.kind == b.kind and a.repeat == b.repeat:
-            return replace(a, scale=a.scale + b.scale, shift=a.shift + b.shift, open=False, **_flags(a, b, least=1))
+            return replace(a, scale=a.scale + b.scale, shift=a.shift + b.shift, open=False, **flags(a, b, least=1))
         # the one whose op is farther from done takes the other in
         orders = ((a, b), (b, a)) if a.shape == b.shape else ((a, b),)
         for host, guest in orders:
@@ -218,7 +177,7 @@ class Builder:
         if guest.kind != "real" or guest.scaled:
             guest = self.settle(guest, scale_only=True)
         whole = host.affine(1.0, guest.shift) if guest.shifted else host
-        _bake(draft, whole)
+        bake(draft, whole)
         draft.op.fields["other"] = guest.tensor
         draft.op.fields["other_last"] = int(draft.stage > FACTORED)
         draft.stage = LAST if draft.stage > FACTORED else ADDED
@@ -228,7 +187,7 @@ class Builder:
 
     def multiply(self, a: Value, b: Value) -> Value:
         """a b: a factor in the epilogue of the op of one of them, or an op of its own; of two signs their xor."""
-        a, b = _larger_first(a, b)
+        a, b = larger_first(a, b)
         if a.kind == b.kind == "bits" and not (a.shifted or b.shifted) and a.shape == b.shape and a.tensor != b.tensor:
             product = self.emit("xor", a, a.shape, kind="bits", other=b.tensor)
             scale = a.scale * b.scale
@@ -245,7 +204,7 @@ class Builder:
         return self._multiply_into(self.makers[host.tensor], host, guest)
 
     def _multiply_into(self, draft: Draft, host: Value, guest: Value) -> Value:
-        _bake(draft, host)
+        bake(draft, host)
         draft.op.fields["factor"] = guest.tensor
         draft.stage = FACTORED
         self.drafts.remove(draft)
@@ -381,37 +340,6 @@ class Builder:
         return model
 
 
-def _flags(*values: Value, least: int = 0) -> dict[str, Any]:
-    """Flags of values that are joined or added: of each the largest."""
-    return {
-        "scaled": max(least, *(v.scaled for v in values)),
-        "signed": any(v.signed or bool((v.scale < 0).any()) for v in values),
-        "shifted": any(v.shifted for v in values),
-    }
-
-
-def _bake(draft: Draft, value: Value) -> None:
-    """Put the affine part of `value` into the epilogue: before what it has already, or after the activation."""
-    if not (value.scaled or value.shifted):
-        return
-    constants = draft.constants
-    before = draft.stage == SUM or (draft.stage == ADDED and not value.scaled and draft.op.factor is None)
-    scale, bias = ("scale", "bias") if before else ("scale_after", "bias_after")
-    if value.scaled:
-        constants[scale] = constants.get(scale, 1.0) * value.scale
-        if bias in constants:
-            constants[bias] = constants[bias] * value.scale
-    if value.shifted:
-        constants[bias] = constants.get(bias, 0.0) + value.shift
-    draft.stage = draft.stage if before else AFTER
-
-
-def _larger_first(a: Value, b: Value) -> tuple[Value, Value]:
-    """The value with more positions, of as many with more channels, first."""
-    size = [(v.shape[0] * v.shape[1], v.shape[2]) for v in (a, b)]
-    return (a, b) if size[0] >= size[1] else (b, a)
-
-
 def _constant(name: str, array: np.ndarray, dtype: str) -> Tensor:
     if dtype == "bits":
         bits = np.asarray(array, bool)
@@ -419,33 +347,3 @@ def _constant(name: str, array: np.ndarray, dtype: str) -> Tensor:
     kinds = {"f32": np.float32, "i8": np.int8, "i32": np.int32}
     data = np.ascontiguousarray(np.asarray(array).astype(kinds[dtype]))
     return Tensor(name, dtype, "constant", data.shape, data=data)
-
-
-def real_threshold(scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(threshold float32, flip) such that (not v >= threshold) xor flip says scale * v + shift < 0, for float32 v.
-
-    Exact: of the numbers that float32 has, the threshold is the least that counts.
-    """
-    with np.errstate(all="ignore"):  # a caller may have told numpy to raise
-        cut = np.where(scale == 0, np.where(shift >= 0, -np.inf, np.inf), -shift / scale)
-        near = np.clip(cut, -3.4028234663852886e38, 3.4028234663852886e38).astype(np.float32)
-        near = np.where(np.isinf(cut), cut, near).astype(np.float32)
-        above = np.nextafter(near, np.float32(np.inf))
-    flip = scale < 0
-    wide = near.astype(np.float64)
-    least = np.where(wide >= cut, near, above)  # v >= cut
-    beyond = np.where(wide > cut, near, above)  # v > cut, for negative scales
-    return np.where(flip, beyond, least) + np.float32(0), flip
-
-
-def sum_threshold(scale: np.ndarray, shift: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for a sum of `terms` signs: (threshold int32, flip), by exact fractions."""
-    thresholds, flips = [], scale < 0
-    for a, b in zip(scale.tolist(), shift.tolist(), strict=True):
-        if a == 0:
-            cut = -terms if b >= 0 else terms + 1
-        else:
-            exact = Fraction(-b) / Fraction(a)
-            cut = -(-exact.numerator // exact.denominator) if a > 0 else exact.numerator // exact.denominator + 1
-        thresholds.append(max(-terms, min(terms + 1, cut)))
-    return np.array(thresholds, np.int32), flips

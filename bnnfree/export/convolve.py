@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import fx, nn
 
-from bnnfree.export.build import Value
 from bnnfree.export.maps import Padded
 from bnnfree.export.quantize import Geometry, LayerArrays, fits_pixels, layer_arrays
 from bnnfree.export.trace import path_of
+from bnnfree.export.value import Value
 from bnnfree.format.schema import OPS
 from bnnfree.ops import Window, border_classes
 

@@ -8,6 +8,7 @@ numbers in the engine's order [H, W, C]; what `Value` means stands in build.py.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bnnfree.errors import BnnfreeError
-from bnnfree.export import maps, rules
-from bnnfree.export.build import Builder, Value
+from bnnfree.export import functions, maps, rules
+from bnnfree.export.build import Builder
 from bnnfree.export.convolve import lower_linear
 from bnnfree.export.errors import ExportError
 from bnnfree.export.mutation import line_of
@@ -27,6 +28,7 @@ from bnnfree.export.quantize import Int8Layer
 from bnnfree.export.rules import Rule
 from bnnfree.export.trace import BATCH, PASSING, Traced, constant, is_passing, path_of
 from bnnfree.export.twin import OURS, kind_of
+from bnnfree.export.value import Value
 from bnnfree.format import PackedModel
 from bnnfree.nn import (
     BinaryConv2d,
@@ -115,8 +117,13 @@ class Lowering:
             )
 
     def _settled(self, value: Value) -> None:
-        if value.tensor in self.meaning:
-            self.meaning[value.tensor] = (self.meaning[value.tensor][0], value)
+        """`value.tensor` becomes scale * itself + shift: what a node means is said by it anew."""
+        if value.tensor not in self.meaning:
+            return
+        node, meant = self.meaning.pop(value.tensor)
+        if (value.scale != 0).all():
+            scale = meant.scale / value.scale
+            self.meaning[value.tensor] = (node, replace(meant, scale=scale, shift=meant.shift - scale * value.shift))
 
     def _lower(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -145,6 +152,16 @@ class Lowering:
             name = getattr(node.target, "__name__", str(node.target))
             raise self.refuse(node, f"calls {name}, which has no engine op", _remedy(name))
         return table[node.target](self, node)
+
+    def number(self, argument: Any) -> Any:
+        """An argument with the plain numbers that sizes gave, in slices and lists too."""
+        if isinstance(argument, slice):
+            return slice(*map(self.number, (argument.start, argument.stop, argument.step)))
+        if isinstance(argument, list | tuple):
+            parts = [self.number(part) for part in argument]
+            return tuple(parts) if isinstance(argument, tuple) else parts
+        number = argument.meta.get("number") if isinstance(argument, fx.Node) else None
+        return argument if number is None else number
 
     def take(self, argument: Any) -> Any:
         """Return the lowered value of a node's argument (element by element for a list)."""
@@ -207,9 +224,9 @@ def _remedy(name: str) -> str:
 
 def _known() -> str:
     layers = sorted({kind.__name__ for kind in LAYERS} - {"Int8Layer", "Affine"})
-    functions = sorted({str(getattr(known, "__name__", known)) for known in (*FUNCTIONS, *METHODS)})
+    calls = sorted({str(getattr(known, "__name__", known)) for known in (*FUNCTIONS, *METHODS)})
     return (
-        f"Layers that export: {', '.join(layers)}. Functions: {', '.join(functions)}. "
+        f"Layers that export: {', '.join(layers)}. Functions: {', '.join(calls)}. "
         "Another needs a rule in bnnfree/export/lower.py."
     )
 
@@ -266,15 +283,15 @@ LAYERS: dict[type, Rule] = {
     nn.AdaptiveAvgPool2d: lower_adaptive("avg_pool2d"),
     nn.AdaptiveMaxPool2d: lower_adaptive("max_pool2d"),
     **{kind: maps.pad_layer(mode) for mode, kinds in PADDINGS.items() for kind in kinds},
-    nn.Sigmoid: maps.function("sigmoid"),
-    nn.Tanh: maps.function("tanh"),
-    nn.SiLU: maps.function("silu"),
-    nn.GELU: lambda low, node, x, layer: maps.gelu(low, node, x, layer.approximate),
-    nn.ELU: lambda low, node, x, layer: maps.elu(low, node, x, layer.alpha),
-    nn.CELU: lambda low, node, x, layer: maps.elu(low, node, x, layer.alpha, 1.0, 1 / layer.alpha),
-    nn.SELU: lambda low, node, x, layer: maps.elu(low, node, x, *maps.SELU),
-    nn.Hardsigmoid: maps.hard_sigmoid,
-    nn.Hardswish: maps.hard_swish,
+    nn.Sigmoid: functions.function("sigmoid"),
+    nn.Tanh: functions.function("tanh"),
+    nn.SiLU: functions.function("silu"),
+    nn.GELU: lambda low, node, x, layer: functions.gelu(low, node, x, layer.approximate),
+    nn.ELU: lambda low, node, x, layer: functions.elu(low, node, x, layer.alpha),
+    nn.CELU: lambda low, node, x, layer: functions.elu(low, node, x, layer.alpha, 1.0, 1 / layer.alpha),
+    nn.SELU: lambda low, node, x, layer: functions.elu(low, node, x, *functions.SELU),
+    nn.Hardsigmoid: functions.hard_sigmoid,
+    nn.Hardswish: functions.hard_swish,
     nn.InstanceNorm2d: maps.instance_norm,
     nn.LayerNorm: maps.layer_norm,
     **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), maps.upsample),
@@ -296,28 +313,28 @@ FUNCTIONS: dict[Any, Rule] = {
     operator.getitem: maps.item,
     **dict.fromkeys((operator.floordiv, getattr), rules.plain),
     **{
-        call: maps.compared(kind)
+        call: functions.compared(kind)
         for kind in ("ge", "gt", "le", "lt")
         for call in (getattr(operator, kind), getattr(torch, kind))
     },
-    torch.where: maps.where,
+    torch.where: functions.where,
     F.pad: maps.pad_call,
     torch.chunk: maps.chunked,
     torch.split: maps.divided,
     **dict.fromkeys((torch.transpose, torch.permute, torch.swapaxes), maps.transposed),
-    **dict.fromkeys((torch.sigmoid, F.sigmoid), on(maps.function("sigmoid"))),
-    **dict.fromkeys((torch.tanh, F.tanh), on(maps.function("tanh"))),
-    F.silu: on(maps.function("silu")),
-    F.gelu: on(maps.gelu, ("approximate",), ("none",)),
-    F.elu: on(maps.elu, ("alpha",), (1.0,)),
-    F.hardsigmoid: on(maps.hard_sigmoid),
-    F.hardswish: on(maps.hard_swish),
-    **dict.fromkeys((torch.abs, operator.abs), on(maps.absolute)),
-    torch.square: on(maps.square),
-    **dict.fromkeys((torch.pow, operator.pow), maps.power),
-    torch.exp: on(maps.function("exp")),
-    torch.sqrt: on(maps.function("sqrt")),
-    torch.reciprocal: on(maps.function("reciprocal")),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid), on(functions.function("sigmoid"))),
+    **dict.fromkeys((torch.tanh, F.tanh), on(functions.function("tanh"))),
+    F.silu: on(functions.function("silu")),
+    F.gelu: on(functions.gelu, ("approximate",), ("none",)),
+    F.elu: on(functions.elu, ("alpha",), (1.0,)),
+    F.hardsigmoid: on(functions.hard_sigmoid),
+    F.hardswish: on(functions.hard_swish),
+    **dict.fromkeys((torch.abs, operator.abs), on(functions.absolute)),
+    torch.square: on(functions.square),
+    **dict.fromkeys((torch.pow, operator.pow), functions.power),
+    torch.exp: on(functions.function("exp")),
+    torch.sqrt: on(functions.function("sqrt")),
+    torch.reciprocal: on(functions.function("reciprocal")),
     F.interpolate: maps.interpolate,
     **dict.fromkeys((F.pixel_shuffle, torch.pixel_shuffle), on(maps.shuffled, ("upscale_factor",), (None,))),
     **{call: maps.reduced(name) for name, call in (("sum", torch.sum), ("max", torch.amax), ("min", torch.amin))},
@@ -344,11 +361,11 @@ METHODS: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "permute", "swapaxes"), maps.transposed),
     "chunk": maps.chunked,
     "split": maps.divided,
-    **{name: on(maps.function(name)) for name in ("sigmoid", "tanh", "exp", "sqrt", "reciprocal")},
-    "abs": on(maps.absolute),
-    "square": on(maps.square),
-    "pow": maps.power,
-    **{kind: maps.compared(kind) for kind in ("ge", "gt", "le", "lt")},
+    **{name: on(functions.function(name)) for name in ("sigmoid", "tanh", "exp", "sqrt", "reciprocal")},
+    "abs": on(functions.absolute),
+    "square": on(functions.square),
+    "pow": functions.power,
+    **{kind: functions.compared(kind) for kind in ("ge", "gt", "le", "lt")},
     **{name: maps.reduced(kind) for name, kind in (("sum", "sum"), ("amax", "max"), ("amin", "min"))},
     **dict.fromkeys(("contiguous", "clone", "detach", "float"), rules.pass_call),
     **dict.fromkeys(("size", "dim"), rules.plain),

@@ -1,4 +1,4 @@
-"""Rules for what moves, resizes, gates or reduces maps. Imports numpy, torch and its own room.
+"""Rules for what moves, resizes or reduces maps. Imports numpy, torch and its own room.
 
 What no op computes by itself is put together of others. Some nodes stand for no map until another takes them up:
 `Padded` (a padding that a convolution takes as its own), `Grouped` (channels seen in two dimensions) and `Last` (a map
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from bnnfree.export.build import Value
 from bnnfree.export.rules import arguments, flatten, mean, on, sizes
+from bnnfree.export.value import Value
 from bnnfree.format.schema import OPS
 
 if TYPE_CHECKING:
@@ -48,94 +48,12 @@ class Last:
     value: Value
 
 
-# -- functions of single values
-
-
-def function(name: str) -> Any:
-    return lambda low, node, x, *_: low.builder.function(x, name)
-
-
-def gelu(low: Lowering, node: fx.Node, x: Value, approximate: str) -> Value:
-    return low.builder.function(x, "gelu" if approximate == "none" else "gelu_tanh")
-
-
-def hard_sigmoid(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
-    return low.builder.activate(x.affine(1 / 6, 0.5), low=0.0, high=1.0)
-
-
-def hard_swish(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
-    x = low.builder.share(x)
-    return low.builder.multiply(hard_sigmoid(low, node, x), x)
-
-
-def elu(low: Lowering, node: fx.Node, x: Value, alpha: float, scale: float = 1.0, inner: float = 1.0) -> Value:
-    """scale (x, or alpha (exp(inner x) - 1) below 0)."""
-    y = low.builder.function(x.affine(inner) if inner != 1 else x, "elu")
-    y = y.affine(1 / inner) if inner != 1 else y
-    y = low.builder.activate(y, slope=alpha * inner) if alpha * inner != 1 else y
-    return y.affine(scale) if scale != 1 else y
-
-
-SELU = (1.6732632423543772, 1.0507009873554805)  # alpha, scale
-
-
-def absolute(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
-    return low.builder.activate(x, slope=-1.0)
-
-
-def square(low: Lowering, node: fx.Node, x: Value, *_: Any) -> Value:
-    x = low.builder.share(x)
-    return low.builder.multiply(x, x)
-
-
-def power(low: Lowering, node: fx.Node) -> Any:
-    x, exponent = arguments(node, ("input", "exponent"), (None, None))
-    known = {2: square, 0.5: function("sqrt"), -1: function("reciprocal"), 1: lambda low, node, x: x}
-    if exponent not in known:
-        raise low.refuse(node, f"takes the power {exponent}", f"Known are {', '.join(map(str, known))}.")
-    return known[exponent](low, node, low.value(node, x))  # type: ignore[operator]
-
-
-def compared(kind: str) -> Any:
-    """1 where the comparison with numbers per channel holds, else 0."""
-
-    def rule(low: Lowering, node: fx.Node) -> Value:
-        from bnnfree.export.rules import per_channel
-
-        a, b = (low.take(argument) for argument in arguments(node, ("input", "other"), (None, None)))
-        if not isinstance(a, Value) or isinstance(b, Value):
-            raise low.refuse(node, "compares two activations, or no activation", "Compare one with numbers.")
-        limit = per_channel(low, node, b, a)
-        difference = a.affine(1.0, -limit) if kind in ("ge", "lt") else a.affine(-1.0, limit)
-        holds = low.builder.sign(difference)  # +1 at 0 too
-        return holds.affine(0.5, 0.5) if kind in ("ge", "le") else holds.affine(-0.5, 0.5)
-
-    return rule
-
-
-def where(low: Lowering, node: fx.Node) -> Value:
-    """b + mask (a - b)."""
-    from bnnfree.export.rules import per_channel
-
-    mask, *parts = (low.take(each) for each in arguments(node, ("condition", "input", "other"), (None, None, None)))
-    if not isinstance(mask, Value) or mask.kind != "bits":
-        raise low.refuse(node, "chooses by what is no comparison of an activation with numbers", "")
-    build = low.builder
-    mask = build.share(mask)
-    zero = mask.affine(0.0)
-    a, b = (
-        build.share(part) if isinstance(part, Value) else zero.affine(1.0, per_channel(low, node, part, mask))
-        for part in parts
-    )
-    return build.add(build.multiply(build.add(a, b.affine(-1.0)), mask), b)
-
-
 # -- padding
 
 
 def pad_call(low: Lowering, node: fx.Node) -> Any:
     x, around, mode, value = arguments(node, ("input", "pad", "mode", "value"), (None, None, "constant", None))
-    return padded(low, node, low.value(node, x), around, mode, value)
+    return padded(low, node, low.value(node, x), low.number(around), mode, value)
 
 
 def padded(low: Lowering, node: fx.Node, x: Value, around: Any, mode: str, value: float | None = None) -> Any:
@@ -184,7 +102,7 @@ def item(low: Lowering, node: fx.Node) -> Any:
     """x[...]: slices of channels, rows and columns; of several parts the one of that number."""
     from bnnfree.export.rules import plain
 
-    source, asked = node.args
+    source, asked = node.args[0], low.number(node.args[1])
     x = low.take(source)
     if isinstance(x, list) and isinstance(asked, int):
         return x[asked]
@@ -369,7 +287,7 @@ def resized(low: Lowering, node: fx.Node, x: Value, mode: str, corners: bool | N
                 raise low.refuse(node, f"resizes {n} to {out} by positions that torch rounds", "Use a whole factor.")
     name = "bilinear_corners" if mode == "bilinear" and corners else mode
     x = low.builder.settle(x) if x.kind != "real" or x.repeat > 1 else x
-    fields = {"mode": OPS["resize"].modes.index(name), "size_h": rows, "size_w": columns}
+    fields: dict[str, Any] = {"mode": OPS["resize"].modes.index(name), "size_h": rows, "size_w": columns}
     made = low.builder.emit("resize", x, (rows, columns, channels), **fields)
     return made.like(x)
 
@@ -389,7 +307,7 @@ def shuffled(low: Lowering, node: fx.Node, x: Value, factor: int, back: bool = F
     """Between channels and positions."""
     x = low.builder.settle(x)
     rows, columns, channels = low.shape(node)
-    fields = {"mode": int(back), "stride_h": factor, "stride_w": factor}
+    fields: dict[str, Any] = {"mode": int(back), "stride_h": factor, "stride_w": factor}
     return low.builder.emit("pixel_shuffle", x, (rows, columns, channels), **fields)
 
 
@@ -402,7 +320,9 @@ def conv_transpose(low: Lowering, node: fx.Node, x: Value, layer: nn.ConvTranspo
     w = layer.weight.detach().double().numpy()  # [C, O / groups, kh, kw]
     grouped = w.reshape(layer.groups, -1, *w.shape[1:]).transpose(0, 2, 3, 4, 1)
     pairs = {"kernel": layer.kernel_size, "stride": layer.stride, "dilation": layer.dilation, "padding": layer.padding}
-    fields = {f"{name}_{axis}": int(pair[i]) for name, pair in pairs.items() for i, axis in enumerate("hw")}
+    fields: dict[str, Any] = {
+        f"{name}_{axis}": int(pair[i]) for name, pair in pairs.items() for i, axis in enumerate("hw")
+    }
     x = low.builder.settle(x)
     y = low.builder.emit(
         "conv_transpose2d", x, (rows, columns, channels), groups=layer.groups, size_h=rows, size_w=columns, **fields

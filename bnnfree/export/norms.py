@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from bnnfree.export.build import Value
 from bnnfree.export.errors import ExportError
+from bnnfree.export.value import Value
 from bnnfree.nn import FilterResponseNorm, ProxyNorm
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from bnnfree.export.build import Value
 from bnnfree.export.trace import Traced
+from bnnfree.export.value import Value
 from bnnfree.format import PackedModel
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import fx, nn
 
-from bnnfree.export.build import Value
+from bnnfree.export.value import Value
 from bnnfree.ops import Window, pool_output
 
 if TYPE_CHECKING:
@@ -47,13 +47,20 @@ def lower_avg_pool(low: Lowering, node: fx.Node, x: Value, layer: nn.AvgPool2d) 
 
 
 def lower_average(low, node, x, kernel, stride=None, padding=0, ceil=False, include_pad=True, divisor=None) -> Value:
-    """An average over windows, where it divides by what is inside the image."""
-    padded = padding if isinstance(padding, int) else max(padding)
-    if (padded and include_pad) or divisor:
-        raise low.refuse(
-            node, "divides by more than the values inside the image", "Use count_include_pad=False, no divisor."
-        )
-    return lower_pool(low, node, x, "avg_pool2d", kernel, stride, padding, 1, ceil)
+    """An average over windows; where it divides by what is on the padding too, that is an op of its own."""
+    sides = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    rows, columns = (kernel, kernel) if isinstance(kernel, int) else kernel
+    if any(sides) and include_pad and not divisor:
+        if ceil:
+            raise low.refuse(
+                node, "counts padding, and windows that hang over the edge", "Use count_include_pad=False."
+            )
+        x = low.builder.pad(x, (sides[0], sides[1], sides[0], sides[1]))
+        return lower_pool(low, node, x, "avg_pool2d", kernel, stride, 0, 1, ceil)
+    y = lower_pool(low, node, x, "avg_pool2d", kernel, stride, padding, 1, ceil)
+    if divisor and (any(sides) or ceil):
+        raise low.refuse(node, "has a divisor, and windows that are partly outside", "Leave out divisor_override.")
+    return y.affine(rows * columns / divisor) if divisor else y
 
 
 def lower_adaptive(name: str) -> Callable[..., Any]:

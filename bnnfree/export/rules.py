@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, fx
 
-from bnnfree.export.build import Value
 from bnnfree.export.pool import lower_average, lower_pool
+from bnnfree.export.value import Value
 from bnnfree.nn import RPReLU, RSign, Sign
 from bnnfree.nn.block import Clip
 
@@ -106,6 +106,8 @@ WITHOUT_EFFECT = (
     "shape",
     "size",
     "_stacklevel",
+    "recompute_scale_factor",
+    "antialias",
 )
 
 

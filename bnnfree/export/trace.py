@@ -70,6 +70,16 @@ class _Tracer(fx.Tracer):
         return super().create_args_for_root(forward, is_module, concrete_args)
 
 
+class _Shapes(ShapeProp):
+    """Also keeps plain numbers, which come from sizes, in node.meta["number"]: those that are the same in every run."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, int | float) and n.meta.setdefault("number", result) != result:
+            n.meta["number"] = None  # it depends on the number of images
+        return result
+
+
 @dataclass(frozen=True)
 class Traced:
     """A module's graph with the shape of every value in node.meta["shape"] (batch of 2), and where it starts."""
@@ -126,7 +136,8 @@ def trace(module: nn.Module, image_size: tuple[int, int], channels: int) -> Trac
         graph.eliminate_dead_code()
         traced.recompile()
         with torch.random.fork_rng(devices=[]):
-            ShapeProp(traced).propagate(image)
+            _Shapes(traced).propagate(torch.cat([image, image[:1]]))
+            _Shapes(traced).propagate(image)
     except BnnfreeError:
         raise
     except Exception as error:  # as above

@@ -261,10 +261,11 @@ def _against_torch(
             if value.kind == "bits":
                 layer = layers.setdefault(name, LayerReport(name, "bits"))
                 signs = signed(ours, value.shape[2])
-                before = _before_sign(modules.get(str(node.target)), _nhwc(source, value.shape))
-                _compare_bits(layer, signs < 0, theirs < 0, before)
-                shape = result.shape
-                result = torch.from_numpy(signs).permute(0, 3, 1, 2).to(result.dtype).reshape(shape).contiguous()
+                before = _before_sign(node, modules.get(str(node.target)), source, value.shape)
+                bits = (theirs - value.shift) * np.where(value.scale < 0, -1, 1) < 0
+                _compare_bits(layer, signs < 0, bits, np.full(signs.shape, np.inf) if before is None else before)
+                taken = torch.from_numpy(signs * value.scale + value.shift).permute(0, 3, 1, 2)
+                result = taken.to(result.dtype).reshape(result.shape).contiguous()
             else:
                 meant = np.concatenate([ours.astype(np.float64)] * value.repeat, axis=-1) * value.scale + value.shift
                 _compare_floats(layers, name, meant.reshape(theirs.shape), theirs, FLOAT_LIMIT)
@@ -274,11 +275,15 @@ def _against_torch(
         _Watched(packed.traced.module, watch).run(normalised(packed, images))
 
 
-def _before_sign(layer: Any, x: np.ndarray) -> np.ndarray:
-    """Values that a sign layer takes the sign of."""
-    if not isinstance(layer, Sign):
-        raise BnnfreeError("verify: bits that do not come from a Sign.")
-    return x + layer.bias.numpy() if isinstance(layer, RSign) else x
+def _before_sign(node: fx.Node, layer: Any, source: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Values that a node takes the sign of; None where it moves bits that have been compared."""
+    if isinstance(layer, Sign):
+        x = _nhwc(source, shape)
+        return x + layer.bias.numpy() if isinstance(layer, RSign) else x
+    compares = node.op != "call_module" and getattr(node.target, "__name__", node.target) in ("ge", "gt", "le", "lt")
+    if not compares or not isinstance(node.args[1], int | float):
+        return None
+    return _nhwc(source, shape) - node.args[1]
 
 
 def _compare_bits(layer: LayerReport, ours: np.ndarray, theirs: np.ndarray, before: np.ndarray) -> None:
