@@ -10,16 +10,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, train
+import yaml
+from helpers import ROOT, TINY, train
+from packed import Net, fields_of
 from PIL import Image
 from test_tools import tool  # noqa: F401
 
 from bnnfree.errors import printable
-from bnnfree.export import pack
-from bnnfree.format import write
-from bnnfree.train import load_checkpoint
+from bnnfree.export import pack, pack_network
+from bnnfree.format import read, write
+from bnnfree.train import load_checkpoint, open_source
 from bnnfree.train.checkpoint import save_checkpoint
 from bnnfree.train.open_network import without_places
+from models import MODELS
 
 RECIPE = "recipes/reactnet_nobn.yaml"
 
@@ -158,6 +161,37 @@ def test_evaluating_a_strangers_file_fetches_and_writes_nothing(tool, tmp_path, 
 def test_evaluating_a_packed_file_takes_the_root_from_the_command_line(tool, tmp_path):  # noqa: F811
     train(tmp_path / "run", "stages=[{epochs: 1}]")
     assert tool("export", tmp_path / "run", "-o", tmp_path / "m.bnnf")[0] == 0
-    code, printed, errors = tool("evaluate", tmp_path / "m.bnnf", "--json", tmp_path / "f.json")
+    code, printed, errors = tool("evaluate", tmp_path / "m.bnnf", "data.samples=80", "--json", tmp_path / "f.json")
     assert code == 0, errors
     assert json.loads((tmp_path / "f.json").read_text())["images"] == 20
+
+
+def test_a_packed_file_carries_a_recipe_on_demand_and_never_its_places(tool, tmp_path):  # noqa: F811
+    train(tmp_path / "run", "stages=[{epochs: 1}]", f"data.cache={tmp_path / 'secret'}")
+    assert tool("export", tmp_path / "run", "-o", tmp_path / "plain.bnnf")[0] == 0
+    assert tool("export", tmp_path / "run", "-o", tmp_path / "whole.bnnf", "--with-recipe")[0] == 0
+    plain, whole = (read(tmp_path / f"{name}.bnnf").metadata for name in ("plain", "whole"))
+    assert "recipe" not in plain and {key: whole[key] for key in plain} == plain
+    recipe = json.loads(whole["recipe"])
+    assert recipe["optimizer"]["lr"] == 4e-3 and "secret" not in (tmp_path / "whole.bnnf").read_bytes().decode("latin1")
+    places = {"root", "cache", "test_root", "val_root"}
+    assert not places & recipe["data"].keys() and "init" not in recipe and "teacher" not in recipe["loss"]
+    code, printed, errors = tool("evaluate", tmp_path / "whole.bnnf", "data.samples=80")
+    assert code == 0 and json.loads(printed)["images"] == 20, errors
+
+
+def test_keys_of_the_training_do_not_move_the_size_of_the_file(tmp_path):
+    sizes = set()
+    for overrides in ([], ["optimizer.weight_decay=0.00012345", "seed=123456", "data.burst=7"]):
+        path = tmp_path / f"{len(overrides)}.yaml"
+        path.write_text(yaml.safe_dump(TINY))
+        write(pack_network(open_source(path, MODELS, overrides)).model, tmp_path / "m.bnnf")
+        sizes.add((tmp_path / "m.bnnf").stat().st_size)
+    assert len(sizes) == 1
+
+
+def test_a_packed_file_that_names_no_data_says_what_to_type(tool, tmp_path):  # noqa: F811
+    net = Net(9, 9, 3)
+    write(net.model(net.add("avg_pool2d", net.real(4), **fields_of((9, 9)))), tmp_path / "m.bnnf")
+    code, printed, errors = tool("evaluate", tmp_path / "m.bnnf")
+    assert code == 2 and "names no data set" in errors and "data.name=image_folder data.root=FOLDER" in errors

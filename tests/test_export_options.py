@@ -37,7 +37,7 @@ ODD = {
     "reading": ["exif", [], {"orientation": "up"}, {"orientation": None}, {"orientations": "exif"}, {1: 2},
                 {"range": 5}, {"range": [3, 1]}, {"range": [0, float("inf")]}, {"range": [0, 10**400]},
                 {"range": ["0", "1"]}, {"range": [False, True]}],
-    "recipe": ["text", [1], {"a": float("nan")}, {"a": {1, 2}}, {"a": "\ud800"}, {"a": Spiteful()}],
+    "about": ["text", [1], {"a": 1}, {"a": ""}, {"a": "b\nc"}, {"a": "\ud800"}, {"a": Spiteful()}, {"mean": "1"}],
     "check": ["no", None, 1, []],
 }  # fmt: skip
 

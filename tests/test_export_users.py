@@ -331,7 +331,7 @@ REFUSED = {
     "to": (lambda: Body(lambda n, x: x.to(n.gain.dtype)), "what is exported is float32"),
     "conv2d": (lambda: Body(lambda n, x: F.conv2d(x, n.one.weight[:, :8])), r"Use the layer: nn\.Conv2d"),
     "filled": (lambda: Body(lambda n, x: (x * 2).zero_() + x), "Write it without the change"),
-    "a mask": (lambda: Body(lambda n, x: x * (x > 0)), "calls gt"),
+    "a mask": (lambda: Body(lambda n, x: x * (x != 0)), "calls ne"),
 }  # fmt: skip
 
 

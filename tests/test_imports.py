@@ -78,7 +78,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
         | {"bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.convert", "bnnfree.sweep"}
-        | {"models", "bnnfree.progress", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
+        | {"bnnfree.names", "models", "bnnfree.progress", "bnnfree.ops", "bnnfree.format", "bnnfree.engine"}
         | {"bnnfree.export", "bnnfree.export.onnx", "bnnfree.bench"},
     ),
 }

@@ -79,7 +79,7 @@ def hostile(tmp_path_factory):
     (folder / "net.py").write_text(NET.format(name=f"l{HOSTILE}".replace(".", "")))
     net = Net(9, 9, 3)
     made = net.add("pixel_conv2d", 0, outputs=2, **fields_of((2, 2)))
-    model = net.model(made, classes=("x", "y"), metadata={HOSTILE: HOSTILE})
+    model = net.model(made, classes=("x", "y"), metadata={"note": "a\u2028forged: all is well"})
     write(model, folder / "map.bnnf")
     return folder
 

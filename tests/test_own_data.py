@@ -205,7 +205,7 @@ def test_range_size_and_channels_go_from_training_to_predict(tmp_path, monkeypat
     assert network.data["image_size"] == [20, 28] and network.data["channels"] == 1
     write(pack_network(network).model, tmp_path / "x.bnnf")
     engine = load(tmp_path / "x.bnnf")
-    assert engine.model.metadata["range"] == [0, 4095] and engine.model.metadata["orientation"] == "exif"
+    assert engine.model.metadata["range"] == "0.0 4095.0" and engine.model.metadata["orientation"] == "exif"
     sys.path.insert(0, str(ROOT / "tools"))
     monkeypatch.setattr(sys, "path", sys.path)
     import predict

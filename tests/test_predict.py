@@ -157,7 +157,7 @@ def test_what_cannot_be_is_one_line_that_says_what_can(tool, make, photos, tmp_p
     resized = tmp_path / "resized.bnnf"
     net = Net(2, 2, 3)
     pooled = net.add("pixel_conv2d", 0, outputs=3, **fields_of((2, 2)))
-    write(net.model(pooled, metadata={"resize": ["squarish"]}), resized)
+    write(net.model(pooled, metadata={"resize": "squarish"}), resized)
     (tmp_path / "x.bnnf").write_text("hello")
     for arguments, words in (
         ((model, photos[0], "--top", 0), ["--top", "got 0"]),

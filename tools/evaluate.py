@@ -108,7 +108,7 @@ def recipe_of(model, path: str, overrides: list[str]) -> dict:
     """The recipe that a packed file carries, without places; else one that says what its metadata does of its data."""
     from bnnfree.errors import BnnfreeError
     from bnnfree.format.text import split_numbers
-    from bnnfree.recipe.data_section import FILES
+    from bnnfree.names import FILE_DATASETS as FILES
     from bnnfree.train.open_network import without_places
     from models import MODELS
 

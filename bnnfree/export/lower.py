@@ -177,7 +177,10 @@ class Lowering:
                 self.builder.pad(taken.value, taken.around, 0, taken.fill)
             )
         if not isinstance(taken, Value):
-            views = {maps.Grouped: "channels in two dimensions", maps.Last: "a map with its channels last"}
+            views = {
+                maps.Grouped: "channels in two dimensions",
+                maps.Last: "a map with its channels last ([N, H, W, C])",
+            }
             views |= {Tensor: "a constant", list: "several parts"}
             what = next((text for kind, text in views.items() if isinstance(taken, kind)), "a plain number or a shape")
             raise self.refuse(node, f"works on {what}, not on an activation", "")

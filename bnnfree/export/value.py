@@ -1,4 +1,4 @@
-"""What a node of a torch graph means while ops are built: an affine of a tensor; and how far an op's epilogue has come.
+"""Values while ops are built, each an affine of a tensor; drafts of ops, and how far their epilogues have come.
 
 Imports numpy and bnnfree.format.
 """
