@@ -93,7 +93,7 @@ def test_no_name_of_others_forges_a_line_of_any_tool(tool, hostile):  # noqa: F8
     own = f"{hostile / 'net.py'}:build"
     for code, *command in (
         (0, "train", recipe, "--dry-run"), (0, "train", recipe, "--out", run), (2, "train", recipe, "--out", run),
-        (0, "export", run, "-o", packed), (0, "summary", run), (2, "evaluate", run), (0, "evaluate", packed,
+        (0, "export", run, "-o", packed), (0, "summary", run), (2, "evaluate", run), (0, "evaluate", packed, "data.bad_images=skip",
          f"data.root={json.dumps(str(hostile / 'images'))}"),
         (0, "dump", packed, "--recipe", "--json", hostile / "d.json"),
         (0, "predict", packed, picture, "--json", hostile / "p.json"), (2, "predict", packed, picture, bad),
