@@ -5,6 +5,7 @@ platform and for any Python 3.
 """
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,15 +25,29 @@ sys.modules[spec.name] = native  # a dataclass looks itself up there
 spec.loader.exec_module(native)
 
 
+SHELF = ("recipes/*.yaml", "recipes/sweeps/*.yaml", "models/pretrained/*")  # bnnfree.shelf looks for them there
+
+
 class BuildPy(build_py):
-    """Python files as ever, then the libraries: beside them, or for an editable install in the checkout."""
+    """Python files as ever, recipes and networks beside bnnfree.shelf, then the libraries: beside them, or for an
+    editable install in the checkout."""
 
     libraries: tuple[Path, ...] = ()  # where they are, once built
 
     def run(self):
         super().run()
+        if not self.editable_mode:
+            for source, copy in self.shelved():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
         made = [self.make(library) for library in native.LIBRARIES]
         self.libraries = tuple(path for path in made if path is not None)
+
+    def shelved(self):
+        """Each file that comes with the package, and its place in it."""
+        sources = [path for pattern in SHELF for path in sorted(ROOT.glob(pattern)) if path.is_file()]
+        shelf = Path(self.build_lib) / "bnnfree" / "shelf"
+        return [(path, shelf / path.relative_to(ROOT)) for path in sources]
 
     def make(self, library):
         """Where the library is, or None, with a line of warning."""
@@ -48,7 +63,8 @@ class BuildPy(build_py):
 
     def get_outputs(self, include_bytecode=1):
         files = [file for path in self.libraries for file in (path, native.digest_of(path))]
-        made = [] if self.editable_mode else [str(file) for file in files]
+        copies = [copy for _, copy in self.shelved()]
+        made = [] if self.editable_mode else [str(file) for file in (*files, *copies)]
         return super().get_outputs(include_bytecode) + made
 
 

@@ -8,6 +8,7 @@ import torch
 
 from bnnfree.data.datasets import describe, load_data
 from bnnfree.data.pixel_split import PixelSplit
+from bnnfree.models import MODELS
 from bnnfree.nn import NORMS
 from bnnfree.recipe import resolve
 from bnnfree.train import fit
@@ -15,7 +16,6 @@ from bnnfree.train.checkpoint import build_model
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
 from bnnfree.train.networks import parse_recipe
-from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -29,8 +29,8 @@ from bnnfree.errors import BnnfreeError
 from bnnfree.export import pack_network
 from bnnfree.export.verify import sample_images
 from bnnfree.format import from_bytes, to_bytes
+from bnnfree.models import MODELS
 from bnnfree.train import open_source
-from models import MODELS
 
 EXACT = [name for name, peer in PEERS.items() if peer.exact]
 NEEDS = {"vpopcnt": "avx512_vpopcntdq", "vnni": "avx512_vnni"}  # in a kernel's name -> what of the CPU

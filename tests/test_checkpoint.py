@@ -12,10 +12,10 @@ import torch
 from helpers import assert_same, train
 
 from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.models import MODELS
 from bnnfree.train import load_checkpoint, load_model
 from bnnfree.train.checkpoint import save_checkpoint
 from bnnfree.train.sealed import LENGTH, SEAL
-from models import MODELS
 
 
 @pytest.fixture(scope="module")

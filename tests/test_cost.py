@@ -12,13 +12,13 @@ import torch
 from helpers import ROOT
 
 from bnnfree.data.datasets import describe, load_data
+from bnnfree.models import MODELS
 from bnnfree.recipe import resolve
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
 from bnnfree.train.networks import load_recipe
 from bnnfree.train.process_settings import settings
-from models import MODELS
 
 SOURCE = ("data.name=fake", "data.samples=2048", "data.classes=10", "data.image_size=16", "data.augment=[]")
 ROUNDS = 15

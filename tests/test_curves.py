@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bnnfree.analysis.plain import move_input_means, plain
+from bnnfree.models import MODELS
 from bnnfree.nn import calibrate, update_input_means
 from bnnfree.nn.fused import choose_speed
 from bnnfree.train import load_data, load_recipe
-from models import MODELS
 
 DATA = os.environ.get("BNNFREE_CIFAR10")
 SOURCE = ["data.name=image_folder", f"data.root={DATA}"] if DATA else ["data.name=digits", "data.augment=[]"]

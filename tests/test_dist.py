@@ -17,6 +17,7 @@ from torch import nn
 
 from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError, CheckpointError, DataError
+from bnnfree.models import MODELS
 from bnnfree.nn import BinaryConv2d, CentredLinear, centred_layers, update_input_means
 from bnnfree.recipe import resolve
 from bnnfree.train import dist as processes
@@ -24,7 +25,6 @@ from bnnfree.train import load_checkpoint
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage
-from models import MODELS
 
 CPU = Dist(0, 1, torch.device("cpu"))
 ODD = ("data.batch_size=14", "agc.clip=0.02")  # of 72 images: 7 and 7 of a batch, 1 and 1 of the last

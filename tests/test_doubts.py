@@ -3,10 +3,10 @@
 import pytest
 from helpers import tiny, train
 
+from bnnfree.models import MODELS
 from bnnfree.train.doubts import doubts
 from bnnfree.train.dry import dry_run
 from bnnfree.train.schedule import lr_factor
-from models import MODELS
 
 ONE = ["stages=[{epochs: 5}]"]  # of 20 steps: 100 in all
 

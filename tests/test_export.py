@@ -15,6 +15,7 @@ from bnnfree.export import ExportError, export, pack, packed_bytes
 from bnnfree.export.value import real_threshold, sum_threshold
 from bnnfree.export.verify import sample_images, verify
 from bnnfree.format import from_bytes, read, to_bytes
+from bnnfree.models import MODELS
 from bnnfree.nn import (
     NORMS,
     BatchRenorm2d,
@@ -32,7 +33,6 @@ from bnnfree.nn import (
     ThresholdedLinear,
     calibrate,
 )
-from models import MODELS
 
 CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,12 +138,7 @@ def test_memory_grows_by_what_is_held():
 
 @pytest.fixture
 def bench_data():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        first = sys.path[0]
-        yield importlib.import_module("_bench_data").bench_data
-    finally:
-        sys.path[:] = [path for path in sys.path if path != first]
+    return importlib.import_module("bnnfree.bench.reading_report").bench_data
 
 
 @pytest.fixture

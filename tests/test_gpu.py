@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import assert_same, cut_at, tiny, train
 
+from bnnfree.models import MODELS
 from bnnfree.nn import BinaryConv2d, Sign, calibrate
 from bnnfree.nn.fused import choose_speed
 from bnnfree.train import load_checkpoint, load_data
-from models import MODELS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 

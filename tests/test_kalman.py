@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import make_model, noise
 from torch import nn
 
+from bnnfree.models import MODELS
 from bnnfree.nn import (
     NORMS,
     Belief,
@@ -20,7 +21,6 @@ from bnnfree.nn import (
     first_belief,
 )
 from bnnfree.nn.norms.kalman import mixture
-from models import MODELS
 
 M, S = torch.tensor([0.0, -1.1, 0.7]).double(), torch.tensor([1.0, 0.6, 1.7]).double()
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from helpers import ROOT, TINY, assert_same, metrics_of
 
+from bnnfree.models import MODELS
 from bnnfree.train import fit, load_checkpoint
 from bnnfree.train.networks import load_recipe
-from models import MODELS
 
 STAGES = [{"name": "activations", "binarize": "activations", "epochs": 2}, {"name": "both", "epochs": 2}]
 RECIPE = {**TINY, "data": {**TINY["data"], "samples": 320}, "stages": STAGES, "checkpoint_minutes": 0.002}

@@ -22,11 +22,11 @@ from bnnfree.errors import BnnfreeError, BnnfreeWarning, one_line, printable, un
 from bnnfree.export import pack
 from bnnfree.files import OutputError, replacing
 from bnnfree.format import write
+from bnnfree.models import MODELS
 from bnnfree.recipe.data_section import DataRecipe
 from bnnfree.recipe.read import UnreadError, by_key
 from bnnfree.train.networks import load_fitting
 from bnnfree.train.open_network import DESCRIBING, MACHINE, PLACES, without_places
-from models import MODELS
 
 FORGED = "forged: all is well"
 HOSTILE = f"a\n{FORGED}\r{FORGED}\tb\x1b[2J\x0b{FORGED}\x85\u2028c"
@@ -93,8 +93,8 @@ def test_no_name_of_others_forges_a_line_of_any_tool(tool, hostile):  # noqa: F8
     own = f"{hostile / 'net.py'}:build"
     for code, *command in (
         (0, "train", recipe, "--dry-run"), (0, "train", recipe, "--out", run), (2, "train", recipe, "--out", run),
-        (0, "export", run, "-o", packed), (0, "summary", run), (2, "evaluate", run), (0, "evaluate", packed, "data.bad_images=skip",
-         f"data.root={json.dumps(str(hostile / 'images'))}"),
+        (0, "export", run, "-o", packed), (0, "summary", run), (2, "evaluate", run),
+        (0, "evaluate", packed, "data.bad_images=skip", f"data.root={json.dumps(str(hostile / 'images'))}"),
         (0, "dump", packed, "--recipe", "--json", hostile / "d.json"),
         (0, "predict", packed, picture, "--json", hostile / "p.json"), (2, "predict", packed, picture, bad),
         (0, "verify", run, packed, "--images", picture), (1, "dump", packed, hostile / "map.bnnf"),
@@ -174,7 +174,7 @@ def test_a_closed_error_stream_leaves_output_and_exit_code(tmp_path):
 
 @pytest.mark.parametrize("bits", [50, pytest.param(62, marks=pytest.mark.thorough)])
 def test_memory_that_torch_does_not_get_is_one_line(bits):
-    code = f"import sys; sys.path.insert(0, 'tools'); import _cli, torch; _cli.run(lambda: torch.empty(1 << {bits}))"
+    code = f"import torch; from bnnfree.commands import cli; cli.run(lambda: torch.empty(1 << {bits}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: not enough memory. "), done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -204,7 +204,7 @@ def test_a_tool_without_numpy_says_how_to_get_it(name):
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
-    code = "import sys; sys.path.insert(0, 'tools'); import _cli; _cli.run(lambda: [].pop())"
+    code = "from bnnfree.commands import cli; cli.run(lambda: [].pop())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "IndexError" in done.stderr
 

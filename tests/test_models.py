@@ -10,6 +10,7 @@ from helpers import KINDS_OF_MODELS, noise, without_drop
 from torch import nn
 
 from bnnfree.errors import BnnfreeError, UnknownNameError
+from bnnfree.models import MODELS
 from bnnfree.nn import (
     BINARIZE,
     NORMS,
@@ -21,7 +22,6 @@ from bnnfree.nn import (
     WeightLayer,
     calibrate,
 )
-from models import MODELS
 
 SHAPES = [(norm, binarize) for norm in NORMS for binarize in BINARIZE if binarize == "both" or "free" in norm]
 NARROW = 0.125  # 8 channels where the table has 64; never fewer than 8

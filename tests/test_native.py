@@ -24,8 +24,8 @@ from bnnfree.engine.binding import NativeModel, RefusedError, aligned, isa_names
 from bnnfree.export import pack_network
 from bnnfree.export.verify import sample_images
 from bnnfree.format import FormatError, check_model, from_bytes, schema, to_bytes, write
+from bnnfree.models import MODELS
 from bnnfree.train import open_source
-from models import MODELS
 
 pytestmark = pytest.mark.skipif(not isa_names(), reason=load_library()[1])
 

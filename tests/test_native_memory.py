@@ -14,8 +14,8 @@ from bnnfree.engine import BACKENDS, Engine, backends
 from bnnfree.engine.binding import NativeModel, isa_names, load_library
 from bnnfree.export import pack_network
 from bnnfree.format import from_bytes, to_bytes
+from bnnfree.models import MODELS
 from bnnfree.train import open_source
-from models import MODELS
 
 WRAPPED = ("malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign", "free")
 SHAPES = [

@@ -14,6 +14,7 @@ from helpers import ROOT
 from bnnfree import engine
 from bnnfree.errors import CheckpointError
 from bnnfree.export import export
+from bnnfree.models import MODELS
 from bnnfree.nn import NORMS
 from bnnfree.recipe import resolve
 from bnnfree.train import evaluate, fit, load_checkpoint, load_data, load_model, open_source
@@ -21,7 +22,6 @@ from bnnfree.train.checkpoint import build_model, check_fit, save_checkpoint
 from bnnfree.train.dist import Dist
 from bnnfree.train.meaning import V1
 from bnnfree.train.networks import parse_recipe
-from models import MODELS
 
 FOLDER = ROOT / "tests" / "checkpoints"
 FIGURES = json.loads((FOLDER / "figures.json").read_text())

@@ -19,10 +19,10 @@ from bnnfree.engine import load
 from bnnfree.errors import BnnfreeError, BnnfreeWarning, DataError
 from bnnfree.export import pack_network
 from bnnfree.format import read, write
+from bnnfree.models import MODELS
 from bnnfree.preprocess import TURNS, Reading, load_image, read_image, reading_of
 from bnnfree.train import load_data, open_source
 from bnnfree.train.networks import parse_recipe
-from models import MODELS
 
 BACK = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the others undo themselves
 
@@ -206,9 +206,7 @@ def test_range_size_and_channels_go_from_training_to_predict(tmp_path, monkeypat
     write(pack_network(network).model, tmp_path / "x.bnnf")
     engine = load(tmp_path / "x.bnnf")
     assert engine.model.metadata["range"] == "0.0 4095.0" and engine.model.metadata["orientation"] == "exif"
-    sys.path.insert(0, str(ROOT / "tools"))
-    monkeypatch.setattr(sys, "path", sys.path)
-    import predict
+    from bnnfree.commands import predict
 
     seen = predict.reader(engine.model, "x.bnnf")(os.path.join(root, "test", "a", "0.png"))
     assert np.array_equal(seen, load_data(network.recipe.data).test.pixels[0].numpy())

@@ -9,10 +9,10 @@ from torch import nn
 from bnnfree.analysis.memory import saved_per_image
 from bnnfree.analysis.plain import PlainConv, PlainSign, clip_gradients, move_input_means, plain, two_group_adam
 from bnnfree.errors import BnnfreeError
+from bnnfree.models import MODELS
 from bnnfree.nn import BinaryConv2d, RSign, ScaledStdConv2d, Sign, calibrate, update_input_means
 from bnnfree.nn.standard import WeightLayer
 from bnnfree.optim import adaptive_grad_clip
-from models import MODELS
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])
 

@@ -18,8 +18,8 @@ from bnnfree.errors import BnnfreeError
 from bnnfree.export import pack_network
 from bnnfree.format import PackedModel
 from bnnfree.format.schema import CONVOLUTIONS, OPS, POOLINGS
+from bnnfree.models import MODELS
 from bnnfree.train import open_source
-from models import MODELS
 
 
 def model_of(net: Net) -> PackedModel:

@@ -15,6 +15,7 @@ from torch import nn
 
 from bnnfree.analysis.probe import NUMBERS, Prober, probe, weight_signs
 from bnnfree.errors import BnnfreeError
+from bnnfree.models import MODELS
 from bnnfree.nn import (
     BINARIZE,
     NORMS,
@@ -33,7 +34,6 @@ from bnnfree.optim import Precondition, adaptive_grad_clip
 from bnnfree.recipe.read import RecipeError
 from bnnfree.train import load_checkpoint
 from bnnfree.train.report import PROBED, draw_probes
-from models import MODELS
 
 IMAGES, LABELS = noise(6, 3, 9, 9, seed=1, dtype=torch.float32), torch.tensor([0, 2, 1, 0, 1, 2])
 
@@ -490,16 +490,8 @@ def test_the_tool_shows_start_end_and_course_of_a_run_beside_another(tmp_path, p
 
 @pytest.mark.parametrize("line", ["{", "3", '{"probe": 3}', '{"probe": [{"step": 1, "layers": [{}]}]}'])
 def test_a_damaged_course_is_one_message(tmp_path, probed, line):
-    import importlib.util
+    from bnnfree.commands import probe as tool
 
-    spec = importlib.util.spec_from_file_location("probe_tool", ROOT / "tools" / "probe.py")
-    sys.modules["_cli"] = sys  # the tool's start, which would move sys.path
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules["probe_tool"] = tool
-    try:
-        spec.loader.exec_module(tool)
-    finally:
-        del sys.modules["_cli"], sys.modules["probe_tool"]
     assert tool.course_of(probed) == records_of(probed)
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(BnnfreeError, match=r"metrics\.jsonl: is not what training with probe\.every writes"):

@@ -16,11 +16,11 @@ from test_tools import tool  # noqa: F401
 
 from bnnfree.convert.published import VARIANTS, read_published
 from bnnfree.errors import BnnfreeError, CheckpointError, UnknownNameError
+from bnnfree.models import MODELS
 from bnnfree.nn import NORMS, SCALES, BinaryConv2d, Design, ScaledStdConv2d
 from bnnfree.train import load_model
 from bnnfree.train.checkpoint import save_checkpoint
 from bnnfree.train.start import convert_published
-from models import MODELS
 
 CLASSES = 5
 ALPHA = 0.2

@@ -6,13 +6,13 @@ import pytest
 import yaml
 from helpers import TINY as TWO_STAGES
 
+from bnnfree.models import MODELS
 from bnnfree.recipe.read import RecipeError, save_recipe
 from bnnfree.recipe.reads import READ, leaves, unread
 from bnnfree.recipe.schema import Recipe
 from bnnfree.sweep.file import read_sweep
 from bnnfree.train import fit, load_recipe
 from bnnfree.train.networks import look_at, parse_recipe
-from models import MODELS
 
 TINY = {**TWO_STAGES, "stages": [{"epochs": 2}]}
 del TINY["free"]

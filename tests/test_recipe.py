@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from bnnfree.errors import BnnfreeError
+from bnnfree.models import MODELS
 from bnnfree.recipe.read import RecipeError, save_recipe
 from bnnfree.recipe.schema import Recipe
 from bnnfree.recipe.sections import section_of
 from bnnfree.recipe.tree import parse_yaml
 from bnnfree.train.networks import load_recipe, parse_recipe
-from models import MODELS
 
 SEED = 5
 SMALL = {

@@ -10,11 +10,11 @@ import torch
 import yaml
 
 from bnnfree.data.datasets import KNOWN
+from bnnfree.models import MODELS
 from bnnfree.recipe import resolve
 from bnnfree.train import fit, load_checkpoint, load_recipe
 from bnnfree.train.checkpoint import build_model
 from bnnfree.train.run_folder import ARTEFACTS
-from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))

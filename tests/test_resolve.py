@@ -10,6 +10,7 @@ from helpers import ROOT, TINY, tiny, train
 
 from bnnfree import recipe as room
 from bnnfree.errors import BnnfreeError
+from bnnfree.models import MODELS
 from bnnfree.nn import BINARIZE, NORMS, Design
 from bnnfree.normalisers import OWN
 from bnnfree.recipe import RecipeError, Resolved, resolve
@@ -21,7 +22,6 @@ from bnnfree.recipe.schema import Recipe
 from bnnfree.train import load_checkpoint, load_recipe
 from bnnfree.train.checkpoint import save_checkpoint
 from bnnfree.train.networks import LAYERS, look_at, parse_recipe
-from models import MODELS
 
 SMALL, LARGE = {"image_size": [64, 65]}, {"image_size": [65, 300]}
 

@@ -690,12 +690,8 @@ def test_the_tool_writes_shards_and_prints_their_folder_last(tmp_path):
 
 
 def test_the_tool_takes_sizes_with_units():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        first = sys.path[0]
-        from shard import size_of
-    finally:
-        sys.path[:] = [path for path in sys.path if path != first]
+    from bnnfree.commands.shard import size_of
+
     assert [size_of(text) for text in ("1KB", "1.5 GB", "100mb", "2000")] == [1000, 15 * 10**8, 10**8, 2000]
     for text in ("", "100", "1TB", "-5MB", "MB", "1e9", "999KB5"):
         with pytest.raises(BnnfreeError, match="--size: got"):

@@ -13,11 +13,11 @@ from helpers import KINDS_OF_MODELS, ROOT, TINY, assert_same, tiny, train
 
 from bnnfree.data.datasets import CIFAR10, CIFAR100, IMAGENET, load_data
 from bnnfree.errors import CheckpointError, DataError
+from bnnfree.models import MODELS
 from bnnfree.nn import NORMS
 from bnnfree.recipe import resolve
 from bnnfree.train import RecipeError, load_model, open_network, open_source, source_kind
 from bnnfree.train.open_network import STAND_IN, without_places
-from models import MODELS
 
 EVERY_KIND = r"expected a run folder, a checkpoint \(\.pt\) or a recipe \(\.yaml, \.yml\)"
 

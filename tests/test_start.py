@@ -10,12 +10,12 @@ from helpers import ROOT, make_model, tiny, train
 from test_tools import images, tool  # noqa: F401
 
 from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.models import MODELS
 from bnnfree.nn import calibrate
 from bnnfree.optim import parameter_groups
 from bnnfree.train import load_checkpoint, load_model, open_source
 from bnnfree.train import start as start_module
 from bnnfree.train.start import freeze, open_weights, take_weights, weights_only
-from models import MODELS
 
 ONE = "stages=[{epochs: 1}]"
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from bnnfree.analysis import summarize
 from bnnfree.errors import BnnfreeError
+from bnnfree.models import MODELS
 from bnnfree.nn import BINARIZE, BinaryConv2d, BinaryLinear, RSign, ScaledStdConv2d, Sign
 from bnnfree.recipe import resolve
 from bnnfree.train.checkpoint import save_checkpoint
 from bnnfree.train.networks import load_recipe
-from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 REACTNET_A = [  # input channels, output channels, side of the output at 224

@@ -16,6 +16,7 @@ from helpers import ROOT, TINY
 from test_tools import tool  # noqa: F401
 
 from bnnfree.errors import BnnfreeError
+from bnnfree.models import MODELS
 from bnnfree.nn import NORMS
 from bnnfree.recipe.read import RecipeError
 from bnnfree.sweep import workers
@@ -27,7 +28,6 @@ from bnnfree.sweep.workers import Job, Place, places_of, run_all, train_one
 from bnnfree.train import fit, load_recipe
 from bnnfree.train.report import Report
 from bnnfree.train.run import Run
-from models import MODELS
 
 SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))
 BASE = ROOT / "recipes" / "cifar10_reactnet20.yaml"

@@ -7,9 +7,9 @@ from torch import nn
 
 from bnnfree.data.datasets import Data, load_data
 from bnnfree.errors import BnnfreeError
+from bnnfree.models import MODELS
 from bnnfree.train.checkpoint import load_model
 from bnnfree.train.teacher import Teacher, View, converted, load_teacher
-from models import MODELS
 
 SHORT = ["stages=[{epochs: 1}]", "model.width=0.25"]
 

@@ -26,9 +26,10 @@ from bnnfree.bench.training import (
     roofline,
     shares,
 )
+from bnnfree.commands import cli
 from bnnfree.data.datasets import load_data
 from bnnfree.errors import BnnfreeError
-from models import MODELS
+from bnnfree.models import MODELS
 
 CPU = torch.device("cpu")
 RECIPE = ROOT / "recipes" / "cifar10_reactnet20.yaml"
@@ -179,9 +180,7 @@ def test_shares_of_the_roofline_follow_their_formulas():
 
 def test_every_variant_takes_a_step(small, monkeypatch):
     """But those that need a compiler, or a checkout; without one they are built all the same."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    bench = importlib.import_module("_bench_train")
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # what is imported first there takes the entry away
+    bench = importlib.import_module("bnnfree.bench.contenders")
     _, data = small
     for name, variant in bench.VARIANTS.items():
         if variant.make == "reference":
@@ -333,9 +332,7 @@ def test_who_cannot_take_a_step_or_tell_its_memory_is_left_out_with_a_reason(too
         raise RuntimeError("no compiler here,\nsays torch")
 
     monkeypatch.setattr(training.ReleasedContender, "step", broken)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    bench = importlib.import_module("_bench_train")
-    monkeypatch.setattr(bench.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(cli.sys, "executable", shutil.which("false"))
     options = ("--batch", 4, "--precision", "fp32", "--contenders", "plain", "--seconds", 0.1)
     code, printed, errors = tool("bench", "--train", RECIPE, *SMALL, *options, "--json", tmp_path / "t.json")
     assert code == 0 and "plain: left out; no compiler here," in printed, errors

@@ -9,13 +9,13 @@ from helpers import assert_same, cut_at, double_stage, metrics_of, tiny, train
 
 from bnnfree.data.datasets import describe, load_data
 from bnnfree.errors import BnnfreeError, CheckpointError
+from bnnfree.models import MODELS
 from bnnfree.nn import NORMS, WeightLayer, centred_layers, gradient_centres
 from bnnfree.recipe import resolve
 from bnnfree.train import evaluate, load_checkpoint, load_model
 from bnnfree.train.checkpoint import build_model, load_weights
 from bnnfree.train.dist import Dist
 from bnnfree.train.loop import Stage, TrainingError
-from models import MODELS
 
 CPU = Dist(0, 1, torch.device("cpu"))
 

@@ -14,9 +14,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-import _cli
 import numpy as np
 
+from bnnfree.commands import cli
 from bnnfree.errors import BnnfreeError
 from bnnfree.files import replacing
 from bnnfree.format import schema
@@ -205,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    cli.run(main)

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import bnnfree
 from bnnfree.convert import published
 from bnnfree.errors import BnnfreeError, CheckpointError, nearest, nearest_path
 from bnnfree.nn import BinaryBlock
 from bnnfree.optim import matching
 from bnnfree.recipe.resolve import resolve
+from bnnfree.shelf import ROOT
 from bnnfree.train.checkpoint import Builders, build_model, load_weights, open_checkpoint, origin
 from bnnfree.train.sealed import ForeignCheckpoint
 
-PRETRAINED = Path(bnnfree.__file__).parent.parent / "models" / "pretrained"
+PRETRAINED = ROOT / "models" / "pretrained"
 WEIGHTS = Path("..", "..", "recipes", "weights")  # from there: what recipes start from
 SHOWN = 4  # names of layers in a message
 WEIGHTS_ONLY = ("kind", "recipe", "open", "binarize", "data", "origin", "best", "published")

@@ -1,10 +1,7 @@
-"""First import of every tool: finds the checkout, and is the one place where a tool's text leaves the program.
+"""The start of every command, and the one place where its text leaves the program.
 
 Errors become one message and exit code 2, and whatever is printed has no characters that could move a terminal
 (`bnnfree.errors.printable`), in an encoding that the terminal has. Text with a name in it is printed by `say`.
-
-Why: `python tools/x.py` puts tools/ first on sys.path, where a tool's name could hide a module of the
-standard library; that entry is replaced by the repository root, so that `models` is found as well.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,12 +17,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from bnnfree.errors import BnnfreeError, missing, one_line, printable
+from bnnfree.files import OutputError, check_place, said
+from bnnfree.progress import say as say_beside
+from bnnfree.shelf import find
 
-from bnnfree.errors import BnnfreeError, missing, one_line, printable  # noqa: E402
-from bnnfree.files import OutputError, check_place, said  # noqa: E402
-from bnnfree.progress import say as say_beside  # noqa: E402
-
+PACKAGE = str(Path(__file__).resolve().parent.parent)
 OUR_OWN = {"bnnfree", "models"}  # packages whose want is a fault of ours
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -38,11 +36,22 @@ class Parser(argparse.ArgumentParser):
     """The arguments of a tool: its docstring is the help, and no argument may be an empty text."""
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog = sys.argv[0] if sys.argv[0].startswith("bnnfree ") else None
+        if prog and description:  # as it is called where it is installed
+            description = re.sub(r"python tools/(\w+)\.py", r"bnnfree \1", description)
+            description = re.sub(r"recipes/(?:sweeps/)?(\w+)\.yaml", r"\1", description)
+        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def read(self) -> argparse.Namespace:
-        """The arguments of the command line. Errors: BnnfreeError for one that is empty."""
+    def read(self, **named: str) -> argparse.Namespace:
+        """The arguments of the command line. Errors: BnnfreeError for one that is empty.
+
+        named: argument -> kinds of things (with spaces between) that it may name, see bnnfree.shelf.
+        """
         args = self.parse_intermixed_args()
+        for name, kinds in named.items():
+            for kind in kinds.split():
+                if isinstance(given := getattr(args, name), str):
+                    setattr(args, name, find(kind, given))
         for action in self._actions:
             value = getattr(args, action.dest, None)
             if "" in (value if isinstance(value, list) else [value]):
@@ -65,6 +74,11 @@ def _place(text: str, folder: bool) -> str:
     if text:  # Parser.read says what is wrong with an empty one
         check_place(text, folder)
     return text
+
+
+def process_of(command: str, *arguments: str) -> list[str]:
+    """`bnnfree COMMAND ...` for a process of its own, from wherever this package was imported."""
+    return [sys.executable, str(Path(PACKAGE) / "__main__.py"), command, *arguments]
 
 
 def say(*lines: object) -> None:
@@ -223,5 +237,5 @@ def _message(error: Exception) -> str | None:
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     """A warning of ours is one line; one of another package says where it comes from."""
     text = warnings.formatwarning(message, category, filename, lineno, "").rstrip()
-    ours = filename.startswith(sys.path[0])
+    ours = filename.startswith(PACKAGE)
     say_beside(one_line(f"{category.__name__}: {message}") if ours else printable(text), file=file or sys.stderr)

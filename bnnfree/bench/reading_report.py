@@ -14,8 +14,8 @@ def bench_data(args) -> dict:
     """
     from bnnfree.bench.reading import PHASES, cores_needed, memory, phases, rate, streamed
     from bnnfree.errors import BnnfreeError
+    from bnnfree.models import MODELS
     from bnnfree.train import load_data, load_recipe
-    from models import MODELS
 
     feeds = FEEDS if args.feeds is None else args.feeds
     if not 0 < feeds < float("inf"):

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from bnnfree.models.stem import Trunk, check_stem, scale_width
 from bnnfree.nn import BinaryBlock, BlockShape, Design, expected_betas
-from models.stem import Trunk, check_stem, scale_width
 
 STEM_SHAPES = {"cifar": (3, 1), "half": (3, 2), "imagenet": (7, 2)}  # kernel, stride
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import _cli
+from bnnfree.commands import cli
 
 SECONDS = 60  # for the contenders of one precision and batch
 MB = 1e6
@@ -62,8 +62,8 @@ VARIANTS = {
 def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
     """The report's part about training: precision -> batch -> contenders, ratios; device, data, roofline."""
     import torch
-    from _bench_reference import open_reference
 
+    from bnnfree.bench.reference import open_reference
     from bnnfree.bench.training import roofline
     from bnnfree.errors import BnnfreeError
     from bnnfree.nn.fused import PRECISIONS
@@ -82,8 +82,8 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
         open_reference(request.against, recipe, data)  # before the minutes that others take
     report: dict[str, Any] = {"source": args.source, "overrides": args.overrides, "device": name_of(device)}
     report |= {"torch": str(torch.__version__), **about(recipe, data), "roofline": roofline(device)}
-    _cli.say(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
-    _cli.say(f"data      {report['data']}")
+    cli.say(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
+    cli.say(f"data      {report['data']}")
     print(f"device    {report['device']}, torch {report['torch']}")
     if recipe.loss.teacher is not None:
         print("loss      cross entropy: the teacher's forward pass is left out, of all")
@@ -95,7 +95,7 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
             except BnnfreeError as error:
                 if args.precision or precision == "fp32":
                     raise
-                _cli.say("", f"{precision}: left out; {error}")  # nobody asked for it by name
+                cli.say("", f"{precision}: left out; {error}")  # nobody asked for it by name
                 continue
             report.setdefault(precision, {})[str(batch)] = race
             print_race(f"\n{precision}, batch {batch}", race, print_table)
@@ -135,9 +135,9 @@ def check(args) -> None:
 
 def recipe_of(request: Request, changes: tuple[str, ...] = ()):
     """The recipe of a request, with these changes; without those overrides that only the unchanged one reads."""
+    from bnnfree.models import MODELS
     from bnnfree.recipe.read import by_key
     from bnnfree.train.networks import load_fitting
-    from models import MODELS
 
     overrides = [*request.overrides, f"precision={request.precision}", *changes]
     if request.batch is not None:
@@ -178,14 +178,13 @@ def name_of(device) -> str:
 
 def make_contender(name: str, request: Request, data, device):
     """The contender `name`. Errors: BnnfreeError where recipe or reference do not allow it."""
-    from _bench_reference import open_reference
-
     from bnnfree.analysis.plain import plain
+    from bnnfree.bench.reference import open_reference
     from bnnfree.bench.training import ReleasedContender, StageContender, data_info
     from bnnfree.errors import BnnfreeError
+    from bnnfree.models import MODELS
     from bnnfree.optim import find_head
     from bnnfree.recipe import resolve
-    from models import MODELS
 
     variant = VARIANTS[name]
     if request.precision == "bf16_trunk" and not variant.trunk:
@@ -213,8 +212,8 @@ def run_race(request: Request, data, device, names: list[str], seconds: float, p
 
     from bnnfree.analysis import summarize
     from bnnfree.bench.training import Feed, data_info, race, ratios, shares
+    from bnnfree.models import MODELS
     from bnnfree.train.checkpoint import build_model
-    from models import MODELS
 
     recipe = recipe_of(request)
     feed = Feed(data.train, recipe.data.batch_size, recipe.seed, device)
@@ -291,10 +290,10 @@ def print_race(title: str, race: dict, print_table: Callable[..., None]) -> None
         rows.append((name, *cells))
     print_table(rows)
     for name, reason in race["left_out"].items():
-        _cli.say(f"{name}: left out; {reason}")
+        cli.say(f"{name}: left out; {reason}")
     for name, row in race["contenders"].items():
         if "memory_not_measured" in row:
-            _cli.say(f"{name}: memory not measured; {row['memory_not_measured']}")
+            cli.say(f"{name}: memory not measured; {row['memory_not_measured']}")
 
 
 # -- a process of its own for each contender's memory
@@ -304,7 +303,7 @@ def held_alone(name: str, request: Request) -> dict[str, Any]:
     """Memory of the contender in a fresh process (`throughput.held`), or memory_not_measured: why."""
     asked = json.dumps({"name": name, **asdict(request)})
     threads = {key: str(request.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [sys.executable, str(Path(__file__).resolve()), asked]
+    command = cli.process_of("held-alone", asked)
     done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -329,8 +328,3 @@ def answer() -> None:
     feed.take(1)  # what the pipeline holds is nobody's
     found = held(lambda: make_contender(name, request, data, device), feed, data, device, recipe.data.batch_size)
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parent))  # Why last: a tool's name must hide no module, see _cli
-    _cli.run(answer)

@@ -94,9 +94,9 @@ def check_same_size(folder: str, file: str, net, recipe, data) -> None:
     """Errors: BnnfreeError unless both networks have as many weights in their convolutions."""
     from bnnfree.bench.training import data_info
     from bnnfree.errors import BnnfreeError
+    from bnnfree.models import MODELS
     from bnnfree.nn.standard import ConvLayer
     from bnnfree.train.checkpoint import build_model
-    from models import MODELS
 
     ours = build_model(recipe, MODELS, data_info(data))
     own = sum(layer.weight.numel() for layer in ours.modules() if isinstance(layer, ConvLayer))

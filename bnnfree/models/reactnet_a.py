@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from bnnfree.models.stem import Trunk, check_stem, scale_width
 from bnnfree.nn import BinaryBlock, BlockShape, Design, expected_betas
-from models.stem import Trunk, check_stem, scale_width
 
 WIDTHS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
 
