@@ -24,6 +24,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "bnnfree.normalisers": (set(), {"bnnfree.errors", "bnnfree.names"}),
     "bnnfree.files": (set(), {"bnnfree.errors"}),
     "bnnfree.library": (set(), set()),
+    "bnnfree.console": (set(), {"bnnfree.errors"}),
+    "bnnfree.shelf": (set(), set()),
     "bnnfree.progress": ({"tqdm"}, set()),
     "bnnfree.preprocess": ({"numpy", "PIL"}, {"bnnfree.errors"}),
     "bnnfree.ops": ({"numpy"}, {"bnnfree.errors"}),
@@ -56,7 +58,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.nn"}
         | {"bnnfree.optim", "bnnfree.analysis", "bnnfree.preprocess", "bnnfree.recipe", "bnnfree.data"}
-        | {"bnnfree.convert", "bnnfree.progress"},
+        | {"bnnfree.convert", "bnnfree.progress", "bnnfree.shelf"},
     ),
     "bnnfree.convert": (
         TORCH,
@@ -67,13 +69,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"bnnfree.errors", "bnnfree.names", "bnnfree.normalisers", "bnnfree.files", "bnnfree.recipe"}
         | {"bnnfree.train"},
     ),
+    "bnnfree.models": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
     "bnnfree.bench": (
         {"numpy", "openvino", "onnxruntime", "torch", "torchvision", "PIL"},
         {"bnnfree.errors", "bnnfree.library", "bnnfree.ops", "bnnfree.format", "bnnfree.engine", "bnnfree.export.onnx"}
-        | {"bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.analysis"},
+        | {"bnnfree.recipe", "bnnfree.data", "bnnfree.train", "bnnfree.analysis"}
+        | {"bnnfree.console", "bnnfree.models", "bnnfree.nn", "bnnfree.optim"},
     ),
-    "bnnfree.models": (TORCH, {"bnnfree.errors", "bnnfree.nn"}),
-    "bnnfree.shelf": (set(), set()),
     "bnnfree.commands": (
         TRAIN,
         {"bnnfree", "bnnfree.errors", "bnnfree.files", "bnnfree.nn", "bnnfree.optim", "bnnfree.analysis"}
@@ -91,7 +93,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "bnnfree.__main__": (set(), {"bnnfree.commands"}),
     "models": (set(), {"bnnfree.models"}),
-    "tools": (set(), {"bnnfree.commands", "bnnfree.errors", "bnnfree.files", "bnnfree.format"}),
+    "tools": (
+        {"numpy"},
+        {"bnnfree", "bnnfree.console", "bnnfree.commands", "bnnfree.errors", "bnnfree.files", "bnnfree.format"},
+    ),
 }
 
 

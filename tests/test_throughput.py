@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, filled_pages, tiny
 from test_tools import tool  # noqa: F401
 
+from bnnfree import console
 from bnnfree.analysis.plain import plain
 from bnnfree.bench import training
 from bnnfree.bench.training import (
@@ -26,7 +27,6 @@ from bnnfree.bench.training import (
     roofline,
     shares,
 )
-from bnnfree.commands import cli
 from bnnfree.data.datasets import load_data
 from bnnfree.errors import BnnfreeError
 from bnnfree.models import MODELS
@@ -332,7 +332,7 @@ def test_who_cannot_take_a_step_or_tell_its_memory_is_left_out_with_a_reason(too
         raise RuntimeError("no compiler here,\nsays torch")
 
     monkeypatch.setattr(training.ReleasedContender, "step", broken)
-    monkeypatch.setattr(cli.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(console.sys, "executable", shutil.which("false"))
     options = ("--batch", 4, "--precision", "fp32", "--contenders", "plain", "--seconds", 0.1)
     code, printed, errors = tool("bench", "--train", RECIPE, *SMALL, *options, "--json", tmp_path / "t.json")
     assert code == 0 and "plain: left out; no compiler here," in printed, errors

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bnnfree.commands import cli
-from bnnfree.errors import BnnfreeError
-from bnnfree.files import replacing
-from bnnfree.format import schema
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # Why not beside it: names here hide modules of Python's own
+
+from bnnfree.commands import cli  # noqa: E402
+from bnnfree.errors import BnnfreeError  # noqa: E402
+from bnnfree.files import replacing  # noqa: E402
+from bnnfree.format import schema  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = Path("bnnfree/engine/native/format.h")

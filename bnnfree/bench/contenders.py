@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bnnfree.commands import cli
+from bnnfree import console
 
 SECONDS = 60  # for the contenders of one precision and batch
 MB = 1e6
@@ -79,11 +79,11 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
     data = data_of(recipe, args.source)
     device = dist.start(recipe.device).device
     if request.against:
-        open_reference(request.against, recipe, data)  # before the minutes that others take
+        open_reference(str(request.against), recipe, data)  # before the minutes that others take
     report: dict[str, Any] = {"source": args.source, "overrides": args.overrides, "device": name_of(device)}
     report |= {"torch": str(torch.__version__), **about(recipe, data), "roofline": roofline(device)}
-    cli.say(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
-    cli.say(f"data      {report['data']}")
+    console.say(f"recipe    {args.source}: {recipe.model.name}, norm {recipe.model.norm}, stage {report['stage']}")
+    console.say(f"data      {report['data']}")
     print(f"device    {report['device']}, torch {report['torch']}")
     if recipe.loss.teacher is not None:
         print("loss      cross entropy: the teacher's forward pass is left out, of all")
@@ -95,7 +95,7 @@ def bench_train(args, print_table: Callable[..., None]) -> dict[str, Any]:
             except BnnfreeError as error:
                 if args.precision or precision == "fp32":
                     raise
-                cli.say("", f"{precision}: left out; {error}")  # nobody asked for it by name
+                console.say("", f"{precision}: left out; {error}")  # nobody asked for it by name
                 continue
             report.setdefault(precision, {})[str(batch)] = race
             print_race(f"\n{precision}, batch {batch}", race, print_table)
@@ -193,8 +193,8 @@ def make_contender(name: str, request: Request, data, device):
     loss = recipe.loss.model_copy(update={"name": "cross_entropy", "teacher": None})
     recipe = resolve(recipe.model_copy(update={"loss": loss}), data_info(data))
     if variant.make == "reference":
-        net, clip, head = open_reference(request.against, recipe, data)
-        return ReleasedContender(net, recipe, device, unclipped=head, clip=clip)
+        net, clip, left_out = open_reference(str(request.against), recipe, data)
+        return ReleasedContender(net, recipe, device, unclipped=left_out, clip=clip)
     stage = StageContender(recipe, MODELS, data, device, binarize=variant.binarize)
     if variant.make == "stage":
         return stage
@@ -290,10 +290,10 @@ def print_race(title: str, race: dict, print_table: Callable[..., None]) -> None
         rows.append((name, *cells))
     print_table(rows)
     for name, reason in race["left_out"].items():
-        cli.say(f"{name}: left out; {reason}")
+        console.say(f"{name}: left out; {reason}")
     for name, row in race["contenders"].items():
         if "memory_not_measured" in row:
-            cli.say(f"{name}: memory not measured; {row['memory_not_measured']}")
+            console.say(f"{name}: memory not measured; {row['memory_not_measured']}")
 
 
 # -- a process of its own for each contender's memory
@@ -303,7 +303,7 @@ def held_alone(name: str, request: Request) -> dict[str, Any]:
     """Memory of the contender in a fresh process (`throughput.held`), or memory_not_measured: why."""
     asked = json.dumps({"name": name, **asdict(request)})
     threads = {key: str(request.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = cli.process_of("held-alone", asked)
+    command = console.process_of("held-alone", asked)
     done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -45,6 +45,7 @@ import functools
 import json
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 SAME = 0.02  # of the largest output: by so much may a peer that should be equal differ; a bit at its threshold may flip
@@ -103,7 +104,7 @@ def main() -> None:
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        cli.say(args.json)
+        console.say(args.json)
 
 
 def check_mode(args) -> None:
@@ -174,7 +175,7 @@ def print_machine(about: dict) -> None:
     cores = f"{about['cores']} core{'s' if about['cores'] > 1 else ''}"
     isa = f", {about['isa']}" if "isa" in about else ""
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
-    cli.say(f"machine   {about['cpu']}, {cores}, {threads}{isa}; {about['system']}")
+    console.say(f"machine   {about['cpu']}, {cores}, {threads}{isa}; {about['system']}")
 
 
 # -- a model
@@ -189,7 +190,7 @@ def bench_model(engine, args) -> dict:
 
     model, images = engine.model, random_images(engine.model, CHECKED)
     height, width, channels = model.image_shape
-    cli.say(f"network   {args.source}: {height}x{width}x{channels}, {len(model.ops)} ops, batch 1")
+    console.say(f"network   {args.source}: {height}x{width}x{channels}, {len(model.ops)} ops, batch 1")
     memory = memory_of(engine, args.source)
     print_memory(memory)
     peak = Peak(engine.backend, args.threads)
@@ -222,21 +223,23 @@ def open_peers(engine, images, args) -> dict:
         if peer.package not in args.against:
             continue
         if missing := peer.missing():
-            cli.say(f"{name}: not measured; pip install {' '.join(missing)}")
+            console.say(f"{name}: not measured; pip install {' '.join(missing)}")
             continue
         try:
             run = peer.make(engine.model, args.threads)
             differs = difference(run, images, expected)
         except Exception as error:  # whatever another runtime says when it cannot
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            cli.say(f"{name}: not measured; {reason[0]}")
+            console.say(f"{name}: not measured; {reason[0]}")
             continue
         if peer.exact and differs > SAME:
-            cli.say(f"{name}: not measured; its outputs differ by {differs:.1%} of the largest, expected {SAME:.0%}.")
+            console.say(
+                f"{name}: not measured; its outputs differ by {differs:.1%} of the largest, expected {SAME:.0%}."
+            )
             continue
         note = peer.note(engine.model)
         if note:
-            cli.say(f"{name}: {note}")
+            console.say(f"{name}: {note}")
         found[name] = run, {"version": version(peer.package), "difference": differs, "note": note}
     return found
 

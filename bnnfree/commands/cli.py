@@ -76,16 +76,6 @@ def _place(text: str, folder: bool) -> str:
     return text
 
 
-def process_of(command: str, *arguments: str) -> list[str]:
-    """`bnnfree COMMAND ...` for a process of its own, from wherever this package was imported."""
-    return [sys.executable, str(Path(PACKAGE) / "__main__.py"), command, *arguments]
-
-
-def say(*lines: object) -> None:
-    """Print each argument as one line, whatever names are in it."""
-    print(*map(one_line, lines), sep="\n")
-
-
 class Plain:
     """Standard output that prints only what `printable` lets through. Errors: OutputError where it takes no more."""
 

@@ -14,6 +14,7 @@ file's it is. Writes compare.md, and of runs compare.png; prints the folder last
 import json
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     print(table)
     with replacing(out / "compare.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
-    cli.say(out)
+    console.say(out)
 
 
 # -- runs

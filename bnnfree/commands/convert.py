@@ -17,6 +17,7 @@ their names in sorted order. The path of the file written is printed last.
 
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 
@@ -63,6 +64,6 @@ def main() -> None:
         "classes": len(data["classes"]),
         "image size": data["image_size"][0],
     }
-    cli.say(", ".join(f"{key} {value}" for key, value in about.items()))
+    console.say(", ".join(f"{key} {value}" for key, value in about.items()))
     save_checkpoint(args.out, weights_only(state, args.half))
-    cli.say(args.out)
+    console.say(args.out)

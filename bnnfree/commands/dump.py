@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 RECIPE = "recipe"
@@ -41,11 +42,11 @@ def main() -> None:
     else:
         same = Path(args.model).read_bytes() == Path(args.other).read_bytes()
         result = {"identical": same} | ({} if same else differences(args.model, args.other, *models))
-        cli.say(*["identical"] if same else difference_lines(result))
+        console.say(*["identical"] if same else difference_lines(result))
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        cli.say(args.json)
+        console.say(args.json)
     if not same:
         raise SystemExit(1)
 
@@ -140,11 +141,11 @@ def by_x(sizes: list) -> str:
 def print_description(about: dict) -> None:
     from bnnfree.errors import one_line
 
-    cli.say(f"{about['file']}: format {about['version']}, written by {about['producer'] or 'nobody who says so'}")
+    console.say(f"{about['file']}: format {about['version']}, written by {about['producer'] or 'nobody who says so'}")
     print(f"image     {by_x(about['image'])} (height x width x channels)")
-    cli.say(f"output    {about['output'][0]}, {by_x(about['output'][1:])}, {about['classes']} class names")
+    console.say(f"output    {about['output'][0]}, {by_x(about['output'][1:])}, {about['classes']} class names")
     for key, value in about["metadata"].items():
-        cli.say(f"metadata  {key}: {value}")
+        console.say(f"metadata  {key}: {value}")
     print()
     rows = [("#", "op", "writes", "shape", "window", "weights", "epilogue", "as", "bytes")]
     for row in about["table"]:

@@ -21,6 +21,7 @@ with that key has them already; last.pt has those that training goes by.
 import json
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     if args.json:
         write_json(args.json, figures)
-        cli.say(args.json)
+        console.say(args.json)
 
 
 def open_packed(path: str, overrides: list[str]):

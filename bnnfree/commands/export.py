@@ -17,6 +17,7 @@ leave the fast kernels are named. The path of the file is printed last.
 
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 SUFFIXES = {"bnnf": ".bnnf", "onnx": ".onnx"}
@@ -83,11 +84,11 @@ def main() -> None:
     kinds: dict[str, int] = {}
     for op in model.ops:
         kinds[op.name] = kinds.get(op.name, 0) + 1
-    cli.say(title)
+    console.say(title)
     print(f"image     {height}x{width}x{channels} (height x width x channels), {len(model.classes)} classes")
     print(f"ops       {', '.join(f'{count} {name}' for name, count in kinds.items())}")
     print(f"arena     {model.arena_bytes:,} bytes for the activations of one image")
     print(f"file      {size:,} bytes")
     for line in packed.slow:
-        cli.say(f"slow      {line}")
-    cli.say(args.out)
+        console.say(f"slow      {line}")
+    console.say(args.out)

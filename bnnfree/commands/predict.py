@@ -17,6 +17,7 @@ is 2. With --json all that was found, and the errors, go to FILE, whose path is 
 import json
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 TOGETHER = 64  # images in memory at one time
@@ -49,13 +50,13 @@ def main() -> None:
             except DataError as error:
                 errors.append({"image": path, "error": str(error)})
         for path, top in zip(pixels, predict(engine, list(pixels.values()), args.top), strict=True):
-            cli.say(*[""] if found else [], path, *(f"{100 * t['probability']:7.2f} %  {t['class']}" for t in top))
+            console.say(*[""] if found else [], path, *(f"{100 * t['probability']:7.2f} %  {t['class']}" for t in top))
             found.append({"image": path, "top": top})
     if args.json:
         with replacing(args.json) as temporary:
             result = {"model": args.model, "images": found, "errors": errors}
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        cli.say(args.json)
+        console.say(args.json)
     if errors:
         raise DataError(*(e["error"] for e in errors))
 

@@ -16,6 +16,7 @@ folder last.
 
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 NO_NORM, BNP = "none", "bnp"
@@ -72,7 +73,7 @@ def main() -> None:
     with replacing(out / "price.md") as temporary:
         temporary.write_text(f"{table}\n\n{' '.join(note.split())} {args.batch}.\n", encoding="utf-8")
     write_json(out / "price.json", {"machine": about, "batch": args.batch, "norms": list(rows.values())})
-    cli.say(out)
+    console.say(out)
 
 
 def overrides_of(name: str, args) -> list[str]:

@@ -35,6 +35,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 LAYER_IMAGES = 64  # of the images, for what needs gradients
@@ -99,7 +100,7 @@ def main() -> None:
         shorts = [Path(name).name for name in courses]
         names = shorts if len(set(shorts)) == len(shorts) else list(courses)
         draw_probes(out / "probe.png", dict(zip(names, courses.values(), strict=True)))
-    cli.say(out)
+    console.say(out)
 
 
 def named(sources: list[str]) -> list[tuple[str, list[Path]]]:

@@ -13,6 +13,7 @@ OUT is a new folder; upload it whole, its index.json says where each image lies.
 
 import re
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -32,7 +33,7 @@ def main() -> None:
     skipped = write(args.folder, args.out, size=size_of(args.size), skip_bad=args.skip_bad, where="shard.py")
     if skipped:
         print(f"{skipped} bad files left out")
-    cli.say(args.out)
+    console.say(args.out)
 
 
 def size_of(text: str) -> int:

@@ -14,6 +14,7 @@ With --json the file's path is printed last.
 import json
 from dataclasses import replace
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         "binarize": network.binarize,
         "classes": len(network.data["classes"]),
     }
-    cli.say(", ".join(f"{key} {value}" for key, value in about.items()), "")
+    console.say(", ".join(f"{key} {value}" for key, value in about.items()), "")
     print(summary.table())
     try:
         found = pack_network(replace(network, data=network.data | {"image_size": image_size}))
@@ -60,12 +61,12 @@ def main() -> None:
         parts = ", ".join(f"{name} {size:,}" for name, size in packed.items() if name != "total")
         print(f"\npacked file  {packed['total']:,} bytes as tools/export.py writes it: {parts}")
         for line in found.slow:
-            cli.say(f"slow         {line}")
+            console.say(f"slow         {line}")
     except ExportError as error:
         packed = None
-        cli.say("", f"packed file  none: {error}")
+        console.say("", f"packed file  none: {error}")
     if args.json:
         figures = about | {"packed_bytes": packed} | summary.to_dict()
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        cli.say(args.json)
+        console.say(args.json)

@@ -21,6 +21,7 @@ import shlex
 import time
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 
@@ -61,18 +62,18 @@ def main() -> None:
     out = Path(args.out or Path("runs") / sweep.name)
     states = read_all(sweep, out)
     over = sum(outcome.over for outcome in states.values())
-    cli.say(f"{len(sweep.runs)} runs, {over} of them over{f'; {sweep.about}' if sweep.about else ''}")
+    console.say(f"{len(sweep.runs)} runs, {over} of them over{f'; {sweep.about}' if sweep.about else ''}")
     if args.dry_run:
         for run in sweep.runs:
-            cli.say(f"{states[run.folder].state:<12}{run.name}")
-        cli.say(f"the first: {command_of(sweep, sweep.runs[0], out)}")
+            console.say(f"{states[run.folder].state:<12}{run.name}")
+        console.say(f"the first: {command_of(sweep, sweep.runs[0], out)}")
         return
     cli.on_interrupt(lambda: "the same command goes on: finished runs stay, a cut one goes on from its checkpoint")
     write_plan(sweep, out, args.overrides)
     if not args.table:
         states = train(sweep, out, states, places)
     print(write_tables(sweep, out, states))
-    cli.say(out)
+    console.say(out)
 
 
 def read_all(sweep, out: Path) -> dict:
@@ -114,7 +115,7 @@ def train(sweep, out: Path, states: dict, places: list) -> dict:
     look_at_data(todo)
     runs = {run.folder: run for run in todo}
     jobs = [Job(run.name, run.recipe.model_dump(), out / run.folder) for run in todo]
-    command = cli.process_of("sweep", "--worker")
+    command = console.process_of("sweep", "--worker")
     start, done, whole = time.monotonic(), 0.0, sum(run.weight for run in todo)
     with contextlib.closing(run_all(jobs, command, places, out / "workers")) as finished:
         for number, job in enumerate(finished, len(sweep.runs) - len(todo) + 1):
@@ -122,7 +123,7 @@ def train(sweep, out: Path, states: dict, places: list) -> dict:
             states[run.folder] = outcome = read_run(job.folder, run.recipe)
             done += run.weight
             left = (time.monotonic() - start) * (whole - done) / done
-            cli.say(f"[{number}/{len(sweep.runs)}] {run.name}: {line_of(outcome)} | {duration(left)} left")
+            console.say(f"[{number}/{len(sweep.runs)}] {run.name}: {line_of(outcome)} | {duration(left)} left")
     return states
 
 

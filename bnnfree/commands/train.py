@@ -21,6 +21,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 CHECKPOINTS = ("last.pt", "best.pt")
@@ -80,7 +81,7 @@ def train(args: argparse.Namespace) -> None:
     result = fit(recipe, MODELS, out, resume=args.resume, where=where)
     if processes.speaks():
         print(f"test top-1 {result['test_top1']:.2f} % after {result['epochs']} epochs, {result['seconds']:.0f} s")
-        cli.say(out)
+        console.say(out)
 
 
 def paths_of(args: argparse.Namespace) -> tuple[Path, Path]:

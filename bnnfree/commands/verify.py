@@ -17,6 +17,7 @@ of the images. 1: not equal.
 
 import json
 
+from bnnfree import console
 from bnnfree.commands import cli
 
 
@@ -85,6 +86,6 @@ def main() -> None:
         about = {"source": args.source, "model": args.model, "images_from": args.images or f"seed {args.seed}"}
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(about | report.to_dict(), indent=1) + "\n", encoding="utf-8")
-        cli.say(args.json)
+        console.say(args.json)
     if not report.equal:
         raise SystemExit(1)
