@@ -1,19 +1,25 @@
 """The native library: its build, its contents, a build that fails; and the header for users in C."""
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cc import HERE, NATIVE, ROOT, STRICT, compiler, done, output_of, tool_of
 from damage import bases
 from packed import images
+from PIL import Image
 
+import bnnfree
 from bnnfree import library as build
+from bnnfree.commands import completion
+from bnnfree.commands.console import COMMANDS
 from bnnfree.engine import Engine
 from bnnfree.engine.binding import isa_names, load_library
 from bnnfree.format import from_bytes
@@ -322,6 +328,65 @@ def test_a_wheel_without_a_compiler_is_pure(sources):
     wheel, names = wheel_of(sources, CC="/nonexistent")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names if "_native/" in name] and "bnnfree/engine/native/bnnfree.h" in names
+
+
+@pytest.mark.thorough
+def test_an_installed_package_trains_exports_verifies_and_predicts_by_names(tmp_path):
+    """From a wheel, in an empty folder, with nothing of the checkout on the path."""
+    clean = shutil.ignore_patterns("_native", "__pycache__", "*.egg-info")
+    for name in ("bnnfree", "recipes", "models"):
+        shutil.copytree(ROOT / name, tmp_path / "checkout" / name, ignore=clean)
+    for name in ("setup.py", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "checkout")
+    wheel, names = wheel_of(tmp_path / "checkout")
+    assert {"bnnfree/shelf/recipes/reactnet_nobn.yaml", "bnnfree/shelf/recipes/sweeps/free.yaml"} <= set(names)
+    assert "bnnfree/shelf/models/pretrained/cifar10_reactnet18_half.bnnf" in names
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    how = ["--no-deps", "--no-index", "-q", "--target", site]
+    output_of(sys.executable, "-m", "pip", "install", *how, wheel)
+    script = (site / "bin" / "bnnfree").read_text()
+    assert "bnnfree.commands.console" in script
+
+    def command(*arguments):
+        return output_of(
+            sys.executable, "-m", "bnnfree", *arguments, cwd=empty, env={**os.environ, "PYTHONPATH": str(site)}
+        ).splitlines()
+
+    Image.new("RGB", (30, 40), "red").save(empty / "x.png")
+    assert command("--version") == [f"bnnfree {bnnfree.__version__}"]
+    assert any("bnnfree train reactnet_nobn" in line for line in command("train", "--help"))
+    trained = command("train", "reactnet_nobn", "stages.0.epochs=1", "stages.1.epochs=1")
+    assert trained[-1] == str(Path("runs") / "reactnet_nobn")
+    assert command("export", "runs/reactnet_nobn", "-o", "m.bnnf")[-1] == "m.bnnf"
+    assert command("verify", "runs/reactnet_nobn", "m.bnnf", "--samples", 4, "--agreement", 0)[-1] == "equal"
+    for model in ("m.bnnf", "cifar10_reactnet18_half"):
+        assert command("predict", model, "x.png", "--top", 1)[0] == "x.png"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command_and_its_options(shell):
+    text = completion.script(shell)
+    assert all(name in text for name in COMMANDS) and "dry-run" in text and "with-recipe" in text
+    if shell == "bash":
+        output_of("bash", "-c", f"{text}\nCOMP_WORDS=(bnnfree tra); COMP_CWORD=1; _bnnfree; echo $COMPREPLY")
+
+
+def test_every_command_has_a_line_a_front_and_a_main():
+    fronts = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"gen_format"}
+    assert fronts == set(COMMANDS)
+    for name in COMMANDS:
+        assert callable(importlib.import_module(f"bnnfree.commands.{name}").main)
+        assert f"from bnnfree.commands.{name} import main" in (ROOT / "tools" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), [
+    ([], 2, "usage: bnnfree COMMAND"), (["trian"], 2, "'train'"), (["--help"], 0, "say what is on images"),
+    (["train", "none.yaml"], 2, "none.yaml"),
+])  # fmt: skip
+def test_the_command_says_what_there_is(arguments, code, words):
+    done = subprocess.run([sys.executable, "-m", "bnnfree", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr, done
 
 
 @pytest.mark.parametrize("options", [{}, {"CC": "/nonexistent"}], ids=["compiler", "no compiler"])

@@ -84,6 +84,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "bnnfree.names",
             "bnnfree.models",
             "bnnfree.shelf",
+            "bnnfree.console",
             "bnnfree.progress",
             "bnnfree.ops",
             "bnnfree.format",

@@ -99,7 +99,7 @@ PRICES = dict(re.findall(r"^\| `(\w+)` \| [\d,]+ \| ([\d,]+) \|", TEXT, re.M))
     + [("cifar10_reactnet18.yaml", PRICES[norm], None, [f"model.norm={norm}"]) for norm in ("free", "gn_pn")],
 )
 def test_sizes_are_those_of_today(tool, recipe, packed, floats, changes):  # noqa: F811
-    """To the byte: a recipe's text is in the file, so a new key of recipes changes them all."""
+    """To the byte: a file holds the network alone, so only a change of the format or the exporter moves them."""
     assert len(SIZES) == 3 and len(PRICES) == 17
     code, out, errors = tool("summary", ROOT / "recipes" / recipe, *changes)
     assert code == 0, errors
