@@ -20,6 +20,8 @@ EXTRAS = {
     "webdataset": "shards",
 }
 """Package that may be missing -> the extra that brings it; empty: every installation does."""
+CHECKOUT = (Path(__file__).resolve().parent.parent / "setup.cfg").is_file()
+"""Whether the package lies in a clone or a source distribution; else pip has installed it from a wheel."""
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # printable by name, and invisible
 MOST_MARKS = 4  # combining characters in a row that scripts use; more climb over other lines
 
@@ -60,7 +62,12 @@ def lacking(error: ModuleNotFoundError, what: str) -> ModuleNotFoundError:
 def missing(package: str) -> str:
     """`torch, which is not installed. ...`: the package, and how to get it."""
     extra = EXTRAS.get(package)
-    place = f"'{package}'" if extra is None else f'-e ".[{extra}]"' if extra else "-e ."
+    if extra is None:
+        place = f"'{package}'"
+    elif CHECKOUT:
+        place = f'-e ".[{extra}]"' if extra else "-e ."
+    else:
+        place = f'"bnnfree[{extra}]"' if extra else package
     return f"{package}, which is not installed. Install it with: pip install {place}"
 
 

@@ -348,10 +348,15 @@ def test_an_installed_package_trains_exports_verifies_and_predicts_by_names(tmp_
     script = (site / "bin" / "bnnfree").read_text()
     assert "bnnfree.commands.console" in script
 
+    def python(*arguments):
+        where = {"cwd": empty, "env": {**os.environ, "PYTHONPATH": str(site)}}
+        return output_of(sys.executable, *arguments, **where).splitlines()
+
     def command(*arguments):
-        return output_of(
-            sys.executable, "-m", "bnnfree", *arguments, cwd=empty, env={**os.environ, "PYTHONPATH": str(site)}
-        ).splitlines()
+        return python("-m", "bnnfree", *arguments)
+
+    code = "from bnnfree.errors import missing; print(missing('torch'))"
+    assert python("-c", code) == ['torch, which is not installed. Install it with: pip install "bnnfree[train]"']
 
     Image.new("RGB", (30, 40), "red").save(empty / "x.png")
     assert command("--version") == [f"bnnfree {bnnfree.__version__}"]
@@ -369,7 +374,9 @@ def test_completion_knows_every_command_and_its_options(shell):
     text = completion.script(shell)
     assert all(name in text for name in COMMANDS) and "dry-run" in text and "with-recipe" in text
     if shell == "bash":
-        output_of("bash", "-c", f"{text}\nCOMP_WORDS=(bnnfree tra); COMP_CWORD=1; _bnnfree; echo $COMPREPLY")
+        for typed, offered in (("tra", "train"), ("export --with-r", "--with-recipe"), ("nothing -", "")):
+            line = f"COMP_WORDS=(bnnfree {typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _bnnfree"
+            assert output_of("bash", "-c", f'{text}\n{line}; echo "${{COMPREPLY[*]}}"') == f"{offered}\n"
 
 
 def test_every_command_has_a_line_a_front_and_a_main():

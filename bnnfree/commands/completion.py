@@ -22,6 +22,9 @@ _bnnfree() {{
   COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _bnnfree bnnfree"""
+ZSH = """\
+autoload -U +X compinit && compinit
+autoload -U +X bashcompinit && bashcompinit"""  # zsh then reads bash's completions
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -50,7 +53,7 @@ def script(shell: str) -> str:
         return "\n".join(lines)
     cases = "\n".join(f'  {name}) words="{" ".join(found)}" ;;' for name, found in options.items())
     bash = BASH.format(cases=cases, commands=" ".join(COMMANDS))
-    return f"autoload -U +X bashcompinit && bashcompinit\n{bash}" if shell == "zsh" else bash
+    return f"{ZSH}\n{bash}" if shell == "zsh" else bash
 
 
 class _Read(Exception):
