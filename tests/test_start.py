@@ -268,12 +268,12 @@ def test_a_packed_file_is_no_start_and_the_message_says_what_is(tmp_path, by_nam
     packed = "packed file: its weights are bits, which cannot be trained on. Take the run folder or the checkpoint"
     with pytest.raises(CheckpointError, match=packed) as caught:
         train(tmp_path / "run", ONE, f"init={init}")
-    assert "cifar10_mcu_epoch27" in str(caught.value) and not list((tmp_path / "run").iterdir())
+    assert "cifar10_mcu_so_far" in str(caught.value) and not list((tmp_path / "run").iterdir())
 
 
 def test_weights_that_recipes_start_from_have_names_too(tmp_path):
-    assert start_module.find_weights("cifar10_mcu_epoch27").is_file()
-    with pytest.raises(CheckpointError, match="Did you mean 'cifar10_mcu_epoch27'"):
+    assert start_module.find_weights("cifar10_mcu_so_far").is_file()
+    with pytest.raises(CheckpointError, match="Did you mean 'cifar10_mcu_so_far'"):
         start_module.find_weights("cifar10_mcu_epoch28")
     (tmp_path / "mine.pt").touch()
     with pytest.raises(CheckpointError, match=f"Did you mean '{tmp_path}/mine.pt'"):
