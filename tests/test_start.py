@@ -261,20 +261,31 @@ def test_a_pattern_that_cannot_be_meant_names_its_key(tmp_path, overrides, match
     assert "Trunk" not in str(caught.value) and "parameter_groups" not in str(caught.value)
 
 
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder in which one packed file is the pretrained network, and one checkpoint is what recipes start from."""
+    pretrained, weights = tmp_path / "models" / "pretrained", tmp_path / "recipes" / "weights"
+    pretrained.mkdir(parents=True)
+    weights.mkdir(parents=True)
+    (pretrained / "network.bnnf").touch()
+    (weights / "first_stage.pt").touch()
+    monkeypatch.setattr(start_module, "PRETRAINED", pretrained)
+    return pretrained
+
+
 @pytest.mark.parametrize("by_name", [True, False])
-def test_a_packed_file_is_no_start_and_the_message_says_what_is(tmp_path, by_name):
-    name = "cifar10_reactnet18_half"
-    init = name if by_name else f"models/pretrained/{name}.bnnf"
+def test_a_packed_file_is_no_start_and_the_message_says_what_is(tmp_path, shelf, by_name):
+    init = "network" if by_name else str(shelf / "network.bnnf")
     packed = "packed file: its weights are bits, which cannot be trained on. Take the run folder or the checkpoint"
     with pytest.raises(CheckpointError, match=packed) as caught:
         train(tmp_path / "run", ONE, f"init={init}")
-    assert "cifar10_mcu_so_far" in str(caught.value) and not list((tmp_path / "run").iterdir())
+    assert "first_stage" in str(caught.value) and not list((tmp_path / "run").iterdir())
 
 
-def test_weights_that_recipes_start_from_have_names_too(tmp_path):
-    assert start_module.find_weights("cifar10_mcu_so_far").is_file()
-    with pytest.raises(CheckpointError, match="Did you mean 'cifar10_mcu_so_far'"):
-        start_module.find_weights("cifar10_mcu_epoch28")
+def test_weights_that_recipes_start_from_have_names_too(tmp_path, shelf):
+    assert start_module.find_weights("first_stage").is_file()
+    with pytest.raises(CheckpointError, match="Did you mean 'first_stage'"):
+        start_module.find_weights("first_stag")
     (tmp_path / "mine.pt").touch()
     with pytest.raises(CheckpointError, match=f"Did you mean '{tmp_path}/mine.pt'"):
         start_module.find_weights(str(tmp_path / "mein.pt"))
