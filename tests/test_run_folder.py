@@ -240,6 +240,7 @@ if where == "data":
 else:
     loop.Stage._take_step = press
     report.Report.close = press if where == "twice" else report.Report.close
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
